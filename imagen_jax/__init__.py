@@ -1,0 +1,19 @@
+"""Imagen, the text-to-image cascade, in JAX and Flax."""
+
+from imagen_jax.config import ImagenConfig, NullUnetConfig, UnetConfig
+from imagen_jax.imagen import Draws, Imagen
+from imagen_jax.nn import NullUnet, Unet
+from imagen_jax.presets import BaseUnet64, SRUnet256, SRUnet1024
+
+__all__ = [
+    "BaseUnet64",
+    "Draws",
+    "Imagen",
+    "ImagenConfig",
+    "NullUnet",
+    "NullUnetConfig",
+    "SRUnet256",
+    "SRUnet1024",
+    "Unet",
+    "UnetConfig",
+]

@@ -1,0 +1,440 @@
+"""What a model is, as frozen data: JSON in, JSON out, every mistake named at construction.
+
+Field names and defaults are the arguments of imagen-pytorch 2.1.0 (`Unet`, `Imagen`), so that a
+user of it recognises everything and a configuration converts one to one. A field that the
+reference takes per level (`layer_attns`, ...) or per U-Net (`timesteps`, ...) keeps the form it
+was given in, one value or a tuple; `UnetConfig.levels` and `ImagenConfig.stage` resolve it.
+"""
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+import warnings
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
+
+Schedule = Literal["cosine", "linear"]
+Objective = Literal["noise", "v", "x_start"]
+ResizeMode = Literal["nearest", "bilinear", "bicubic", "area"]
+T = TypeVar("T")
+
+T5_WIDTHS = {
+    "demo": 128,
+    "google/t5-v1_1-small": 512,
+    "google/t5-v1_1-base": 768,
+    "google/t5-v1_1-large": 1024,
+    "google/t5-v1_1-xl": 2048,
+    "google/t5-v1_1-xxl": 4096,
+    "t5-small": 512,
+    "t5-base": 768,
+    "t5-large": 1024,
+    "t5-3b": 1024,
+    "t5-11b": 1024,
+}
+"""Width of the embeddings of the encoders that are known by name."""
+
+
+class _Config:
+    """JSON and checks shared by the configurations."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain data, as JSON holds it."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_dict(cls: type[T], data: Mapping[str, Any]) -> T:
+        """Raises ValueError that names an unknown key and the nearest known one."""
+        check_keys(cls.__name__, data, [field.name for field in dataclasses.fields(cls)])
+        return cls(**{name: _freeze(value) for name, value in data.items()})
+
+    def _check_types(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value = _freeze(getattr(self, field.name))
+            if not _fits(value, hints[field.name]):
+                raise ValueError(
+                    f"{type(self).__name__}.{field.name} = {value!r} is not "
+                    f"{_spell(hints[field.name])}."
+                )
+            object.__setattr__(self, field.name, value)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UnetConfig(_Config):
+    """One U-Net. Fields are those of the reference's `Unet`; tuples run from fine to coarse.
+
+    `norm` is the only field of ours: `"rms"` is the reference from 2.0 on, `"group"` (8 groups)
+    its versions 1.22 to 1.26. `num_image_tokens`, `out_dim`, `layer_attns_add_text_cond` and
+    `dropout` are accepted and without effect, as in the reference.
+    """
+
+    dim: int
+    text_embed_dim: int | None = 768
+    num_resnet_blocks: int | tuple[int, ...] = 1
+    cond_dim: int | None = None
+    num_image_tokens: int = 4
+    num_time_tokens: int = 2
+    learned_sinu_pos_emb_dim: int = 16
+    out_dim: int | None = None
+    dim_mults: tuple[int, ...] = (1, 2, 4, 8)
+    cond_images_channels: int = 0
+    channels: int = 3
+    channels_out: int | None = None
+    attn_dim_head: int = 64
+    attn_heads: int = 8
+    ff_mult: float = 2.0
+    lowres_cond: bool = False
+    layer_attns: bool | tuple[bool, ...] = True
+    layer_attns_depth: int | tuple[int, ...] = 1
+    layer_mid_attns_depth: int = 1
+    layer_attns_add_text_cond: bool = True
+    attend_at_middle: bool = True
+    layer_cross_attns: bool | tuple[bool, ...] = True
+    use_linear_attn: bool | tuple[bool, ...] = False
+    use_linear_cross_attn: bool | tuple[bool, ...] = False
+    cond_on_text: bool = True
+    max_text_len: int = 256
+    init_dim: int | None = None
+    init_conv_kernel_size: int = 7
+    init_cross_embed: bool = True
+    init_cross_embed_kernel_sizes: tuple[int, ...] = (3, 7, 15)
+    cross_embed_downsample: bool = False
+    cross_embed_downsample_kernel_sizes: tuple[int, ...] = (2, 4)
+    attn_pool_text: bool = True
+    attn_pool_num_latents: int = 32
+    dropout: float = 0.0
+    memory_efficient: bool = False
+    init_conv_to_final_conv_residual: bool = False
+    use_global_context_attn: bool = True
+    scale_skip_connection: bool = True
+    final_resnet_block: bool = True
+    final_conv_kernel_size: int = 3
+    self_cond: bool = False
+    resize_mode: ResizeMode = "nearest"
+    combine_upsample_fmaps: bool = False
+    pixel_shuffle_upsample: bool = True
+    norm: Literal["rms", "group"] = "rms"
+
+    def __post_init__(self):
+        self._check_types()
+        for name in (
+            "num_resnet_blocks",
+            "layer_attns",
+            "layer_attns_depth",
+            "layer_cross_attns",
+            "use_linear_attn",
+            "use_linear_cross_attn",
+        ):
+            value = getattr(self, name)
+            if isinstance(value, tuple) and len(value) != len(self.dim_mults):
+                raise ValueError(
+                    f"{name} = {value} has {len(value)} entries; dim_mults = {self.dim_mults} "
+                    f"has {len(self.dim_mults)}, one per level."
+                )
+        self._check_values()
+        _warn_once_of_ignored(self)
+
+    def _check_values(self) -> None:
+        if self.attn_heads < 2:
+            raise ValueError(f"attn_heads = {self.attn_heads}; attention needs at least 2.")
+        if self.learned_sinu_pos_emb_dim % 2:
+            raise ValueError(
+                f"learned_sinu_pos_emb_dim = {self.learned_sinu_pos_emb_dim} must be even."
+            )
+        if not 1 <= self.max_text_len <= 512:
+            raise ValueError(f"max_text_len = {self.max_text_len} must lie in 1 .. 512.")
+        if self.cond_on_text and self.text_embed_dim is None:
+            raise ValueError("cond_on_text needs text_embed_dim.")
+        if not self.memory_efficient and self.dim_mults[0] != 1:
+            raise ValueError(
+                f"dim_mults = {self.dim_mults} must begin with 1 unless memory_efficient: the last "
+                f"level up is dim = {self.dim} wide."
+            )
+        if self.first_dim != self.dim:
+            for name in ("memory_efficient", "init_conv_to_final_conv_residual"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"{name} needs init_dim = {self.init_dim} to equal dim = {self.dim}."
+                    )
+        for name in ("init_conv_kernel_size", "final_conv_kernel_size"):
+            if getattr(self, name) % 2 == 0:
+                raise ValueError(f"{name} = {getattr(self, name)} must be odd.")
+        if self.norm == "group" and any(width % 8 for width in self.dims):
+            raise ValueError(f"norm='group' has 8 groups; the widths {self.dims} are no multiples.")
+        for name, stride, used in (
+            ("init_cross_embed_kernel_sizes", 1, self.init_cross_embed),
+            ("cross_embed_downsample_kernel_sizes", 2, self.cross_embed_downsample),
+        ):
+            if used and any(kernel % 2 != stride % 2 for kernel in getattr(self, name)):
+                parity = "odd" if stride == 1 else "even"
+                raise ValueError(f"{name} = {getattr(self, name)}: every size must be {parity}.")
+
+    @property
+    def first_dim(self) -> int:
+        """Channels after the initial convolution."""
+        return self.dim if self.init_dim is None else self.init_dim
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """Channels at each resolution, the initial convolution's first."""
+        return (self.first_dim, *(self.dim * mult for mult in self.dim_mults))
+
+    @property
+    def token_dim(self) -> int:
+        """Width of the conditioning tokens."""
+        return self.dim if self.cond_dim is None else self.cond_dim
+
+    @property
+    def time_cond_dim(self) -> int:
+        """Width of the conditioning vector (twice as wide with a low-resolution time)."""
+        return self.dim * 4 * (2 if self.lowres_cond else 1)
+
+    @property
+    def out_channels(self) -> int:
+        return self.channels if self.channels_out is None else self.channels_out
+
+    @property
+    def downsampling(self) -> int:
+        """The factor between the picture's side and the bottleneck's: pictures need a multiple."""
+        return 2 ** (len(self.dim_mults) - (0 if self.memory_efficient else 1))
+
+    def levels(self, name: str) -> tuple[Any, ...]:
+        """The field `name` with one entry per level."""
+        value = getattr(self, name)
+        return value if isinstance(value, tuple) else (value,) * len(self.dim_mults)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NullUnetConfig(_Config):
+    """The reference's `NullUnet`: holds the base's place in a cascade that only enlarges."""
+
+    is_null: Literal[True] = True
+
+    def __post_init__(self):
+        self._check_types()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImagenConfig(_Config):
+    """A cascade. Fields are those of the reference's `Imagen`, the video ones left out.
+
+    The U-Nets are adapted as the reference does: the first has no low-resolution input, all
+    others have one, and text width and channels are the cascade's.
+    """
+
+    unets: tuple[UnetConfig | NullUnetConfig, ...]
+    image_sizes: tuple[int, ...]
+    text_encoder_name: str = "google/t5-v1_1-base"
+    text_embed_dim: int | None = None
+    channels: int = 3
+    timesteps: int | tuple[int, ...] = 1000
+    cond_drop_prob: float = 0.1
+    loss_type: Literal["l1", "l2", "huber"] = "l2"
+    noise_schedules: Schedule | tuple[Schedule, ...] = "cosine"
+    pred_objectives: Objective | tuple[Objective, ...] = "noise"
+    random_crop_sizes: int | None | tuple[int | None, ...] = None
+    lowres_noise_schedule: Schedule = "linear"
+    lowres_sample_noise_level: float = 0.2
+    per_sample_random_aug_noise_level: bool = False
+    condition_on_text: bool = True
+    auto_normalize_img: bool = True
+    dynamic_thresholding: bool | tuple[bool, ...] = True
+    dynamic_thresholding_percentile: float = 0.95
+    only_train_unet_number: int | None = None
+    resize_mode: ResizeMode = "nearest"
+    min_snr_loss_weight: bool | tuple[bool, ...] = True
+    min_snr_gamma: float | tuple[float, ...] = 5.0
+
+    def __post_init__(self):
+        for name, one in (("unets", (UnetConfig, NullUnetConfig)), ("image_sizes", int)):
+            if isinstance(getattr(self, name), one):
+                object.__setattr__(self, name, (getattr(self, name),))
+        self._check_types()
+        self._check_stages()
+        self._check_values()
+        if self.text_embed_dim is None:
+            object.__setattr__(self, "text_embed_dim", T5_WIDTHS.get(self.text_encoder_name))
+        if self.condition_on_text and self.text_embed_dim is None:
+            raise ValueError(
+                f"text_embed_dim must be given: the width of text_encoder_name = "
+                f"{self.text_encoder_name!r} is not known by name."
+            )
+        object.__setattr__(
+            self, "unets", tuple(self._cast(i, unet) for i, unet in enumerate(self.unets))
+        )
+        for number, (unet, size) in enumerate(zip(self.unets, self.image_sizes, strict=True), 1):
+            trained = self.stage(number).random_crop_size or size
+            if isinstance(unet, UnetConfig) and trained % unet.downsampling:
+                raise ValueError(
+                    f"U-Net {number} halves the picture to 1/{unet.downsampling}; "
+                    f"its size {trained} is no multiple of that."
+                )
+
+    def _check_stages(self) -> None:
+        count = len(self.unets)
+        if count == 0 or len(self.image_sizes) != count:
+            raise ValueError(f"{count} unets and image_sizes = {self.image_sizes}: one size each.")
+        for name in (
+            "timesteps",
+            "pred_objectives",
+            "random_crop_sizes",
+            "dynamic_thresholding",
+            "min_snr_loss_weight",
+            "min_snr_gamma",
+        ):
+            value = getattr(self, name)
+            if isinstance(value, tuple) and len(value) != count:
+                raise ValueError(f"{name} = {value} has {len(value)} entries for {count} unets.")
+        if any(isinstance(unet, NullUnetConfig) for unet in self.unets[1:]):
+            raise ValueError("a NullUnet can only be the first of the unets.")
+        if self._per_stage("random_crop_sizes")[0] is not None:
+            raise ValueError(
+                f"random_crop_sizes = {self.random_crop_sizes}: the base is never cropped; "
+                "its entry must be null, as in (null, 64)."
+            )
+
+    def _check_values(self) -> None:
+        for name, lo, hi in (
+            ("cond_drop_prob", 0.0, 1.0),
+            ("lowres_sample_noise_level", 0.0, 1.0),
+            ("dynamic_thresholding_percentile", 0.0, 1.0),
+        ):
+            if not lo <= getattr(self, name) <= hi:
+                raise ValueError(f"{name} = {getattr(self, name)} must lie in [{lo}, {hi}].")
+        if min(self._per_stage("timesteps")) < 1:
+            raise ValueError(f"timesteps = {self.timesteps} must be positive.")
+        number = self.only_train_unet_number
+        if number is not None and not 1 <= number <= len(self.unets):
+            raise ValueError(f"only_train_unet_number = {number} is none of 1 .. {len(self.unets)}")
+        for crop, size in zip(self._per_stage("random_crop_sizes"), self.image_sizes, strict=True):
+            if crop is not None and crop > size:
+                raise ValueError(f"a crop of {crop} pixels does not fit a picture of {size}.")
+
+    def _cast(self, index: int, unet: UnetConfig | NullUnetConfig) -> UnetConfig | NullUnetConfig:
+        if isinstance(unet, NullUnetConfig):
+            return unet
+        return dataclasses.replace(
+            unet,
+            lowres_cond=index > 0,
+            cond_on_text=self.condition_on_text,
+            text_embed_dim=self.text_embed_dim if self.condition_on_text else None,
+            channels=self.channels,
+            channels_out=self.channels,
+        )
+
+    def _per_stage(self, name: str) -> tuple[Any, ...]:
+        value = getattr(self, name)
+        if name != "noise_schedules":
+            return value if isinstance(value, tuple) else (value,) * len(self.unets)
+        # The reference pads with 'cosine' to two and with 'linear' from there on.
+        given = value if isinstance(value, tuple) else (value,)
+        padded = given + ("cosine",) * (2 - len(given))
+        return (padded + ("linear",) * len(self.unets))[: len(self.unets)]
+
+    def stage(self, unet_number: int) -> "StageConfig":
+        """Everything that training or sampling U-Net `unet_number` (from 1) needs to know."""
+        if not 1 <= unet_number <= len(self.unets):
+            raise ValueError(f"unet_number = {unet_number} is none of 1 .. {len(self.unets)}.")
+        i = unet_number - 1
+        gamma = self._per_stage("min_snr_gamma")[i]
+        return StageConfig(
+            unet_number=unet_number,
+            unet=self.unets[i],
+            image_size=self.image_sizes[i],
+            previous_image_size=self.image_sizes[i - 1] if i else None,
+            timesteps=self._per_stage("timesteps")[i],
+            noise_schedule=self._per_stage("noise_schedules")[i],
+            pred_objective=self._per_stage("pred_objectives")[i],
+            random_crop_size=self._per_stage("random_crop_sizes")[i],
+            dynamic_thresholding=self._per_stage("dynamic_thresholding")[i],
+            min_snr_gamma=gamma if self._per_stage("min_snr_loss_weight")[i] else None,
+        )
+
+    @classmethod
+    def from_dict(cls: type[T], data: Mapping[str, Any]) -> T:
+        if "unets" in data:
+            unets = data["unets"]
+            unets = [unets] if isinstance(unets, Mapping) else unets
+            data = {**data, "unets": tuple(_unet_from(unet) for unet in unets)}
+        return super().from_dict(data)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """One stage of an `ImagenConfig`, its per-U-Net tuples resolved."""
+
+    unet_number: int
+    unet: UnetConfig | NullUnetConfig
+    image_size: int
+    previous_image_size: int | None
+    timesteps: int
+    noise_schedule: Schedule
+    pred_objective: Objective
+    random_crop_size: int | None
+    dynamic_thresholding: bool
+    min_snr_gamma: float | None
+
+
+def check_keys(where: str, data: Mapping[str, Any], known: list[str]) -> None:
+    """Raises ValueError for the first key of `data` that is not `known`."""
+    for key in data:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            raise ValueError(f"{where} has no field {key!r}{hint}")
+
+
+def _unet_from(data: Any) -> UnetConfig | NullUnetConfig:
+    if not isinstance(data, Mapping):
+        return data
+    return (NullUnetConfig if "is_null" in data else UnetConfig).from_dict(data)
+
+
+def _freeze(value: Any) -> Any:
+    return tuple(_freeze(v) for v in value) if isinstance(value, (list, tuple)) else value
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether plain data has the type of an annotation; an int will do for a float."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, arg) for arg in args)
+    if origin is Literal:
+        return value in args and type(value) in {type(arg) for arg in args}
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(v, args[0]) for v in value)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _spell(hint: Any) -> str:
+    """An annotation as a person says it: `one of 'cosine', 'linear', or a tuple of such`."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_spell(arg) for arg in args)
+    if origin is Literal:
+        return "one of " + ", ".join(map(repr, args))
+    if origin is tuple:
+        return f"a tuple of {_spell(args[0])}"
+    return "null" if hint is type(None) else f"{hint.__name__}"
+
+
+_IGNORED = ("num_image_tokens", "out_dim", "layer_attns_add_text_cond", "dropout")
+_warned: set[str] = set()
+
+
+def _warn_once_of_ignored(config: UnetConfig) -> None:
+    for name in _IGNORED:
+        default = UnetConfig.__dataclass_fields__[name].default
+        if getattr(config, name) != default and name not in _warned:
+            _warned.add(name)
+            warnings.warn(
+                f"UnetConfig.{name} = {getattr(config, name)!r} has no effect: imagen-pytorch "
+                "accepts it and never uses it. It is kept so that configurations convert.",
+                stacklevel=4,
+            )

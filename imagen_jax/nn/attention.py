@@ -1,0 +1,387 @@
+"""Attention over pixels and conditioning tokens.
+
+Softmax attention is the reference's: queries and keys of unit length with learned gains, logits
+times 8, softmax in float32 (lucidrains' answer to overflow in half precision).
+
+Keys and values of conditioning tokens come in two parts. Time tokens change at every sampling
+step and are projected in the layer. Text tokens do not: `project_context` yields their keys and
+values once, and the layer takes them as given. Keys are a set, so the parts are simply
+concatenated.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from imagen_jax.nn.layers import LayerNorm, affine_layer_norm, conv, dropout, l2norm, linear
+from imagen_jax.types import PRNGKey
+
+SCALE = 8.0  # of the logits; queries and keys have unit length
+
+Pixels = Float[Array, "b p c"]
+Tokens = Float[Array, "b m d"]
+
+
+class KeyValue(NamedTuple):
+    """Keys and values of one layer, before normalisation."""
+
+    k: Float[Array, "b m n k"]
+    v: Float[Array, "b m n k"]
+
+
+def attend(
+    q: Float[Array, "b p n k"], k: Float[Array, "b m n2 k"], v: Float[Array, "b m n2 k"]
+) -> Float[Array, "b p nk"]:
+    """Softmax attention, heads merged; one key head may serve all query heads."""
+    out = jax.nn.dot_product_attention(q, k, v, scale=SCALE)
+    return rearrange(out, "b p n k -> b p (n k)")
+
+
+def split_kv(kv: Float[Array, "b m nk2"], heads: int) -> KeyValue:
+    """Fused keys and values apart by a split: a reshape to (2, heads) is a partitioner trap."""
+    k, v = jnp.split(kv, 2, axis=-1)
+    return KeyValue(*(rearrange(a, "b m (n k) -> b m n k", n=heads) for a in (k, v)))
+
+
+def join(parts: list[KeyValue]) -> KeyValue:
+    """Concatenates along the tokens."""
+    return KeyValue(*(jnp.concatenate(a, axis=1) for a in zip(*parts, strict=True)))
+
+
+def null_key_value(null_kv: Array, like: Array, heads: int) -> KeyValue:
+    """The learned key and value that attention can fall back on, the same for every head."""
+    b, k = like.shape[0], null_kv.shape[-1]
+    pair = null_kv.astype(like.dtype)
+    return KeyValue(*(jnp.broadcast_to(a, (b, 1, heads, k)) for a in (pair[0], pair[1])))
+
+
+class QKNorm(nnx.Module):
+    """Gains of unit-length queries and keys, per channel of a head."""
+
+    def __init__(self, dim_head: int, *, rngs: nnx.Rngs):
+        self.q_scale = nnx.Param(jnp.ones((dim_head,)))
+        self.k_scale = nnx.Param(jnp.ones((dim_head,)))
+
+    def __call__(self, q: Array, k: Array) -> tuple[Array, Array]:
+        gains = self.q_scale[...].astype(q.dtype), self.k_scale[...].astype(k.dtype)
+        return l2norm(q) * gains[0], l2norm(k) * gains[1]
+
+
+class Attention(nnx.Module):
+    """Self-attention with one key head for all query heads; context joins the keys."""
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        dim_head: int,
+        heads: int,
+        context_dim: int | None = None,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        self.heads = heads
+        self.norm = LayerNorm(dim, rngs=rngs)
+        self.null_kv = nnx.Param(jax.random.normal(rngs.params(), (2, dim_head)))
+        self.to_q = linear(dim, heads * dim_head, use_bias=False, dtype=dtype, rngs=rngs)
+        self.to_kv = linear(dim, 2 * dim_head, use_bias=False, dtype=dtype, rngs=rngs)
+        self.qk_norm = QKNorm(dim_head, rngs=rngs)
+        context = context_dim is not None
+        self.context_norm = (
+            affine_layer_norm(context_dim, dtype=dtype, rngs=rngs) if context else None
+        )
+        self.to_context = (
+            linear(context_dim, 2 * dim_head, dtype=dtype, rngs=rngs) if context else None
+        )
+        self.to_out = linear(heads * dim_head, dim, use_bias=False, dtype=dtype, rngs=rngs)
+        self.norm_out = LayerNorm(dim, rngs=rngs)
+
+    def project_context(self, tokens: Tokens) -> KeyValue:
+        return split_kv(self.to_context(self.context_norm(tokens)), 1)
+
+    def __call__(
+        self, x: Pixels, tokens: Tokens | None = None, text: KeyValue | None = None
+    ) -> Pixels:
+        x = self.norm(x)
+        q = rearrange(self.to_q(x), "b p (n k) -> b p n k", n=self.heads)
+        parts = [null_key_value(self.null_kv[...], x, 1), split_kv(self.to_kv(x), 1)]
+        if tokens is not None:
+            parts.append(self.project_context(tokens))
+        if text is not None:
+            parts.append(text)
+        k, v = join(parts)
+        return self.norm_out(self.to_out(attend(*self.qk_norm(q, k), v)))
+
+
+class CrossAttention(nnx.Module):
+    """Pixels attend to the conditioning tokens, every head with keys of its own.
+
+    `linear_attn` replaces the softmax over tokens by one over channels and one over tokens, so
+    that keys and values contract first (reference `LinearCrossAttention`, in which the gains of
+    queries and keys exist and are not used).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        context_dim: int,
+        dim_head: int,
+        heads: int,
+        linear_attn: bool = False,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        self.heads = heads
+        self.linear_attn = linear_attn
+        self.norm = LayerNorm(dim, rngs=rngs)
+        self.null_kv = nnx.Param(jax.random.normal(rngs.params(), (2, dim_head)))
+        self.to_q = linear(dim, heads * dim_head, use_bias=False, dtype=dtype, rngs=rngs)
+        self.to_kv = linear(
+            context_dim, 2 * heads * dim_head, use_bias=False, dtype=dtype, rngs=rngs
+        )
+        self.qk_norm = QKNorm(dim_head, rngs=rngs)
+        self.to_out = linear(heads * dim_head, dim, use_bias=False, dtype=dtype, rngs=rngs)
+        self.norm_out = LayerNorm(dim, rngs=rngs)
+
+    def project_context(self, tokens: Tokens) -> KeyValue:
+        return split_kv(self.to_kv(tokens), self.heads)
+
+    def __call__(self, x: Pixels, tokens: Tokens, text: KeyValue | None = None) -> Pixels:
+        x = self.norm(x)
+        q = rearrange(self.to_q(x), "b p (n k) -> b p n k", n=self.heads)
+        parts = [null_key_value(self.null_kv[...], x, self.heads), self.project_context(tokens)]
+        if text is not None:
+            parts.append(text)
+        k, v = join(parts)
+        if self.linear_attn:
+            out = linear_attend(q, k, v, scale=SCALE)
+        else:
+            out = attend(*self.qk_norm(q, k), v)
+        return self.norm_out(self.to_out(out))
+
+
+def linear_attend(
+    q: Float[Array, "b p n k"],
+    k: Float[Array, "b m n k"],
+    v: Float[Array, "b m n k"],
+    *,
+    scale: float,
+) -> Float[Array, "b p nk"]:
+    """Efficient attention (Shen et al., 2018): softmax(q) (softmax(k)^T v), linear in p and m."""
+    q = jax.nn.softmax(q.astype(jnp.float32), axis=-1).astype(v.dtype) * scale
+    k = jax.nn.softmax(k.astype(jnp.float32), axis=1).astype(v.dtype)
+    context = jnp.einsum("bmnk,bmne->bnke", k, v)
+    return rearrange(jnp.einsum("bpnk,bnke->bpne", q, context), "b p n e -> b p (n e)")
+
+
+class LinearAttention(nnx.Module):
+    """Linear self-attention with depth-wise convolved queries, keys and values.
+
+    Its inputs drop out at the reference's fixed 5 % when a key is given.
+    """
+
+    DROPOUT = 0.05
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        dim_head: int,
+        heads: int,
+        context_dim: int,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        inner = heads * dim_head
+        self.heads = heads
+        self.norm = LayerNorm(dim, rngs=rngs)
+        self.to_q, self.to_k, self.to_v = (
+            nnx.List(
+                [
+                    conv(dim, inner, 1, use_bias=False, dtype=dtype, rngs=rngs),
+                    conv(inner, inner, 3, groups=inner, use_bias=False, dtype=dtype, rngs=rngs),
+                ]
+            )
+            for _ in range(3)
+        )
+        self.context_norm = affine_layer_norm(context_dim, dtype=dtype, rngs=rngs)
+        self.to_context = linear(context_dim, 2 * inner, use_bias=False, dtype=dtype, rngs=rngs)
+        self.to_out = conv(inner, dim, 1, use_bias=False, dtype=dtype, rngs=rngs)
+        self.norm_out = LayerNorm(dim, rngs=rngs)
+
+    def project_context(self, tokens: Tokens) -> KeyValue:
+        return split_kv(self.to_context(self.context_norm(tokens)), self.heads)
+
+    def __call__(
+        self,
+        x: Float[Array, "b h w c"],
+        tokens: Tokens,
+        text: KeyValue | None = None,
+        *,
+        key: PRNGKey | None = None,
+    ) -> Float[Array, "b h w c"]:
+        h, w = x.shape[1:3]
+        x = self.norm(x)
+        keys = (None,) * 3 if key is None else jax.random.split(key, 3)
+        q, k, v = (
+            rearrange(
+                depthwise(pointwise(dropout(x, self.DROPOUT, part_key))),
+                "b h w (n k) -> b (h w) n k",
+                n=self.heads,
+            )
+            for (pointwise, depthwise), part_key in zip(
+                (self.to_q, self.to_k, self.to_v), keys, strict=True
+            )
+        )
+        parts = [KeyValue(k, v), self.project_context(tokens)]
+        if text is not None:
+            parts.append(text)
+        out = linear_attend(q, *join(parts), scale=q.shape[-1] ** -0.5)
+        out = nnx.silu(rearrange(out, "b (h w) c -> b h w c", h=h, w=w))
+        return self.norm_out(self.to_out(out))
+
+
+class FeedForward(nnx.Module):
+    """Norm, expand, exact GELU, norm, contract; no biases.
+
+    Serves the reference's `ChanFeedForward` too: a 1 x 1 convolution is a linear layer.
+    """
+
+    def __init__(self, dim: int, mult: int | float, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        hidden = int(dim * mult)
+        self.norm_in = LayerNorm(dim, rngs=rngs)
+        self.expand = linear(dim, hidden, use_bias=False, dtype=dtype, rngs=rngs)
+        self.norm_hidden = LayerNorm(hidden, rngs=rngs)
+        self.contract = linear(hidden, dim, use_bias=False, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "*s c"]) -> Float[Array, "*s c"]:
+        h = nnx.gelu(self.expand(self.norm_in(x)), approximate=False)
+        return self.contract(self.norm_hidden(h))
+
+
+class TransformerLayer(nnx.Module):
+    """Attention and feed-forward, each with a residual."""
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        dim_head: int,
+        heads: int,
+        ff_mult: int | float,
+        context_dim: int | None,
+        linear_attn: bool = False,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        attention = LinearAttention if linear_attn else Attention
+        self.attn = attention(
+            dim, dim_head=dim_head, heads=heads, context_dim=context_dim, dtype=dtype, rngs=rngs
+        )
+        self.ff = FeedForward(dim, ff_mult, dtype=dtype, rngs=rngs)
+
+
+class Transformer(nnx.Module):
+    """A stack of transformer layers over the pixels of a feature map.
+
+    Reference `TransformerBlock`, and `LinearAttentionTransformerBlock` with `linear_attn`.
+    """
+
+    def __init__(self, dim: int, *, depth: int, linear_attn: bool = False, **layer):
+        self.linear_attn = linear_attn
+        self.layers = nnx.List(
+            TransformerLayer(dim, linear_attn=linear_attn, **layer) for _ in range(depth)
+        )
+
+    def project_context(self, tokens: Tokens) -> list[KeyValue]:
+        return [layer.attn.project_context(tokens) for layer in self.layers]
+
+    def __call__(
+        self,
+        x: Float[Array, "b h w c"],
+        tokens: Tokens | None = None,
+        text: list[KeyValue] | None = None,
+        *,
+        key: PRNGKey | None = None,
+    ) -> Float[Array, "b h w c"]:
+        shape = x.shape
+        texts = [None] * len(self.layers) if text is None else text
+        for i, (layer, layer_text) in enumerate(zip(self.layers, texts, strict=True)):
+            if self.linear_attn:
+                layer_key = None if key is None else jax.random.fold_in(key, i)
+                x = layer.attn(x, tokens, layer_text, key=layer_key) + x
+            else:
+                pixels = rearrange(x, "b h w c -> b (h w) c")
+                x = (layer.attn(pixels, tokens, layer_text) + pixels).reshape(shape)
+            x = layer.ff(x) + x
+        return x
+
+
+class PerceiverLayer(nnx.Module):
+    """Latents attend to the text and to themselves, then a feed-forward; both with residuals."""
+
+    def __init__(self, dim: int, *, dim_head: int, heads: int, dtype: DTypeLike, rngs: nnx.Rngs):
+        inner = heads * dim_head
+        self.heads = heads
+        self.norm = affine_layer_norm(dim, dtype=dtype, rngs=rngs)
+        self.norm_latents = affine_layer_norm(dim, dtype=dtype, rngs=rngs)
+        self.to_q = linear(dim, inner, use_bias=False, dtype=dtype, rngs=rngs)
+        self.to_kv = linear(dim, 2 * inner, use_bias=False, dtype=dtype, rngs=rngs)
+        self.qk_norm = QKNorm(dim_head, rngs=rngs)
+        self.to_out = linear(inner, dim, use_bias=False, dtype=dtype, rngs=rngs)
+        self.norm_out = affine_layer_norm(dim, dtype=dtype, rngs=rngs)
+        self.ff = FeedForward(dim, 4.0, dtype=dtype, rngs=rngs)
+
+    def __call__(self, latents: Tokens, x: Float[Array, "b l d"]) -> Tokens:
+        y = self.norm_latents(latents)
+        q = rearrange(self.to_q(y), "b p (n k) -> b p n k", n=self.heads)
+        k, v = split_kv(self.to_kv(jnp.concatenate([self.norm(x), y], axis=1)), self.heads)
+        latents = self.norm_out(self.to_out(attend(*self.qk_norm(q, k), v))) + latents
+        return self.ff(latents) + latents
+
+
+class PerceiverResampler(nnx.Module):
+    """Pools a text to a fixed number of tokens: learned latents and four made of its mean.
+
+    Positions are added for the attention only; the mean is taken over all places, padded ones
+    (which hold null embeddings) included, as in the reference.
+    """
+
+    MEAN_LATENTS = 4
+    MAX_LENGTH = 512
+    DEPTH = 2
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        dim_head: int,
+        heads: int,
+        num_latents: int,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        self.pos_emb = nnx.Param(jax.random.normal(rngs.params(), (self.MAX_LENGTH, dim)))
+        self.latents = nnx.Param(jax.random.normal(rngs.params(), (num_latents, dim)))
+        self.mean_norm = LayerNorm(dim, rngs=rngs)
+        self.to_mean_latents = linear(dim, dim * self.MEAN_LATENTS, dtype=dtype, rngs=rngs)
+        self.layers = nnx.List(
+            PerceiverLayer(dim, dim_head=dim_head, heads=heads, dtype=dtype, rngs=rngs)
+            for _ in range(self.DEPTH)
+        )
+
+    def __call__(self, x: Float[Array, "b l d"]) -> Tokens:
+        b, length, d = x.shape
+        mean = self.to_mean_latents(self.mean_norm(jnp.mean(x, axis=1)))
+        learned = jnp.broadcast_to(self.latents[...].astype(x.dtype), (b, *self.latents.shape))
+        latents = jnp.concatenate([mean.reshape(b, self.MEAN_LATENTS, d), learned], axis=1)
+        x = x + self.pos_emb[...][:length].astype(x.dtype)
+        for layer in self.layers:
+            latents = layer(latents, x)
+        return latents

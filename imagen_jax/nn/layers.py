@@ -1,0 +1,236 @@
+"""Primitives of the U-Net: PyTorch's initialisation, the reference's norms and resamplings.
+
+Parameters are float32; `dtype` is what a layer computes in. Norms take their statistics in
+float32 and cast back.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from imagen_jax.types import AnyArray, PRNGKey
+
+torch_kernel_init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+"""U(-1/sqrt(fan_in), 1/sqrt(fan_in)), what `torch.nn.Linear` and `Conv2d` start from."""
+
+
+def torch_bias_init(fan_in: int):
+    """The bias of a PyTorch layer starts within the bound of its kernel."""
+    bound = 1 / math.sqrt(fan_in)
+
+    def init(key, shape, dtype=jnp.float32, out_sharding=None):
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+def linear(
+    c_in: int, c_out: int, *, use_bias: bool = True, dtype: DTypeLike, rngs: nnx.Rngs
+) -> nnx.Linear:
+    """`torch.nn.Linear`, its kernel stored as (c_in, c_out)."""
+    return nnx.Linear(
+        c_in,
+        c_out,
+        use_bias=use_bias,
+        kernel_init=torch_kernel_init,
+        bias_init=torch_bias_init(c_in),
+        dtype=dtype,
+        rngs=rngs,
+    )
+
+
+def conv(
+    c_in: int,
+    c_out: int,
+    size: int,
+    *,
+    stride: int = 1,
+    groups: int = 1,
+    use_bias: bool = True,
+    kernel_init=torch_kernel_init,
+    bias_init=None,
+    dtype: DTypeLike,
+    rngs: nnx.Rngs,
+) -> nnx.Conv:
+    """`torch.nn.Conv2d` with (size - stride) // 2 zeros around: same size, or half at stride 2."""
+    pad = (size - stride) // 2
+    return nnx.Conv(
+        c_in,
+        c_out,
+        (size, size),
+        strides=stride,
+        padding=((pad, pad), (pad, pad)),
+        feature_group_count=groups,
+        use_bias=use_bias,
+        kernel_init=kernel_init,
+        bias_init=bias_init or torch_bias_init(c_in // groups * size * size),
+        dtype=dtype,
+        rngs=rngs,
+    )
+
+
+def l2norm(x: Float[Array, "*s d"]) -> Float[Array, "*s d"]:
+    """Unit length along the last axis; a norm below 1e-12 counts as 1e-12, as in torch."""
+    x32 = x.astype(jnp.float32)
+    # The square is bounded rather than the root, whose gradient at zero would be infinite.
+    square = jnp.maximum(jnp.sum(x32 * x32, axis=-1, keepdims=True), 1e-24)
+    return (x32 * jax.lax.rsqrt(square)).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """x / ||x|| * sqrt(c) * gamma over the channels (reference `ChanRMSNorm`)."""
+
+    def __init__(self, dim: int, *, rngs: nnx.Rngs):
+        self.gamma = nnx.Param(jnp.ones((dim,)))
+
+    def __call__(self, x: Float[Array, "*s c"]) -> Float[Array, "*s c"]:
+        gain = self.gamma[...] * math.sqrt(x.shape[-1])
+        return l2norm(x) * gain.astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm with a gain and no bias (reference `LayerNorm` and `ChanLayerNorm`).
+
+    Its eps is 1e-5 in every dtype. The reference takes 1e-3 in half precision, where it computes
+    the variance in half precision too; ours is float32.
+    """
+
+    def __init__(self, dim: int, *, rngs: nnx.Rngs):
+        self.g = nnx.Param(jnp.ones((dim,)))
+
+    def __call__(self, x: Float[Array, "*s c"]) -> Float[Array, "*s c"]:
+        x32 = x.astype(jnp.float32)
+        centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        variance = jnp.mean(centred * centred, axis=-1, keepdims=True)
+        return (centred * jax.lax.rsqrt(variance + 1e-5) * self.g[...]).astype(x.dtype)
+
+
+def affine_layer_norm(dim: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """`torch.nn.LayerNorm`: a gain and a bias."""
+    return nnx.LayerNorm(dim, epsilon=1e-5, use_fast_variance=False, dtype=dtype, rngs=rngs)
+
+
+def block_norm(kind: str, dim: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Module:
+    """The norm of a convolution block: "rms", or the "group" (8) of the reference before 2.0."""
+    if kind == "rms":
+        return RMSNorm(dim, rngs=rngs)
+    return nnx.GroupNorm(
+        dim, num_groups=8, epsilon=1e-5, use_fast_variance=False, dtype=dtype, rngs=rngs
+    )
+
+
+class FourierFeatures(nnx.Module):
+    """A scalar as [x, sin(2 pi w x), cos(2 pi w x)] with learned frequencies w, in float32.
+
+    Reference `LearnedSinusoidalPosEmb`. Log-SNRs reach 30: half precision would lose the phase.
+    """
+
+    def __init__(self, dim: int, *, rngs: nnx.Rngs):
+        self.weights = nnx.Param(jax.random.normal(rngs.params(), (dim // 2,)))
+
+    def __call__(self, x: Float[AnyArray, "b"]) -> Float[Array, "b d"]:
+        x = jnp.asarray(x, jnp.float32)[:, None]
+        angles = x * self.weights[...] * 2 * math.pi
+        return jnp.concatenate([x, jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+class CrossEmbed(nnx.Module):
+    """Convolutions of several kernel sizes side by side (reference `CrossEmbedLayer`).
+
+    From the smallest kernel on, each gets half the channels of the one before; the last the rest.
+    """
+
+    def __init__(
+        self,
+        c_in: int,
+        c_out: int,
+        kernel_sizes: tuple[int, ...],
+        *,
+        stride: int,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        sizes = sorted(kernel_sizes)
+        widths = [c_out // 2**i for i in range(1, len(sizes))]
+        widths.append(c_out - sum(widths))
+        self.convs = nnx.List(
+            conv(c_in, width, size, stride=stride, dtype=dtype, rngs=rngs)
+            for size, width in zip(sizes, widths, strict=True)
+        )
+
+    def __call__(self, x: Float[Array, "b h w c_in"]) -> Float[Array, "b h2 w2 c_out"]:
+        return jnp.concatenate([conv(x) for conv in self.convs], axis=-1)
+
+
+class PixelUnshuffle(nnx.Module):
+    """Halves the resolution: every 2 x 2 pixels become channels, then a 1 x 1 convolution.
+
+    Reference `Downsample`. Channels are ordered (c, row, column): a sharded channel axis must not
+    get a leading factor of 2.
+    """
+
+    def __init__(self, c_in: int, c_out: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.conv = conv(4 * c_in, c_out, 1, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b h w c_in"]) -> Float[Array, "b h2 w2 c_out"]:
+        return self.conv(rearrange(x, "b (h i) (w j) c -> b h w (c i j)", i=2, j=2))
+
+
+class PixelShuffle(nnx.Module):
+    """Doubles the resolution: 1 x 1 convolution, SiLU, then 4 channels become 2 x 2 pixels.
+
+    Reference `PixelShuffleUpsample`, with its start from four equal copies (no checkerboard).
+    """
+
+    def __init__(self, c_in: int, c_out: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        def four_copies(key, shape, dtype=jnp.float32, out_sharding=None):
+            quarter = nnx.initializers.he_uniform()(key, (*shape[:-1], c_out), dtype)
+            return jnp.repeat(quarter, 4, axis=-1)
+
+        self.conv = conv(
+            c_in,
+            4 * c_out,
+            1,
+            kernel_init=four_copies,
+            bias_init=nnx.initializers.zeros_init(),
+            dtype=dtype,
+            rngs=rngs,
+        )
+
+    def __call__(self, x: Float[Array, "b h w c_in"]) -> Float[Array, "b h2 w2 c_out"]:
+        x = nnx.silu(self.conv(x))
+        return rearrange(x, "b h w (c i j) -> b (h i) (w j) c", i=2, j=2)
+
+
+class NearestUpsample(nnx.Module):
+    """Doubles the resolution by repeating pixels, then a 3 x 3 convolution."""
+
+    def __init__(self, c_in: int, c_out: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.project = conv(c_in, c_out, 3, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b h w c_in"]) -> Float[Array, "b h2 w2 c_out"]:
+        return self.project(jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2))
+
+
+class ConvPair(nnx.Module):
+    """A 3 x 3 and a 1 x 1 convolution, summed: the last level's step down (`Parallel`)."""
+
+    def __init__(self, c_in: int, c_out: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.wide = conv(c_in, c_out, 3, dtype=dtype, rngs=rngs)
+        self.point = conv(c_in, c_out, 1, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b h w c_in"]) -> Float[Array, "b h w c_out"]:
+        return self.wide(x) + self.point(x)
+
+
+def dropout(x: Float[Array, "*s"], rate: float, key: PRNGKey | None) -> Float[Array, "*s"]:
+    """Zeroes entries with probability `rate` and scales up the others; the identity without key."""
+    if key is None:
+        return x
+    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(keep, x / (1 - rate), 0)

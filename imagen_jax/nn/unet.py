@@ -1,0 +1,499 @@
+"""The U-Net of Imagen (Saharia et al., 2022) as imagen-pytorch 2.1.0 builds it.
+
+A picture and a noise level go in, a prediction of the picture's shape comes out; which quantity
+it predicts is the diffusion's business. Four kinds of conditioning meet here:
+
+    time          Fourier features of the log-SNR -> a vector `t` and a few tokens
+    low-res time  the same again for the noise level of the low-resolution picture
+    text          embeddings -> Perceiver -> 36 tokens, and their mean -> added to `t`
+    pictures      concatenated to the input: [cond_images, x, self_cond, lowres_cond_img]
+
+`t` scales and shifts every residual block, the tokens are attended to. What depends on the text
+alone is computed by `encode_text` once, and serves every step of a sampler (`text_cond=`). Where
+`text_cond` has g rows for each picture (with and without text, for guidance), the picture passes
+the first convolution once and is repeated g times.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from imagen_jax.config import UnetConfig
+from imagen_jax.nn.attention import KeyValue, PerceiverResampler, Transformer
+from imagen_jax.nn.blocks import ConvBlock, ResnetBlock
+from imagen_jax.nn.layers import (
+    ConvPair,
+    CrossEmbed,
+    FourierFeatures,
+    NearestUpsample,
+    PixelShuffle,
+    PixelUnshuffle,
+    affine_layer_norm,
+    conv,
+    linear,
+)
+from imagen_jax.resize import resize
+from imagen_jax.types import (
+    AnyArray,
+    Image,
+    KeepMask,
+    LogSNR,
+    Params,
+    PRNGKey,
+    TextEmbeds,
+    TextMask,
+)
+
+
+class TextCond(NamedTuple):
+    """Everything a U-Net derives from a text, independent of picture and time.
+
+    `hiddens` is added to `t`; the rest are keys and values for each attention layer that sees
+    the text, arranged as the layers are. Rows are texts: b, or g * b for g per picture.
+    """
+
+    hiddens: Float[Array, "b k"]
+    downs: list[tuple[KeyValue | None, list[KeyValue] | None]]
+    mids: list[KeyValue]
+    ups: list[tuple[KeyValue | None, list[KeyValue] | None]]
+
+
+class TimeEmbedding(nnx.Module):
+    """A log-SNR as a conditioning vector and as tokens."""
+
+    def __init__(self, config: UnetConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        features, width = config.learned_sinu_pos_emb_dim, config.time_cond_dim
+        self.tokens = config.num_time_tokens
+        self.fourier = FourierFeatures(features, rngs=rngs)
+        self.to_hiddens = linear(features + 1, width, dtype=dtype, rngs=rngs)
+        self.to_cond = linear(width, width, dtype=dtype, rngs=rngs)
+        self.to_tokens = linear(width, config.token_dim * self.tokens, dtype=dtype, rngs=rngs)
+
+    def __call__(self, log_snr: LogSNR) -> tuple[Float[Array, "b k"], Float[Array, "b r d"]]:
+        hiddens = nnx.silu(self.to_hiddens(self.fourier(log_snr)))
+        tokens = self.to_tokens(hiddens)
+        return self.to_cond(hiddens), tokens.reshape(tokens.shape[0], self.tokens, -1)
+
+
+class TextEmbedding(nnx.Module):
+    """The mean of the text tokens as a conditioning vector (`to_text_non_attn_cond`)."""
+
+    def __init__(self, c_in: int, c_out: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.norm = affine_layer_norm(c_in, dtype=dtype, rngs=rngs)
+        self.expand = linear(c_in, c_out, dtype=dtype, rngs=rngs)
+        self.project = linear(c_out, c_out, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b d"]) -> Float[Array, "b k"]:
+        return self.project(nnx.silu(self.expand(self.norm(x))))
+
+
+class Level(nnx.Module):
+    """One resolution on the way down or up: residual blocks, then attention.
+
+    `before` and `after` change the resolution; which of them exist depends on the direction and
+    on `memory_efficient`, where the way down halves first.
+    """
+
+    def __init__(self, *, before=None, init_block, resnets, attn=None, after=None):
+        self.before = before
+        self.init_block = init_block
+        self.resnets = nnx.List(resnets)
+        self.attn = attn
+        self.after = after
+
+    def project_context(self, tokens: Array) -> tuple[KeyValue | None, list[KeyValue] | None]:
+        attn = None if self.attn is None else self.attn.project_context(tokens)
+        return self.init_block.project_context(tokens), attn
+
+
+class Unet(nnx.Module):
+    """The U-Net of one stage. `config` says what it is, `dtype` what it computes in.
+
+    `remat` names a policy of `jax.checkpoint_policies`, say "nothing_saveable": every residual
+    block and transformer is then recomputed in the backward pass except what the policy saves.
+    """
+
+    def __init__(
+        self,
+        config: UnetConfig,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        remat: str | None = None,
+        rngs: nnx.Rngs,
+    ):
+        if remat is not None and not hasattr(jax.checkpoint_policies, remat):
+            raise ValueError(f"remat = {remat!r} is no policy of jax.checkpoint_policies.")
+        self.config, self.dtype, self.remat = config, dtype, remat
+        make = dict(dtype=dtype, rngs=rngs)
+        cond = dict(time_cond_dim=config.time_cond_dim, norm=config.norm, **make)
+
+        c_in = config.channels * (1 + config.lowres_cond + config.self_cond)
+        c_in += config.cond_images_channels
+        if config.init_cross_embed:
+            sizes = config.init_cross_embed_kernel_sizes
+            self.init_conv = CrossEmbed(c_in, config.first_dim, sizes, stride=1, **make)
+        else:
+            self.init_conv = conv(c_in, config.first_dim, config.init_conv_kernel_size, **make)
+
+        self.time = TimeEmbedding(config, **make)
+        self.lowres_time = TimeEmbedding(config, **make) if config.lowres_cond else None
+        self._make_text(config, **make)
+
+        self.init_resnet_block = (
+            ResnetBlock(*[config.first_dim] * 2, use_gca=config.use_global_context_attn, **cond)
+            if config.memory_efficient
+            else None
+        )
+        self.downs = nnx.List(self._down(config, i, cond, make) for i in range(_depth(config)))
+        mid = config.dims[-1]
+        # As in the reference, the cross-attention here has 8 heads of 64 whatever the config says.
+        self.mid_block1 = ResnetBlock(mid, mid, cond_dim=config.token_dim, **cond)
+        depth = config.layer_mid_attns_depth if config.attend_at_middle else 0
+        self.mid_attn = (
+            Transformer(mid, depth=depth, ff_mult=2.0, context_dim=None, **_heads(config), **make)
+            if depth
+            else None
+        )
+        self.mid_block2 = ResnetBlock(mid, mid, cond_dim=config.token_dim, **cond)
+        self.ups = nnx.List(
+            self._up(config, i, cond, make) for i in reversed(range(_depth(config)))
+        )
+        self._make_final(config, cond, make)
+
+    def _make_text(self, config: UnetConfig, **make) -> None:
+        """Unconditional U-Nets hold the null embeddings and the pool too, as the reference's."""
+        width = config.token_dim
+        shape = (1, config.max_text_len, width)
+        self.null_text_embed = nnx.Param(jax.random.normal(make["rngs"].params(), shape))
+        shape = (1, config.time_cond_dim)
+        self.null_text_hidden = nnx.Param(jax.random.normal(make["rngs"].params(), shape))
+        self.norm_cond = affine_layer_norm(width, **make)
+        latents, text = config.attn_pool_num_latents, config.cond_on_text
+        self.attn_pool = (
+            PerceiverResampler(width, num_latents=latents, **_heads(config), **make)
+            if config.attn_pool_text
+            else None
+        )
+        self.text_to_cond = linear(config.text_embed_dim, width, **make) if text else None
+        self.text_embedding = TextEmbedding(width, config.time_cond_dim, **make) if text else None
+
+    @staticmethod
+    def _blocks(config: UnetConfig, i: int, c_in: int, c_out: int, cond: dict, make: dict) -> dict:
+        """Residual blocks and attention of level `i`, in either direction."""
+        linear_cross = config.levels("use_linear_cross_attn")[i]
+        attends = config.levels("layer_cross_attns")[i] or linear_cross
+        full, linear_attn = (config.levels(f)[i] for f in ("layer_attns", "use_linear_attn"))
+        attn = None
+        if full or linear_attn:
+            attn = Transformer(
+                c_out,
+                depth=config.levels("layer_attns_depth")[i],
+                linear_attn=not full,
+                ff_mult=config.ff_mult,
+                context_dim=config.token_dim,
+                **_heads(config),
+                **make,
+            )
+        init_block = ResnetBlock(
+            c_in,
+            c_out,
+            cond_dim=config.token_dim if attends else None,
+            linear_attn=linear_cross,
+            **_heads(config),
+            **cond,
+        )
+        resnets = [
+            ResnetBlock(c_in, c_out, use_gca=config.use_global_context_attn, **cond)
+            for _ in range(config.levels("num_resnet_blocks")[i])
+        ]
+        return dict(init_block=init_block, resnets=resnets, attn=attn)
+
+    def _down(self, config: UnetConfig, i: int, cond: dict, make: dict) -> Level:
+        c_in, c_out = config.dims[i : i + 2]
+        if config.cross_embed_downsample:
+            sizes = config.cross_embed_downsample_kernel_sizes
+            halve = functools.partial(CrossEmbed, kernel_sizes=sizes, stride=2)
+        else:
+            halve = PixelUnshuffle
+        if config.memory_efficient:
+            before = halve(c_in, c_out, **make)
+            return Level(before=before, **self._blocks(config, i, c_out, c_out, cond, make))
+        blocks = self._blocks(config, i, c_in, c_in, cond, make)
+        last = i == _depth(config) - 1
+        return Level(after=(ConvPair if last else halve)(c_in, c_out, **make), **blocks)
+
+    def _up(self, config: UnetConfig, i: int, cond: dict, make: dict) -> Level:
+        c_out, c_in = config.dims[i : i + 2]
+        skip = c_in if config.memory_efficient else c_out
+        blocks = self._blocks(config, i, c_in + skip, c_in, cond, make)
+        double = PixelShuffle if config.pixel_shuffle_upsample else NearestUpsample
+        stays = i == 0 and not config.memory_efficient
+        return Level(after=None if stays else double(c_in, c_out, **make), **blocks)
+
+    def _make_final(self, config: UnetConfig, cond: dict, make: dict) -> None:
+        dim, combine = config.dim, config.combine_upsample_fmaps
+        self.upsample_combiner = (
+            nnx.List(
+                ConvBlock(c_in, dim, norm=config.norm, **make) for c_in in reversed(config.dims[1:])
+            )
+            if combine
+            else None
+        )
+        width = dim * (1 + combine * _depth(config) + config.init_conv_to_final_conv_residual)
+        self.final_res_block = (
+            ResnetBlock(width, dim, use_gca=True, **cond) if config.final_resnet_block else None
+        )
+        width = (dim if config.final_resnet_block else width) + config.channels * config.lowres_cond
+        zeros = nnx.initializers.zeros_init()
+        size = config.final_conv_kernel_size
+        self.final_conv = conv(
+            width, config.out_channels, size, kernel_init=zeros, bias_init=zeros, **make
+        )
+
+    def encode_text(
+        self, text_embeds: TextEmbeds, text_mask: TextMask | None = None, *, keep_mask: KeepMask
+    ) -> TextCond:
+        """What the text contributes at every step, `keep_mask` false meaning without text.
+
+        Texts are cut at `max_text_len`, or filled up to it. Places without text hold the learned
+        null embedding of their position; with no `text_mask` they stay zero, as in the reference.
+        """
+        if text_embeds.shape[-1] != self.config.text_embed_dim:
+            raise ValueError(
+                f"text_embeds are {text_embeds.shape[-1]} wide; this U-Net was made for "
+                f"text_embed_dim = {self.config.text_embed_dim}."
+            )
+        length = self.config.max_text_len
+        tokens = self.text_to_cond(jnp.asarray(text_embeds))[:, :length]
+        missing = length - tokens.shape[1]
+        tokens = jnp.pad(tokens, ((0, 0), (0, missing), (0, 0)))
+        keep = jnp.asarray(keep_mask)[:, None]
+        keep_token = keep
+        if text_mask is not None:
+            mask = jnp.pad(jnp.asarray(text_mask)[:, :length], ((0, 0), (0, missing)))
+            keep_token = mask & keep
+        null = self.null_text_embed[...].astype(tokens.dtype)
+        tokens = jnp.where(keep_token[..., None], tokens, null)
+        if self.attn_pool is not None:
+            tokens = self.attn_pool(tokens)
+        hiddens = self.text_embedding(jnp.mean(tokens, axis=1))
+        hiddens = jnp.where(keep, hiddens, self.null_text_hidden[...].astype(hiddens.dtype))
+        tokens = self.norm_cond(tokens)
+        return TextCond(
+            hiddens=hiddens,
+            downs=[level.project_context(tokens) for level in self.downs],
+            mids=[block.project_context(tokens) for block in (self.mid_block1, self.mid_block2)],
+            ups=[level.project_context(tokens) for level in self.ups],
+        )
+
+    def __call__(
+        self,
+        x: Image,
+        time: LogSNR,
+        *,
+        text_embeds: TextEmbeds | None = None,
+        text_mask: TextMask | None = None,
+        text_cond: TextCond | None = None,
+        lowres_cond_img: Image | None = None,
+        lowres_noise_times: LogSNR | None = None,
+        cond_images: Float[AnyArray, "b h3 w3 c3"] | None = None,
+        self_cond: Image | None = None,
+        cond_drop_prob: float = 0.0,
+        keep_mask: KeepMask | None = None,
+        key: PRNGKey | None = None,
+    ) -> Float[Array, "b2 h w c_out"]:
+        """Predicts noise, v or the picture from a noisy picture `x` in [-1, 1] at log-SNR `time`.
+
+        Text comes as `text_embeds` or, prepared by `encode_text`, as `text_cond`. Texts drop out
+        with `cond_drop_prob` (drawn from `key`), or where `keep_mask` is false. `key` also turns
+        on the dropout of linear attention. `lowres_noise_times` is a log-SNR as well.
+        Raises ValueError for missing or unexpected inputs.
+        """
+        config = self.config
+        if text_embeds is not None and text_cond is None and config.cond_on_text:
+            keep_mask = _keep_mask(x.shape[0], cond_drop_prob, keep_mask, key)
+            text_cond = self.encode_text(text_embeds, text_mask, keep_mask=keep_mask)
+        x = self._inputs(x, lowres_cond_img, cond_images, self_cond)
+        residual = x = self.init_conv(x)
+
+        t, tokens = self.time(time)
+        if self.lowres_time is not None:
+            lowres_t, lowres_tokens = self.lowres_time(lowres_noise_times)
+            t, tokens = t + lowres_t, jnp.concatenate([tokens, lowres_tokens], axis=1)
+        tokens = self.norm_cond(tokens)
+        if text_cond is not None:
+            copies = text_cond.hiddens.shape[0] // x.shape[0]
+            repeat = functools.partial(jnp.repeat, repeats=copies, axis=0)
+            if copies > 1:
+                t, tokens, x = repeat(t), repeat(tokens), repeat(x)
+                residual = x
+                lowres_cond_img = None if lowres_cond_img is None else repeat(lowres_cond_img)
+            t = t + text_cond.hiddens
+        return self._trunk(x, t, tokens, text_cond, residual, lowres_cond_img, key)
+
+    def _inputs(
+        self,
+        x: Image,
+        lowres: Image | None,
+        cond_images: Float[AnyArray, "b h3 w3 c3"] | None,
+        self_cond: Image | None,
+    ) -> Float[Array, "b h w c_in"]:
+        """The channels of the first convolution, in the reference's order."""
+        config = self.config
+        if config.lowres_cond != (lowres is not None):
+            wants = "needs" if config.lowres_cond else "has no use for"
+            raise ValueError(f"this U-Net {wants} lowres_cond_img and lowres_noise_times.")
+        if (config.cond_images_channels > 0) != (cond_images is not None):
+            raise ValueError(
+                f"cond_images are {'missing' if cond_images is None else 'given'}; this U-Net "
+                f"has cond_images_channels = {config.cond_images_channels}."
+            )
+        if x.shape[-1] != config.channels:
+            raise ValueError(f"x has {x.shape[-1]} channels, this U-Net {config.channels}.")
+        if any(size % config.downsampling for size in x.shape[1:3]):
+            raise ValueError(
+                f"x is {x.shape[1]} x {x.shape[2]} pixels; this U-Net needs multiples of "
+                f"{config.downsampling}."
+            )
+        parts = [x]
+        if config.self_cond:
+            parts.append(jnp.zeros_like(x) if self_cond is None else self_cond)
+        if lowres is not None:
+            parts.append(lowres)
+        if cond_images is not None:
+            if cond_images.shape[-1] != config.cond_images_channels:
+                raise ValueError(
+                    f"cond_images have {cond_images.shape[-1]} channels; this U-Net was made "
+                    f"for cond_images_channels = {config.cond_images_channels}."
+                )
+            cond_images = jnp.asarray(cond_images)
+            parts.insert(0, resize(cond_images, x.shape[1], mode=config.resize_mode))
+        return jnp.concatenate([jnp.asarray(part, self.dtype) for part in parts], axis=-1)
+
+    def _trunk(
+        self,
+        x: Array,
+        t: Array,
+        tokens: Array,
+        text: TextCond | None,
+        residual: Array,
+        lowres: Array | None,
+        key: PRNGKey | None,
+    ) -> Array:
+        """From the first convolution's output to the prediction."""
+        config, run = self.config, self._run
+        n = len(self.downs)
+        none = [(None, None)] * n
+        text_downs, text_ups = (none, none) if text is None else (text.downs, text.ups)
+        text_mid1, text_mid2 = (None, None) if text is None else text.mids
+        keys = [None] * (2 * n) if key is None else list(jax.random.split(key, 2 * n))
+        skip_scale = 2**-0.5 if config.scale_skip_connection else 1.0
+
+        if self.init_resnet_block is not None:
+            x = run(self.init_resnet_block, x, t)
+        skips = []
+        for level, (text_init, text_attn), level_key in zip(
+            self.downs, text_downs, keys[:n], strict=True
+        ):
+            x = x if level.before is None else level.before(x)
+            x = run(level.init_block, x, t, tokens, text_init)
+            for block in level.resnets:
+                x = run(block, x, t)
+                skips.append(x)
+            if level.attn is not None:
+                x = run(level.attn, x, tokens, text_attn, key=level_key)
+            skips.append(x)
+            x = x if level.after is None else level.after(x)
+
+        x = run(self.mid_block1, x, t, tokens, text_mid1)
+        x = x if self.mid_attn is None else run(self.mid_attn, x)
+        x = run(self.mid_block2, x, t, tokens, text_mid2)
+
+        def with_skip(x):
+            return jnp.concatenate([x, skips.pop() * skip_scale], axis=-1)
+
+        features = []
+        for level, (text_init, text_attn), level_key in zip(
+            self.ups, text_ups, keys[n:], strict=True
+        ):
+            x = run(level.init_block, with_skip(x), t, tokens, text_init)
+            for block in level.resnets:
+                x = run(block, with_skip(x), t)
+            if level.attn is not None:
+                x = run(level.attn, x, tokens, text_attn, key=level_key)
+            features.append(x)
+            x = x if level.after is None else level.after(x)
+
+        if self.upsample_combiner is not None:
+            size = x.shape[1]
+            combined = [
+                block(resize(feature, size))
+                for block, feature in zip(self.upsample_combiner, features, strict=True)
+            ]
+            x = jnp.concatenate([x, *combined], axis=-1)
+        if config.init_conv_to_final_conv_residual:
+            x = jnp.concatenate([x, residual], axis=-1)
+        if self.final_res_block is not None:
+            x = run(self.final_res_block, x, t)
+        if lowres is not None:
+            x = jnp.concatenate([x, jnp.asarray(lowres, x.dtype)], axis=-1)
+        return self.final_conv(x)
+
+    def _run(self, block: nnx.Module, *args, **kwargs) -> Array:
+        if self.remat is None:
+            return block(*args, **kwargs)
+        policy = getattr(jax.checkpoint_policies, self.remat)
+        return jax.checkpoint(lambda *a, **k: block(*a, **k), policy=policy)(*args, **kwargs)
+
+
+class NullUnet(nnx.Module):
+    """Holds the base's place in a cascade that only enlarges; it can do nothing (`NullUnet`)."""
+
+    def __init__(self, *, rngs: nnx.Rngs | None = None):
+        self.dummy_parameter = nnx.Param(jnp.zeros((1,)))
+
+
+def _depth(config: UnetConfig) -> int:
+    return len(config.dim_mults)
+
+
+def _heads(config: UnetConfig) -> dict[str, int]:
+    return dict(dim_head=config.attn_dim_head, heads=config.attn_heads)
+
+
+def _keep_mask(
+    b: int, cond_drop_prob: float, keep_mask: AnyArray | None, key: PRNGKey | None
+) -> Array:
+    """Which rows keep their text."""
+    if keep_mask is not None:
+        return jnp.asarray(keep_mask)
+    if cond_drop_prob in (0.0, 1.0):
+        return jnp.full((b,), cond_drop_prob == 0.0)
+    if key is None:
+        raise ValueError(f"cond_drop_prob = {cond_drop_prob} needs a key or a keep_mask.")
+    return jax.random.bernoulli(jax.random.fold_in(key, 0), 1 - cond_drop_prob, (b,))
+
+
+@functools.lru_cache(maxsize=64)
+def abstract(config: UnetConfig, dtype=jnp.float32, remat: str | None = None):
+    """(graph, parameters as ShapeDtypeStructs in a pure dict) of a U-Net, nothing allocated."""
+    module = nnx.eval_shape(lambda: Unet(config, dtype=dtype, remat=remat, rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(module)
+    return graph, nnx.to_pure_dict(state)
+
+
+def init_params(config: UnetConfig, key: PRNGKey) -> Params:
+    """Fresh parameters as a pure dict. Run it under `jax.jit`, with shardings where there are."""
+    return nnx.to_pure_dict(nnx.split(Unet(config, rngs=nnx.Rngs(params=key)))[1])
+
+
+def bind(
+    config: UnetConfig, params: Params, *, dtype: DTypeLike = jnp.float32, remat: str | None = None
+) -> Unet:
+    """The U-Net of these parameters, as a callable; cheap, also inside a traced function."""
+    return nnx.merge(abstract(config, dtype, remat)[0], params)

@@ -1,0 +1,390 @@
+"""One stage of the cascade as pure functions: its training loss and its sampling programs.
+
+A stage's pictures are [0, 1] outside and [-1, 1] inside (`auto_normalize_img`). Networks enter as
+callables with the signature of `nn.Unet`; the theory only ever sees the closure
+
+    denoise(x_t, log_snr, x0_previous=None) -> network output, guidance applied
+
+Randomness comes from one key, or is given: `Draws` for the loss, a sequence of noises for sampling.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from imagen_jax import nn
+from imagen_jax.config import ImagenConfig, StageConfig
+from imagen_jax.diffusion import guidance, losses, process, samplers, schedules
+from imagen_jax.resize import resize
+from imagen_jax.types import AnyArray, Image, KeepMask, Params, PRNGKey, TextEmbeds, TextMask
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Draws:
+    """The random draws of a training loss, each given here or, where None, drawn from the key.
+
+    Sampling takes one NHWC sequence of noises per stage instead (`Imagen.sample`).
+    """
+
+    times: Float[AnyArray, "b"] | None = None
+    """Diffusion times in [0, 1]."""
+    noise: Image | None = None
+    """Of the picture, before cropping."""
+    lowres_times: Float[AnyArray, "b"] | None = None
+    """Times of the low-resolution augmentation, in [0, 1]."""
+    lowres_noise: Image | None = None
+    """Of the low-resolution picture, after cropping."""
+    keep_mask: KeepMask | None = None
+    crop: Int[AnyArray, "b 2"] | None = None
+    """Top and left pixel of each crop."""
+    self_cond: Bool[AnyArray, ""] | None = None
+    """Whether this batch conditions on its own prediction."""
+
+
+def to_float(images: AnyArray) -> Array:
+    """uint8 becomes [0, 1]; floats stay."""
+    images = jnp.asarray(images)
+    return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
+
+
+def normalize(config: ImagenConfig, images: Array) -> Array:
+    """[0, 1] -> [-1, 1], where the configuration asks for it."""
+    return images * 2 - 1 if config.auto_normalize_img else images
+
+
+def unnormalize(config: ImagenConfig, images: Array) -> Array:
+    return (images + 1) * 0.5 if config.auto_normalize_img else images
+
+
+def default_text_mask(text_embeds: TextEmbeds, text_masks: TextMask | None) -> TextMask:
+    """True where an embedding is not all zero, unless a mask is given."""
+    return jnp.any(text_embeds != 0, axis=-1) if text_masks is None else jnp.asarray(text_masks)
+
+
+# ---- training
+
+
+def stage_losses(
+    config: ImagenConfig,
+    unet: Callable,
+    images: Image,
+    *,
+    unet_number: int,
+    key: PRNGKey | None = None,
+    draws: Draws | None = None,
+    text_embeds: TextEmbeds | None = None,
+    text_masks: TextMask | None = None,
+    cond_images: Image | None = None,
+) -> tuple[Float[Array, "b"], Float[Array, "b"]]:
+    """Each picture's weighted loss, and the log-SNR it was taken at.
+
+    `images` are square, in [0, 1] or uint8, and at least as large as the stage. Source: the
+    reference's `Imagen.forward` and `p_losses`, with two differences. Self-conditioning leaves the
+    target alone (there it replaces x_0 by the prediction), and conditions on x_0 whatever the
+    objective. `cond_images` are cropped with the picture.
+    """
+    stage = config.stage(unet_number)
+    draws = Draws() if draws is None else draws
+    images = to_float(images)
+    check_images(config, stage, images)
+    draw = _Drawer(key)
+    b = images.shape[0]
+
+    times = draw("times", draws.times, lambda k: jax.random.uniform(k, (b,)))
+    log_snr = schedules.log_snr(jnp.asarray(times), stage.noise_schedule)
+    shape = (b, stage.image_size, stage.image_size, config.channels)
+    noise = draw("noise", draws.noise, lambda k: jax.random.normal(k, shape))
+    x0 = normalize(config, resize(images, stage.image_size, mode=config.resize_mode))
+    lowres = lowres_log_snr = None
+    if stage.previous_image_size is not None:
+        lowres = _lowres_of(config, stage, images)
+        size = b if config.per_sample_random_aug_noise_level else 1
+        lowres_times = draw(
+            "lowres_times", draws.lowres_times, lambda k: jax.random.uniform(k, (size,))
+        )
+        lowres_times = jnp.broadcast_to(jnp.asarray(lowres_times), (b,))
+        lowres_log_snr = schedules.log_snr(lowres_times, config.lowres_noise_schedule)
+    if cond_images is not None:
+        cond_images = to_float(cond_images)
+
+    if stage.random_crop_size is not None:
+        room = stage.image_size - stage.random_crop_size
+        corner = draw("crop", draws.crop, lambda k: jax.random.randint(k, (b, 2), 0, room + 1))
+        crop = functools.partial(_crop, corner=corner, size=stage.random_crop_size)
+        x0, noise, lowres = crop(x0), crop(jnp.asarray(noise)), crop(lowres)
+        if cond_images is not None:
+            mode = stage.unet.resize_mode
+            cond_images = crop(resize(cond_images, stage.image_size, mode=mode))
+    if lowres is not None:
+        lowres_noise = draw(
+            "lowres_noise", draws.lowres_noise, lambda k: jax.random.normal(k, lowres.shape)
+        )
+        lowres = process.q_sample(lowres, lowres_log_snr, jnp.asarray(lowres_noise))
+
+    keep = None
+    if text_embeds is not None:
+        text_masks = default_text_mask(text_embeds, text_masks)
+        keep = draw(
+            "keep_mask",
+            draws.keep_mask,
+            lambda k: jax.random.bernoulli(k, 1 - config.cond_drop_prob, (b,)),
+        )
+    predict = functools.partial(
+        unet,
+        text_embeds=text_embeds,
+        text_mask=text_masks,
+        keep_mask=keep,
+        lowres_cond_img=lowres,
+        lowres_noise_times=lowres_log_snr,
+        cond_images=cond_images,
+        key=draw.optional("dropout"),
+    )
+    x_t = process.q_sample(x0, log_snr, noise)
+    if stage.unet.self_cond:
+        coin = draw("self_cond", draws.self_cond, lambda k: jax.random.bernoulli(k))
+
+        def own_prediction():
+            output = jax.lax.stop_gradient(predict(x_t, log_snr)).astype(x_t.dtype)
+            return process.predict_x0(x_t, output, log_snr, stage.pred_objective)
+
+        x0_previous = jax.lax.cond(coin, own_prediction, lambda: jnp.zeros_like(x_t))
+        predict = functools.partial(predict, self_cond=x0_previous)
+    target = process.target(x0, noise, log_snr, stage.pred_objective)
+    weight = losses.min_snr_weight(log_snr, stage.pred_objective, stage.min_snr_gamma)
+    return losses.per_sample(predict(x_t, log_snr), target, config.loss_type) * weight, log_snr
+
+
+class _Drawer:
+    """Draws by name: each name has a key of its own, so giving one draw leaves the others alone."""
+
+    NAMES = (
+        "times",
+        "noise",
+        "lowres_times",
+        "lowres_noise",
+        "keep_mask",
+        "crop",
+        "self_cond",
+        "dropout",
+    )
+
+    def __init__(self, key: PRNGKey | None):
+        keys = [None] * len(self.NAMES) if key is None else jax.random.split(key, len(self.NAMES))
+        self.keys = dict(zip(self.NAMES, keys, strict=True))
+
+    def __call__(self, name: str, given, make):
+        if given is not None:
+            return given
+        if self.keys[name] is None:
+            raise ValueError(f"the loss needs a key, or draws with {name}.")
+        return make(self.keys[name])
+
+    def optional(self, name: str) -> PRNGKey | None:
+        return self.keys[name]
+
+
+def check_images(config: ImagenConfig, stage: StageConfig, images: Array) -> None:
+    """Raises ValueError for pictures that the stage cannot be trained on."""
+    if images.ndim != 4 or images.shape[1] != images.shape[2]:
+        raise ValueError(f"images must be square, (b, size, size, c); got {images.shape}.")
+    if images.shape[-1] != config.channels:
+        raise ValueError(f"images have {images.shape[-1]} channels, the cascade {config.channels}.")
+    if images.shape[1] < stage.image_size:
+        raise ValueError(
+            f"images are {images.shape[1]} pixels wide; U-Net {stage.unet_number} is trained on "
+            f"{stage.image_size}: smaller pictures would be enlarged, not learned."
+        )
+
+
+def _lowres_of(config: ImagenConfig, stage: StageConfig, images: Array) -> Array:
+    """The picture at the previous stage's size, enlarged again, in [-1, 1]."""
+    clamp = (0.0 if config.auto_normalize_img else -1.0, 1.0)
+    small = resize(images, stage.previous_image_size, mode=config.resize_mode, clamp=clamp)
+    large = resize(small, stage.image_size, mode=config.resize_mode, clamp=clamp)
+    return normalize(config, large)
+
+
+def _crop(images: Array, *, corner: Array, size: int) -> Array:
+    def one(image, corner):
+        start = (corner[0], corner[1], 0)
+        return jax.lax.dynamic_slice(image, start, (size, size, image.shape[-1]))
+
+    return jax.vmap(one)(images, jnp.asarray(corner))
+
+
+# ---- sampling
+
+
+class Conditioning(NamedTuple):
+    """What a stage's network is told at every step, prepared once."""
+
+    text: nn.TextCond | None
+    lowres: Array | None
+    lowres_log_snr: Array | None
+    cond_images: Array | None
+    inpaint: samplers.Inpaint | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+    """What a stage's compiled programs are made for; everything else about sampling is data."""
+
+    config: ImagenConfig
+    unet_number: int
+    dtype: DTypeLike
+    guided: bool
+    remove_parallel_component: bool = True
+    sampler: Literal["ancestral", "ddim"] = "ancestral"
+    inpaint_variance: Literal["exact", "reference"] = "exact"
+
+    @property
+    def stage(self) -> StageConfig:
+        return self.config.stage(self.unet_number)
+
+
+class Guidance(NamedTuple):
+    """Numbers that may change from call to call without another compilation."""
+
+    cond_scale: Array
+    keep_parallel_frac: Array
+    percentile: Array
+    eta: Array
+
+
+@functools.partial(jax.jit, static_argnames=("program", "batch_size"))
+def start(
+    params: Params,
+    *,
+    program: Program,
+    batch_size: int,
+    key: PRNGKey | None = None,
+    noises: Float[Array, "count b h w c"] | None = None,
+    text_embeds: TextEmbeds | None = None,
+    text_masks: TextMask | None = None,
+    previous: Image | None = None,
+    lowres_noise_level: Float[Array, ""] | None = None,
+    cond_images: Image | None = None,
+    init_images: Image | None = None,
+    inpaint_images: Image | None = None,
+    inpaint_masks: Bool[Array, "b h w"] | None = None,
+    resample_times: Int[Array, ""] | None = None,
+) -> tuple[samplers.Carry, Conditioning]:
+    """The noise a stage begins with and what its network is told; pictures in [0, 1].
+
+    With guidance the text conditioning has two rows a picture: with the text and without.
+    """
+    config, stage = program.config, program.stage
+    size, b = stage.image_size, batch_size
+    shape = (b, size, size, config.channels)
+    lowres_key, init_key = (None, None) if key is None else _stage_keys(key)[:2]
+    fit = functools.partial(resize, size=size, mode=config.resize_mode)
+
+    text = None
+    if text_embeds is not None:
+        unet = nn.bind(stage.unet, params, dtype=program.dtype)
+        keep = jnp.ones(b, bool)
+        if program.guided:
+            keep = jnp.tile(jnp.array([True, False]), b)
+            text_embeds, text_masks = (jnp.repeat(a, 2, axis=0) for a in (text_embeds, text_masks))
+        text = unet.encode_text(text_embeds, text_masks, keep_mask=keep)
+
+    lowres = lowres_log_snr = None
+    if previous is not None:
+        level = jnp.full((b,), lowres_noise_level)
+        lowres_log_snr = schedules.log_snr(level, config.lowres_noise_schedule)
+        noise = jax.random.normal(lowres_key, shape) if noises is None else noises[0]
+        lowres = process.q_sample(normalize(config, fit(previous)), lowres_log_snr, noise)
+
+    x = jax.random.normal(init_key, shape) if noises is None else noises[int(lowres is not None)]
+    if init_images is not None:
+        # The picture is resized in [-1, 1] and added, as the reference does.
+        x = x + fit(normalize(config, to_float(init_images)))
+    inpaint = None
+    if inpaint_images is not None:
+        masks = fit(jnp.asarray(inpaint_masks, jnp.float32)[..., None]) > 0
+        known = fit(normalize(config, to_float(inpaint_images)))
+        inpaint = samplers.Inpaint(known, masks, resample_times)
+    cond_images = None if cond_images is None else to_float(cond_images)
+    conditioning = Conditioning(text, lowres, lowres_log_snr, cond_images, inpaint)
+    return samplers.Carry(x, jnp.zeros_like(x)), conditioning
+
+
+@functools.partial(jax.jit, static_argnames="program", donate_argnames="carry")
+def advance(
+    params: Params,
+    carry: samplers.Carry,
+    conditioning: Conditioning,
+    numbers: Guidance,
+    grid: samplers.Grid,
+    first: Int[Array, ""],
+    last: Int[Array, ""],
+    *,
+    program: Program,
+    key: PRNGKey | None = None,
+    noises: Float[Array, "count b h w c"] | None = None,
+) -> samplers.Carry:
+    """Steps `first` up to `last` (excluded) of the grid."""
+    stage = program.stage
+    step = samplers.ancestral
+    if program.sampler == "ddim":
+        step = functools.partial(samplers.ddim, eta=numbers.eta)
+    return samplers.run_slice(
+        denoiser(nn.bind(stage.unet, params, dtype=program.dtype), conditioning, numbers, program),
+        carry,
+        grid,
+        first,
+        last,
+        objective=stage.pred_objective,
+        step=step,
+        percentile=numbers.percentile if stage.dynamic_thresholding else None,
+        self_cond=stage.unet.self_cond,
+        inpaint=conditioning.inpaint,
+        variance=program.inpaint_variance,
+        key=None if key is None else _stage_keys(key)[2],
+        noises=None if noises is None else noises[1 + (conditioning.lowres is not None) :],
+    )
+
+
+def denoiser(
+    unet: Callable, conditioning: Conditioning, numbers: Guidance, program: Program
+) -> Callable:
+    """The closure that the samplers see: both halves of the guidance in one batch."""
+    told = dict(
+        text_cond=conditioning.text,
+        lowres_cond_img=conditioning.lowres,
+        lowres_noise_times=conditioning.lowres_log_snr,
+        cond_images=conditioning.cond_images,
+    )
+
+    def denoise(x_t, log_snr, x0_previous=None):
+        output = unet(x_t, log_snr, self_cond=x0_previous, **told).astype(jnp.float32)
+        if not program.guided:
+            return output
+        pairs = output.reshape(-1, 2, *output.shape[1:])
+        return guidance.guide(
+            pairs[:, 0],
+            pairs[:, 1],
+            numbers.cond_scale,
+            remove_parallel_component=program.remove_parallel_component,
+            keep_parallel_frac=numbers.keep_parallel_frac,
+        )
+
+    return denoise
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def finish(carry: samplers.Carry, conditioning: Conditioning, *, config: ImagenConfig) -> Image:
+    """The finished pictures in [0, 1]."""
+    return unnormalize(config, samplers.finish(carry.x, conditioning.inpaint))
+
+
+def _stage_keys(key: PRNGKey) -> Array:
+    """Keys of the low-resolution noise, the initial noise and the steps."""
+    return jax.random.split(key, 3)
