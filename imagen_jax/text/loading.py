@@ -1,0 +1,218 @@
+"""A Hugging Face T5 folder, or a name on the hub, to the parameters of our encoder.
+
+The correspondence of names is the table `_TABLE`. Tensors are read one at a time, cast on the
+host and put on the device, so that the peak is the model in its final dtype and one tensor. All
+that does not fit is gathered and raised once.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from jax.typing import DTypeLike
+from safetensors import SafetensorError, safe_open
+
+from imagen_jax.interop.torch_file import read_torch_file
+from imagen_jax.text.t5 import T5Config, abstract_encoder
+from imagen_jax.types import Params
+
+# Name in the checkpoint -> path in our parameters, and whether the matrix is transposed
+# (torch keeps (out, in)). A full T5 names its table `shared`, some encoders only `embed_tokens`.
+_ATTENTION = r"encoder\.block\.(\d+)\.layer\.0\."
+_FEED_FORWARD = r"encoder\.block\.(\d+)\.layer\.1\."
+_TABLE: tuple[tuple[str, str, bool], ...] = (
+    (r"(?:shared|encoder\.embed_tokens)\.weight", "embedding", False),
+    (
+        r"encoder\.block\.0\.layer\.0\.SelfAttention\.relative_attention_bias\.weight",
+        "position_bias",
+        False,
+    ),
+    (_ATTENTION + r"layer_norm\.weight", r"blocks/\1/attention_norm/scale", False),
+    (_ATTENTION + r"SelfAttention\.([qkvo])\.weight", r"blocks/\1/attention/\2/kernel", True),
+    (_FEED_FORWARD + r"layer_norm\.weight", r"blocks/\1/feed_forward_norm/scale", False),
+    (
+        _FEED_FORWARD + r"DenseReluDense\.(wi|wi_0|wi_1|wo)\.weight",
+        r"blocks/\1/feed_forward/\2/kernel",
+        True,
+    ),
+    (r"encoder\.final_layer_norm\.weight", "norm/scale", False),
+)
+_IGNORED = r"decoder\..*|lm_head\..*"  # the other half of a full T5
+
+_WEIGHTS = (
+    ("model.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
+
+
+def find_folder(name_or_folder: str | Path) -> Path:
+    """A folder as it is; a name such as `google/t5-v1_1-base` through the hub's local cache.
+
+    Downloads what the encoder needs if the cache lacks it. Raises ValueError with one line if the
+    name is neither, or the hub cannot be reached.
+    """
+    folder = Path(name_or_folder).expanduser()
+    if folder.is_dir():
+        return folder
+    name = str(name_or_folder)
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
+        raise ValueError(f"text encoder {name!r}: no such folder.")
+
+    from huggingface_hub import snapshot_download
+
+    try:
+        cached = _cached(name)
+        if cached is not None:
+            return cached
+        # One format only: the repositories hold the same weights several times over.
+        for weights in ("model*.safetensors", "pytorch_model*.bin"):
+            patterns = ["*.json", "spiece.model", weights]
+            folder = Path(snapshot_download(name, allow_patterns=patterns))
+            if weight_files(folder):
+                return folder
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"text encoder {name!r} is no folder here, is not in the Hugging Face cache and could "
+            f"not be downloaded: {reason}"
+        ) from error
+    raise ValueError(f"text encoder {name!r} has neither safetensors nor .bin weights on the hub.")
+
+
+def _cached(name: str) -> Path | None:
+    """The hub's local snapshot, if all that the encoder needs is in it."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(name, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    try:
+        complete = (folder / "config.json").is_file() and weight_files(folder)
+    except ValueError:  # an index whose shards were not all fetched
+        return None
+    return folder if complete else None
+
+
+def read_config(folder: Path) -> T5Config:
+    """Raises ValueError that names the file."""
+    path = folder / "config.json"
+    try:
+        return T5Config.from_dict(_read_json(path))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def load_params(folder: Path, config: T5Config, *, dtype: DTypeLike = jnp.float32) -> Params:
+    """The encoder's weights in `dtype`, by name, strictly.
+
+    Raises ValueError with all missing, unknown and misshapen names.
+    """
+    files = weight_files(folder)
+    if not files:
+        raise ValueError(
+            f"{folder} has no T5 weights: neither {' nor '.join(one for one, _ in _WEIGHTS)} "
+            "nor an index of shards."
+        )
+    shapes = traverse_util.flatten_dict(abstract_encoder(config)[1])
+    paths = {"/".join(map(str, path)): path for path in shapes}
+    loaded: dict[tuple[Any, ...], Any] = {}
+    unknown, misshapen = [], []
+    for file in files:
+        for name, read in _tensors(file):
+            if re.fullmatch(_IGNORED, name):
+                continue
+            target, transpose = _translate(name)
+            if target not in paths:
+                unknown.append(name)
+                continue
+            path = paths[target]
+            if path in loaded:
+                continue  # the table under its second name
+            tensor = read()
+            tensor = tensor.T if transpose else tensor
+            if tensor.shape != shapes[path].shape:
+                misshapen.append(f"{name} (is {tensor.shape}, must be {shapes[path].shape})")
+                loaded[path] = None
+                continue
+            kept = stored_dtype(path, dtype)
+            loaded[path] = jnp.asarray(np.array(tensor, dtype=kept, order="C"))
+    missing = [name for name, path in paths.items() if path not in loaded]
+    problems = [
+        f"{label} {len(names)}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+        for label, names in (("missing", missing), ("unknown", unknown), ("misshapen", misshapen))
+        if names
+    ]
+    if problems:
+        raise ValueError(f"{folder} does not fit its config.json. {'; '.join(problems)}.")
+    return traverse_util.unflatten_dict({path: loaded[path] for path in shapes})
+
+
+def stored_dtype(path: tuple[Any, ...], dtype: DTypeLike) -> DTypeLike:
+    """The dtype of the parameter at `path` in an encoder of `dtype`.
+
+    Norm scales and the position bias stay float32 (they are used so and are tiny); so does `wo` in
+    float16, see `FeedForward`.
+    """
+    wide = path[-1] in ("scale", "position_bias") or (dtype == jnp.float16 and "wo" in path)
+    return jnp.float32 if wide else dtype
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights, safetensors before `.bin`; none if there are none.
+
+    Raises ValueError if an index names a shard that is not there.
+    """
+    for single, index in _WEIGHTS:
+        if (folder / single).is_file():
+            return [folder / single]
+        if (folder / index).is_file():
+            try:
+                shards = sorted(set(_read_json(folder / index)["weight_map"].values()))
+            except (KeyError, AttributeError) as error:
+                raise ValueError(f"{folder / index} has no weight_map.") from error
+            absent = [shard for shard in shards if not (folder / shard).is_file()]
+            if absent:
+                raise ValueError(f"{folder / index} names files that are missing: {absent}.")
+            return [folder / shard for shard in shards]
+    return []
+
+
+def _tensors(file: Path) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
+    """Names, and a function that reads the tensor: what is not wanted is never read."""
+    if file.suffix != ".safetensors":
+        state = read_torch_file(file)
+        if not isinstance(state, dict):
+            raise ValueError(f"{file} holds a {type(state).__name__}, not named tensors.")
+        for name, tensor in state.items():
+            yield name, lambda tensor=tensor: tensor
+        return
+    try:
+        with safe_open(file, "np") as tensors:
+            for name in tensors.keys():
+                yield name, lambda name=name: tensors.get_tensor(name)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is no readable safetensors file: {error}") from error
+
+
+def _translate(name: str) -> tuple[str | None, bool]:
+    for pattern, target, transpose in _TABLE:
+        match = re.fullmatch(pattern, name)
+        if match:
+            return match.expand(target), transpose
+    return None, False
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} does not exist.") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error

@@ -1,0 +1,87 @@
+"""Captions to token ids, with the 32,100 pieces of T5's vocabulary.
+
+The vocabulary is shipped (`assets/`), so that no download stands before the first picture. The
+`tokenizers` library reads it in milliseconds, where importing all of transformers takes seconds.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int32
+from tokenizers import Tokenizer
+
+MAX_LENGTH = 256
+"""Tokens of a caption, as in the reference."""
+
+_BUNDLED = Path(__file__).parent / "assets" / "tokenizer.json"
+_T5_SPIECE_SHA256 = "d60acb128cf7b7f2536e8f38a5b18a05535c9e14c7a355904270e15b0945ea86"
+
+
+def load_tokenizer(folder: str | Path | None = None) -> Tokenizer:
+    """The tokenizer of a Hugging Face folder; the bundled one where there is none, or no folder.
+
+    Google's folders of v1.1 hold only `spiece.model`. T5's own is known by its checksum and needs
+    nothing; another one is converted by transformers, which needs sentencepiece and protobuf.
+    """
+    path, spiece = _BUNDLED, None
+    if folder is not None:
+        own = Path(folder) / "tokenizer.json"
+        spiece = Path(folder) / "spiece.model"
+        if own.is_file():
+            path = own
+        elif spiece.is_file() and _sha256(spiece) != _T5_SPIECE_SHA256:
+            return _convert(spiece)
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"{path} is no tokenizer that can be read: {error}") from error
+    return _plain(tokenizer)
+
+
+def tokenize(
+    tokenizer: Tokenizer, texts: Sequence[str], *, max_length: int = MAX_LENGTH
+) -> Int32[np.ndarray, "b {max_length}"]:
+    """Token ids, padded with 0; a longer caption is cut and still ends with the end token.
+
+    Raises ValueError that names a caption without text, counted from 1.
+    """
+    if isinstance(texts, str):
+        raise ValueError(f"texts must be a list of captions, not one string: {texts[:40]!r}.")
+    if max_length < 1:
+        raise ValueError(f"max_length = {max_length} must be positive.")
+    tokens = np.zeros((len(texts), max_length), np.int32)
+    for i, text in enumerate(texts):
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"caption {i + 1} of {len(texts)} is empty: {text!r}.")
+        # One by one: the library's own batching starts threads, which do not survive a fork.
+        ids = tokenizer.encode(text).ids
+        if len(ids) > max_length:
+            ids = ids[: max_length - 1] + ids[-1:]
+        tokens[i, : len(ids)] = ids
+    return tokens
+
+
+def _convert(spiece: Path) -> Tokenizer:
+    from transformers import AutoTokenizer
+
+    try:
+        return _plain(AutoTokenizer.from_pretrained(spiece.parent).backend_tokenizer)
+    except (ImportError, ValueError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{spiece} could not be converted; `pip install sentencepiece protobuf` may help, or "
+            f"put a tokenizer.json beside it. ({reason})"
+        ) from error
+
+
+def _plain(tokenizer: Tokenizer) -> Tokenizer:
+    """Padding and truncation are ours; a file may bring its own."""
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
