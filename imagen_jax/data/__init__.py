@@ -1,0 +1,31 @@
+"""Captioned pictures, from wherever they lie to numpy batches. Knows neither JAX nor networks.
+
+    source = open_source("bundled", split="train")           # sources.py: what --data accepts
+    batches = make_batches(source, image_size=64, batch_size=32, seed=0, tokenize=tokenize)
+    batch = next(batches)                                     # {"images": uint8, "tokens": int32}
+    batches.position                                          # one integer: start_step of a resume
+
+records.py says what a source is, readers.py reads folders, tar shards and tensorflow-datasets,
+images.py decodes, pipeline.py makes batches, grid.py draws labelled grids of pictures.
+"""
+
+from imagen_jax.data.grid import grid, labelled_grid
+from imagen_jax.data.images import decode, to_pil, to_uint8
+from imagen_jax.data.pipeline import Batches, make_batches
+from imagen_jax.data.records import Record, Source
+from imagen_jax.data.sources import NEW_COMBINATIONS, demo_captions, open_source
+
+__all__ = [
+    "NEW_COMBINATIONS",
+    "Batches",
+    "Record",
+    "Source",
+    "decode",
+    "demo_captions",
+    "grid",
+    "labelled_grid",
+    "make_batches",
+    "open_source",
+    "to_pil",
+    "to_uint8",
+]

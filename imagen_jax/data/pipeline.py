@@ -1,0 +1,255 @@
+"""Batches from a source: decoded, cropped, shuffled, in an order that is a function of the step.
+
+Batch k holds the records order[k·b], ..., order[k·b + b - 1] of an endless order in which every
+epoch is another permutation, fixed by the seed. Nothing else enters, so the position is one
+integer, the number of threads or worker processes changes nothing, and one process of many reads
+contiguous `rows` of the same global batch. A record that cannot be used is replaced by the next
+good one *of the source*, which keeps batch k a function of k.
+"""
+
+import logging
+import pickle
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import grain.python as grain
+import numpy as np
+from jaxtyping import Float, Int32, UInt8
+
+from imagen_jax.data.images import decode
+from imagen_jax.data.records import Source
+
+logger = logging.getLogger(__name__)
+
+Tokenize = Callable[[list[str]], Int32[np.ndarray, "b l"]]
+Skipped = dict[str, str]  # record key -> why it cannot be used
+
+
+class Example(NamedTuple):
+    """One decoded record; `skipped` are the unusable ones it stands in for."""
+
+    image: UInt8[np.ndarray, "s s c"]
+    caption: str | None
+    embeds: Float[np.ndarray, "l d"] | None
+    skipped: Skipped
+
+
+def make_batches(
+    source: Source,
+    *,
+    image_size: int,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    tokenize: Tokenize | None = None,
+    channels: int = 3,
+    shuffle: bool = True,
+    flip: bool = False,
+    text_len: int = 256,
+    rows: slice | None = None,
+    threads: int = 4,
+    workers: int = 0,
+    cache_bytes: int = 512 * 2**20,
+    on_skip: Callable[[str, str], None] | None = None,
+) -> "Batches":
+    """An endless iterator of batches from step `start_step` on.
+
+    A batch is {"images": uint8 (b, s, s, c)} and, with `tokenize`, "tokens": int32 (b, l); where
+    the source has stored embeddings, "text_embeds": float32 (b, text_len, d) and "text_masks":
+    bool (b, text_len) stand instead, cut or padded with zeros. `rows` is this process's contiguous
+    part of the global batch of `batch_size` rows (default: all).
+
+    `flip` mirrors half of the pictures, wrong where captions speak of left and right. `threads` of
+    this process decode ahead; `workers` processes do it instead where that is not enough (needs a
+    picklable source). Decoded pictures are kept if all of them fit `cache_bytes` (not with
+    workers). `on_skip(key, reason)` is called once per unusable record (default: a logged warning).
+
+    ValueError for arguments out of range and for a source without any usable picture.
+    """
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be in [0, 2**32), got {seed}")
+    for name, value in dict(image_size=image_size, batch_size=batch_size, threads=threads).items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if start_step < 0 or workers < 0:
+        raise ValueError(f"start_step and workers must be >= 0, got {start_step} and {workers}")
+    if channels not in (1, 3, 4):
+        raise ValueError(f"channels must be 1, 3 or 4, got {channels}")
+    own_rows = range(batch_size)[rows or slice(None)]
+    if not own_rows:
+        raise ValueError(f"rows {rows} of a batch of {batch_size} are none")
+
+    fits = len(source) * image_size**2 * channels <= cache_bytes
+    wants_caption = tokenize is not None and not source.has_embeds
+    cache = {} if fits and not workers else None
+    pictures = _Pictures(source, image_size, channels, wants_caption, cache)
+    pictures[0]  # a source without a usable picture says so here and not in a thread
+    order = grain.MapDataset.source(range(len(source))).seed(seed)
+    order = (order.shuffle() if shuffle else order).repeat()
+    flip_seed = seed if flip else None
+    steps = _Steps(pictures, order, batch_size, own_rows, start_step, flip_seed, workers > 0)
+    iterator = _prefetch(grain.MapDataset.source(steps), threads, workers)
+    return Batches(iterator, start_step, tokenize, text_len, on_skip or _warn)
+
+
+class Batches(Iterator[dict[str, np.ndarray]]):
+    """Iterator over batches. `position` is the step of the next one: with it a run goes on.
+
+    `skipped` names the unusable records met so far, with the reason. `close()` ends the threads or
+    worker processes that read ahead; a `with` block does it too.
+    """
+
+    def __init__(
+        self,
+        iterator: grain.DatasetIterator,
+        start_step: int,
+        tokenize: Tokenize | None,
+        text_len: int,
+        on_skip: Callable[[str, str], None],
+    ):
+        self.position = start_step
+        self.skipped: Skipped = {}
+        # grain's iterators complain if they are still alive when the interpreter takes modules
+        # apart, so the only reference is in a list that is emptied at exit, at the latest.
+        self._iterator = [iterator]
+        self._close = weakref.finalize(self, _close, self._iterator)
+        self._tokenize = tokenize
+        self._text_len = text_len
+        self._on_skip = on_skip
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        if not self._iterator:
+            raise ValueError("these batches are closed: make new ones from their position on")
+        step = next(self._iterator[0])
+        images, captions, embeds, skipped = pickle.loads(step) if type(step) is bytes else step
+        self.position += 1
+        for key, reason in skipped.items():
+            if key not in self.skipped:
+                self.skipped[key] = reason
+                self._on_skip(key, reason)
+        batch = {"images": images}
+        if embeds is not None:
+            batch["text_embeds"], batch["text_masks"] = _pad(embeds, self._text_len)
+        elif self._tokenize is not None:
+            batch["tokens"] = self._tokenize(captions)
+        return batch
+
+    def close(self) -> None:
+        self._close()
+
+    def __enter__(self) -> "Batches":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+@dataclass(frozen=True)
+class _Pictures:
+    """Record i decoded, or the next usable one after it. Safe to share between threads."""
+
+    source: Source
+    image_size: int
+    channels: int
+    wants_caption: bool
+    cache: dict[int, Example] | None  # None: decode every time
+    unusable: dict[int, str] = field(default_factory=dict)
+
+    def __getitem__(self, i: int) -> Example:
+        count, skipped = len(self.source), {}
+        if count == 0:
+            raise ValueError(f"{self.source.name}: no records")
+        for j in (k % count for k in range(i, i + count)):
+            if j not in self.unusable:
+                try:
+                    return self._example(j)._replace(skipped=skipped)
+                except ValueError as error:
+                    self.unusable[j] = str(error)
+            skipped[self.source.key(j)] = self.unusable[j]
+        key, reason = next(iter(skipped.items()))
+        raise ValueError(
+            f"{self.source.name}: none of {count} records can be used; the first: {key}: {reason}"
+        )
+
+    def _example(self, i: int) -> Example:
+        if self.cache is not None and i in self.cache:
+            return self.cache[i]
+        record = self.source[i]
+        if self.wants_caption and not record.caption:
+            raise ValueError("no caption" if record.caption is None else "empty caption")
+        image = decode(record.image, image_size=self.image_size, channels=self.channels)
+        example = Example(image, record.caption, record.embeds, {})
+        if self.cache is not None:
+            self.cache[i] = example
+        return example
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """The batches as a random-access sequence, which is what grain reads ahead in."""
+
+    pictures: _Pictures
+    order: grain.MapDataset
+    batch_size: int
+    rows: range
+    start_step: int
+    flip_seed: int | None
+    pickled: bool  # to worker processes' parent as bytes
+
+    def __len__(self) -> int:
+        return sys.maxsize // self.batch_size - self.start_step
+
+    def __getitem__(self, i: int) -> tuple | bytes:
+        first = (self.start_step + i) * self.batch_size
+        examples = [self.pictures[self.order[first + row]] for row in self.rows]
+        images = np.stack([example.image for example in examples])
+        if self.flip_seed is not None:
+            coins = [np.random.default_rng((self.flip_seed, first + row)) for row in self.rows]
+            mirrored = np.array([coin.random() < 0.5 for coin in coins])
+            images[mirrored] = images[mirrored, :, ::-1]
+        embeds = [example.embeds for example in examples]
+        skipped = {key: why for example in examples for key, why in example.skipped.items()}
+        captions = [example.caption for example in examples]
+        step = images, captions, None if embeds[0] is None else embeds, skipped
+        # grain would put arrays into shared memory, and leaks what is under way at the end.
+        return pickle.dumps(step) if self.pickled else step
+
+
+def _prefetch(steps: grain.MapDataset, threads: int, workers: int) -> grain.DatasetIterator:
+    ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
+    if not workers:
+        return iter(steps.to_iter_dataset(ahead))
+    # grain's workers read absl's flags, which a command line that is not absl's never parses.
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+    one = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
+    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+    return iter(steps.to_iter_dataset(one).mp_prefetch(options))
+
+
+def _close(iterator: list[grain.DatasetIterator]) -> None:
+    while iterator:
+        iterator.pop().close()
+
+
+def _pad(embeds: list[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings (l_i, d) to one (b, length, d), with the mask of what is real."""
+    widths = sorted({embed.shape[1] for embed in embeds})
+    if len(widths) > 1:
+        raise ValueError(f"stored embeddings of different widths in one set: {widths}")
+    padded = np.zeros((len(embeds), length, widths[0]), np.float32)
+    mask = np.zeros((len(embeds), length), bool)
+    for i, embed in enumerate(embeds):
+        real = min(length, len(embed))
+        padded[i, :real] = embed[:real]
+        mask[i, :real] = True
+    return padded, mask
+
+
+def _warn(key: str, reason: str) -> None:
+    logger.warning("skipped %s: %s", key, reason)

@@ -1,0 +1,92 @@
+"""A source of pictures: a random-access sequence of records, as bytes, with a fixed held-out part.
+
+Nothing is decoded here. A `Source` is a value: splitting or shortening it gives another view of the
+same records, and it travels to worker processes by pickling, so readers hold no open files.
+"""
+
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+Split = Literal["train", "heldout"]
+
+
+class Record(NamedTuple):
+    """One picture as stored.
+
+    `image` is an encoded file or uint8 pixels (h, w) or (h, w, c); `caption` is None where the
+    source has none; `embeds` is a stored text embedding, float (l, d), or None.
+    """
+
+    key: str
+    image: bytes | np.ndarray
+    caption: str | None
+    embeds: np.ndarray | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """The records `rows` of a set, each read when asked for.
+
+    `read(i)` gives record i of the whole set and raises ValueError, in one line, for a record that
+    is there but damaged; `keys` and `heldout` speak of the whole set too. `has_embeds` says that
+    every record of the set carries a text embedding: it then stands for the caption.
+    """
+
+    name: str
+    keys: Sequence[str]
+    read: Callable[[int], Record]
+    heldout: Bool[np.ndarray, "n"]
+    rows: Int[np.ndarray, "m"]
+    has_embeds: bool = False
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> Record:
+        return self.read(int(self.rows[i]))
+
+    def __iter__(self) -> Iterator[Record]:
+        return (self[i] for i in range(len(self)))
+
+    def key(self, i: int) -> str:
+        """The key of record i, without reading it."""
+        return self.keys[int(self.rows[i])]
+
+    def split(self, which: Split) -> "Source":
+        """The records to learn from, or those kept apart; fixed for a set whatever its order."""
+        if which not in ("train", "heldout"):
+            raise ValueError(f"split must be 'train' or 'heldout', got {which!r}")
+        chosen = self.heldout[self.rows] == (which == "heldout")
+        return replace(self, name=f"{self.name} ({which})", rows=self.rows[chosen])
+
+    def take(self, limit: int) -> "Source":
+        """The first `limit` records, or all of them if there are fewer."""
+        if limit < 1:
+            raise ValueError(f"limit must be at least 1, got {limit}")
+        return replace(self, rows=self.rows[:limit])
+
+    def with_captions(self, captions: Iterable[str]) -> "Source":
+        """The records with these captions, in this order; ValueError names the absent ones.
+
+        Reads the set once: meant for small ones.
+        """
+        wanted = list(captions)
+        found: dict[str | None, int] = {}
+        for i in range(len(self)):
+            found.setdefault(self[i].caption, i)
+        if absent := [caption for caption in wanted if caption not in found]:
+            raise ValueError(f"{self.name}: no picture with the caption {', '.join(absent)}")
+        return replace(self, rows=self.rows[[found[caption] for caption in wanted]])
+
+
+def hashed_heldout(names: Iterable[str], fraction: float) -> Bool[np.ndarray, "n"]:
+    """Mark about `fraction` of the names, each by its own CRC-32: adding others moves none."""
+    if not 0 <= fraction < 1:
+        raise ValueError(f"heldout_fraction must be in [0, 1), got {fraction}")
+    hashes = np.array([zlib.crc32(name.encode()) for name in names], dtype=np.float64)
+    return hashes < fraction * 2**32
