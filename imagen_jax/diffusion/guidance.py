@@ -1,0 +1,105 @@
+"""Classifier-free guidance, and the thresholds that keep a guided x_0 in range.
+
+Guidance combines the network's answers with and without the text, in the network's own
+parameterisation. With u = cond - null,
+
+    plain        null + s u                      = cond + (s - 1) u
+    orthogonal   cond + (s - 1) (u_orth + f u_par)      u_par: u's part along cond, per sample
+
+The orthogonal form is imagen-pytorch 2.1.0's default (2.0.0 had the plain one only); it follows
+Adaptive Projected Guidance, Sadat et al. 2024, applied to the raw output rather than to x_0.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, UInt32
+
+from imagen_jax.diffusion.process import Sample
+from imagen_jax.types import AnyArray
+
+Scale = float | Float[AnyArray, ""] | Float[AnyArray, "b"]
+
+
+def guide(
+    cond: Sample,
+    null: Sample,
+    scale: Scale,
+    *,
+    remove_parallel_component: bool = True,
+    keep_parallel_frac: float | Float[AnyArray, ""] = 0.0,
+) -> Sample:
+    """The guided output; `scale` is one number, or one a sample.
+
+    imagen_pytorch.py, `Unet.forward_with_cond_scale`. `remove_parallel_component=False` is the
+    plain form, and so is `keep_parallel_frac=1`.
+    """
+    scale = jnp.asarray(scale, jnp.float32)
+    scale = scale.reshape(-1, *(1,) * (cond.ndim - 1)) if scale.ndim else scale
+    update = cond - null
+    if remove_parallel_component:
+        parallel, orthogonal = project(update, cond)
+        update = orthogonal + parallel * keep_parallel_frac
+    return cond + update * (scale - 1.0)
+
+
+def project(x: Sample, onto: Sample) -> tuple[Sample, Sample]:
+    """The parts of x parallel and orthogonal to `onto`, each sample as one long vector.
+
+    The reference computes in float64. Here the two sums are dot products in float32, which XLA
+    accumulates blockwise: 1e-7 relative for a 64 to 1024 pixel picture, a plain `sum` being four
+    times slower. `onto` is first scaled by its length (at least 1e-12), so zero projects to zero.
+    """
+    flat, axis = (a.reshape(a.shape[0], -1).astype(jnp.float32) for a in (x, onto))
+    length = jnp.sqrt(_dot(axis, axis))
+    unit = axis / jnp.maximum(length, 1e-12)
+    parallel = _dot(flat, unit) * unit
+    return tuple(part.reshape(x.shape).astype(x.dtype) for part in (parallel, flat - parallel))
+
+
+def static_threshold(x0: Sample) -> Sample:
+    """Clips to [-1, 1]."""
+    return jnp.clip(x0, -1.0, 1.0)
+
+
+def dynamic_threshold(x0: Sample, percentile: float | Float[AnyArray, ""]) -> Sample:
+    """Clips each sample to [-s, s] and divides by s, its |x_0|'s quantile but at least 1.
+
+    Imagen (Saharia et al. 2022), Section 2.3; imagen_pytorch.py, `Imagen.p_mean_variance`.
+    `percentile` is a fraction in [0, 1].
+    """
+    size = jnp.abs(x0).reshape(x0.shape[0], -1)
+    s = jnp.maximum(quantile(size, percentile), 1.0).reshape(-1, *(1,) * (x0.ndim - 1))
+    return jnp.clip(x0, -s, s) / s
+
+
+def quantile(x: Float[AnyArray, "b n"], q: float | Float[AnyArray, ""]) -> Float[Array, "b"]:
+    """The q-quantile of each row of **non-negative** float32s, linear between neighbours.
+
+    Exactly what sorting gives, without the sort: non-negative floats are ordered as their bits
+    are, so 31 counts find the bits of the k-th smallest one by one. XLA sorts slowly on a CPU:
+    measured on two cores, 4 x 64 x 64 x 3 in 0.5 ms for 7.4, 1024 x 1024 x 3 in 32 ms for 763.
+    A row with a NaN that the rank does not reach is ranked with it at the end.
+    """
+    bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+    rank = jnp.asarray(q, jnp.float32) * (x.shape[1] - 1)
+    k = jnp.floor(rank).astype(jnp.int32)
+    below = _kth_smallest(bits, k)
+    through = jnp.sum(bits <= below[:, None], axis=1)
+    beyond = jnp.min(bits, axis=1, where=bits > below[:, None], initial=jnp.uint32(0xFFFFFFFF))
+    above = jnp.where(through > jnp.minimum(k + 1, x.shape[1] - 1), below, beyond)
+    low, high = (lax.bitcast_convert_type(a, jnp.float32) for a in (below, above))
+    return low + (rank - k) * (high - low)
+
+
+def _kth_smallest(bits: UInt32[Array, "b n"], k: Array) -> UInt32[Array, "b"]:
+    """The largest number that at most k of a row lie below, from the highest bit down."""
+
+    def settle(i, found):
+        tried = found | (jnp.uint32(1) << (30 - i).astype(jnp.uint32))
+        return jnp.where(jnp.sum(bits < tried[:, None], axis=1) <= k, tried, found)
+
+    return lax.fori_loop(0, 31, settle, jnp.zeros(bits.shape[0], jnp.uint32))
+
+
+def _dot(x: Float[Array, "b n"], y: Float[Array, "b n"]) -> Float[Array, "b 1"]:
+    return jnp.einsum("bn,bn->b", x, y, precision=lax.Precision.HIGHEST)[:, None]

@@ -1,0 +1,102 @@
+"""Interpolation exactly as torch's `F.interpolate` does it (align_corners off, no antialiasing).
+
+Every mode is separable, and each axis is a small matrix of weights made by NumPy at trace time;
+`nearest` is a gather. `jax.image.resize` differs: its nearest looks at pixel centres and its
+linear and cubic modes antialias when they shrink.
+"""
+
+import functools
+from typing import Literal
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Float, Shaped
+
+from imagen_jax.types import AnyArray
+
+Mode = Literal["nearest", "bilinear", "bicubic", "area"]
+
+
+def resize(
+    image: Shaped[AnyArray, "b h w c"],
+    size: int,
+    *,
+    mode: Mode = "nearest",
+    clamp: tuple[float, float] | None = None,
+) -> Shaped[AnyArray, "b h_out w_out c"]:
+    """The picture at size x size, clipped to `clamp`.
+
+    As in the reference (`resize_image_to`) a picture that is already `size` wide comes back as it
+    is, unclipped. `nearest` takes any dtype, the other modes floats. Raises ValueError for
+    another mode or an empty size.
+    """
+    if size < 1:
+        raise ValueError(f"size = {size} must be positive.")
+    if image.shape[2] == size:
+        return image
+    if mode == "nearest":
+        rows, columns = (nearest_indices(n, size) for n in image.shape[1:3])
+        out = jnp.asarray(image)[:, rows[:, None], columns[None, :]]
+    else:
+        rows, columns = (weights(n, size, mode) for n in image.shape[1:3])
+        out = jnp.einsum("yh,bhwc->bywc", rows, image, precision=lax.Precision.HIGHEST)
+        out = jnp.einsum("xw,bywc->byxc", columns, out, precision=lax.Precision.HIGHEST)
+        out = out.astype(image.dtype)
+    return out if clamp is None else jnp.clip(out, *clamp)
+
+
+def nearest_indices(n_in: int, n_out: int) -> np.ndarray:
+    """floor(i n_in / n_out), with torch's float32 roundings."""
+    scale = np.float32(n_in) / np.float32(n_out)
+    return np.minimum(np.floor(np.arange(n_out, dtype=np.float32) * scale).astype(int), n_in - 1)
+
+
+@functools.cache
+def weights(n_in: int, n_out: int, mode: Mode) -> Float[np.ndarray, "n_out n_in"]:
+    """One axis of `bilinear`, `bicubic` (Keys' kernel with a = -0.75) or `area` as a matrix."""
+    match mode:
+        case "bilinear":
+            return _gather(np.maximum(_centres(n_in, n_out), 0.0), n_in, _linear)
+        case "bicubic":
+            return _gather(_centres(n_in, n_out), n_in, _cubic)
+        case "area":
+            return _area(n_in, n_out)
+    raise ValueError(f"mode = {mode!r} is none of 'nearest', 'bilinear', 'bicubic', 'area'.")
+
+
+def _centres(n_in: int, n_out: int) -> np.ndarray:
+    """Where the centre of each output pixel lies among the input pixels."""
+    scale = np.float32(n_in) / np.float32(n_out)
+    return scale * (np.arange(n_out, dtype=np.float32) + np.float32(0.5)) - np.float32(0.5)
+
+
+def _gather(at: np.ndarray, n_in: int, kernel) -> np.ndarray:
+    """Weights of the kernel's taps around `at`; taps beyond the edge fall on the edge pixel."""
+    first = np.floor(at)
+    matrix = np.zeros((len(at), n_in), np.float32)
+    for tap, weight in kernel(at - first):
+        pixel = np.clip(first + tap, 0, n_in - 1).astype(int)
+        np.add.at(matrix, (np.arange(len(at)), pixel), weight)
+    return matrix
+
+
+def _linear(t: np.ndarray):
+    return (0, 1 - t), (1, t)
+
+
+def _cubic(t: np.ndarray, a: float = -0.75):
+    def near(x):
+        return ((a + 2) * x - (a + 3)) * x * x + 1
+
+    def far(x):
+        return ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+
+    return (-1, far(t + 1)), (0, near(t)), (1, near(1 - t)), (2, far(2 - t))
+
+
+def _area(n_in: int, n_out: int) -> np.ndarray:
+    """Means over [floor(i n_in / n_out), ceil((i + 1) n_in / n_out)): adaptive average pooling."""
+    i, pixel = np.arange(n_out)[:, None], np.arange(n_in)
+    inside = (pixel >= i * n_in // n_out) & (pixel < -(-(i + 1) * n_in // n_out))
+    return (inside / inside.sum(axis=1, keepdims=True)).astype(np.float32)
