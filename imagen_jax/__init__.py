@@ -1,5 +1,6 @@
 """Imagen, the text-to-image cascade, in JAX and Flax."""
 
+from imagen_jax.checkpoint import load, save
 from imagen_jax.config import ImagenConfig, NullUnetConfig, UnetConfig
 from imagen_jax.imagen import Draws, Imagen
 from imagen_jax.nn import NullUnet, Unet
@@ -16,4 +17,6 @@ __all__ = [
     "SRUnet1024",
     "Unet",
     "UnetConfig",
+    "load",
+    "save",
 ]

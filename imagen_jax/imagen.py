@@ -35,7 +35,8 @@ Progress = Callable[[int, int, int], None]
 class Imagen(nnx.Module):
     """A cascade of U-Nets.
 
-    `unets` are the networks of `config.unets`; those not given are initialised from `rngs`.
+    `unets` are the networks of `config.unets`, or are initialised from `rngs`. A `NullUnet` may
+    stand for any of them that is not at hand; it can be neither trained nor sampled from.
     """
 
     def __init__(
@@ -125,7 +126,7 @@ class Imagen(nnx.Module):
         eta: float = 0.0,
         progress: Progress | None = None,
     ):
-        """Draws pictures (reference `sample`): (b, size, size, c) in [0, 1], or lists of PIL images.
+        """Draws pictures, (b, size, size, c) in [0, 1] or lists of PIL images (reference `sample`).
 
         `init_images`, `skip_steps`, `cond_scale` and `timesteps` take one value, or one per U-Net.
         `inpaint_masks` are True where `inpaint_images` are kept. `draws` gives the noises of each
@@ -176,10 +177,12 @@ class Imagen(nnx.Module):
         outputs = []
         for place, number in enumerate(numbers):
             i = number - 1
+            if isinstance(self.unets[i], nn.NullUnet):
+                raise ValueError(f"U-Net {number} has no weights: there is nothing to sample from.")
             program = stages.Program(
                 config=config,
                 unet_number=number,
-                dtype=self.unets[i].dtype if isinstance(self.unets[i], nn.Unet) else jnp.float32,
+                dtype=self.unets[i].dtype,
                 guided=text_embeds is not None and scales[i] != 1,
                 remove_parallel_component=cfg_remove_parallel_component,
                 sampler=sampler,
@@ -230,8 +233,6 @@ def sample_stage(
     **given,
 ) -> Image:
     """Runs one stage: prepares, loops in slices and finishes. `given` goes to `stages.start`."""
-    if isinstance(program.stage.unet, NullUnetConfig):
-        raise ValueError(f"U-Net {program.unet_number} is a NullUnet: nothing to sample from.")
     grid = samplers.make_grid(num_steps, program.stage.noise_schedule, skip_steps=skip_steps)
     total = int(grid.num_steps)
     if noises is not None:
@@ -303,8 +304,7 @@ def _check_unets(config: ImagenConfig, unets: Sequence[nnx.Module]) -> None:
     if len(unets) != len(config.unets):
         raise ValueError(f"{len(unets)} unets for {len(config.unets)} configurations.")
     for number, (unet, wanted) in enumerate(zip(unets, config.unets, strict=True), 1):
-        null = isinstance(wanted, NullUnetConfig)
-        if null != isinstance(unet, nn.NullUnet) or not (null or unet.config == wanted):
+        if not isinstance(unet, nn.NullUnet) and unet.config != wanted:
             raise ValueError(f"U-Net {number} is not the one that its configuration describes.")
 
 

@@ -91,103 +91,94 @@ def stage_losses(
     objective. `cond_images` are cropped with the picture.
     """
     stage = config.stage(unet_number)
-    draws = Draws() if draws is None else draws
     images = to_float(images)
     check_images(config, stage, images)
-    draw = _Drawer(key)
-    b = images.shape[0]
+    draws = complete_draws(config, unet_number, images.shape[0], key, draws)
 
-    times = draw("times", draws.times, lambda k: jax.random.uniform(k, (b,)))
-    log_snr = schedules.log_snr(jnp.asarray(times), stage.noise_schedule)
-    shape = (b, stage.image_size, stage.image_size, config.channels)
-    noise = draw("noise", draws.noise, lambda k: jax.random.normal(k, shape))
+    log_snr = schedules.log_snr(jnp.asarray(draws.times), stage.noise_schedule)
+    noise = jnp.asarray(draws.noise)
     x0 = normalize(config, resize(images, stage.image_size, mode=config.resize_mode))
     lowres = lowres_log_snr = None
     if stage.previous_image_size is not None:
         lowres = _lowres_of(config, stage, images)
-        size = b if config.per_sample_random_aug_noise_level else 1
-        lowres_times = draw(
-            "lowres_times", draws.lowres_times, lambda k: jax.random.uniform(k, (size,))
+        lowres_log_snr = schedules.log_snr(
+            jnp.asarray(draws.lowres_times), config.lowres_noise_schedule
         )
-        lowres_times = jnp.broadcast_to(jnp.asarray(lowres_times), (b,))
-        lowres_log_snr = schedules.log_snr(lowres_times, config.lowres_noise_schedule)
     if cond_images is not None:
         cond_images = to_float(cond_images)
-
-    if stage.random_crop_size is not None:
-        room = stage.image_size - stage.random_crop_size
-        corner = draw("crop", draws.crop, lambda k: jax.random.randint(k, (b, 2), 0, room + 1))
-        crop = functools.partial(_crop, corner=corner, size=stage.random_crop_size)
-        x0, noise, lowres = crop(x0), crop(jnp.asarray(noise)), crop(lowres)
+    if draws.crop is not None:
+        crop = functools.partial(_crop, corner=draws.crop, size=stage.random_crop_size)
+        x0, noise, lowres = crop(x0), crop(noise), crop(lowres)
         if cond_images is not None:
             mode = stage.unet.resize_mode
             cond_images = crop(resize(cond_images, stage.image_size, mode=mode))
     if lowres is not None:
-        lowres_noise = draw(
-            "lowres_noise", draws.lowres_noise, lambda k: jax.random.normal(k, lowres.shape)
-        )
-        lowres = process.q_sample(lowres, lowres_log_snr, jnp.asarray(lowres_noise))
+        lowres = process.q_sample(lowres, lowres_log_snr, jnp.asarray(draws.lowres_noise))
 
-    keep = None
-    if text_embeds is not None:
-        text_masks = default_text_mask(text_embeds, text_masks)
-        keep = draw(
-            "keep_mask",
-            draws.keep_mask,
-            lambda k: jax.random.bernoulli(k, 1 - config.cond_drop_prob, (b,)),
-        )
     predict = functools.partial(
         unet,
         text_embeds=text_embeds,
-        text_mask=text_masks,
-        keep_mask=keep,
+        text_mask=None if text_embeds is None else default_text_mask(text_embeds, text_masks),
+        keep_mask=draws.keep_mask,
         lowres_cond_img=lowres,
         lowres_noise_times=lowres_log_snr,
         cond_images=cond_images,
-        key=draw.optional("dropout"),
+        key=None if key is None else jax.random.fold_in(key, len(dataclasses.fields(Draws))),
     )
     x_t = process.q_sample(x0, log_snr, noise)
     if stage.unet.self_cond:
-        coin = draw("self_cond", draws.self_cond, lambda k: jax.random.bernoulli(k))
 
         def own_prediction():
             output = jax.lax.stop_gradient(predict(x_t, log_snr)).astype(x_t.dtype)
             return process.predict_x0(x_t, output, log_snr, stage.pred_objective)
 
-        x0_previous = jax.lax.cond(coin, own_prediction, lambda: jnp.zeros_like(x_t))
+        x0_previous = jax.lax.cond(draws.self_cond, own_prediction, lambda: jnp.zeros_like(x_t))
         predict = functools.partial(predict, self_cond=x0_previous)
     target = process.target(x0, noise, log_snr, stage.pred_objective)
     weight = losses.min_snr_weight(log_snr, stage.pred_objective, stage.min_snr_gamma)
     return losses.per_sample(predict(x_t, log_snr), target, config.loss_type) * weight, log_snr
 
 
-class _Drawer:
-    """Draws by name: each name has a key of its own, so giving one draw leaves the others alone."""
+def complete_draws(
+    config: ImagenConfig,
+    unet_number: int,
+    batch_size: int,
+    key: PRNGKey | None,
+    draws: Draws | None,
+) -> Draws:
+    """`draws` with everything that the stage needs and they leave open drawn from `key`.
 
-    NAMES = (
-        "times",
-        "noise",
-        "lowres_times",
-        "lowres_noise",
-        "keep_mask",
-        "crop",
-        "self_cond",
-        "dropout",
-    )
+    Every draw has a key of its own, so that giving one leaves the others as they were. All have
+    one row per picture, except the coin. Raises ValueError if something is missing without a key.
+    """
+    stage, b = config.stage(unet_number), batch_size
+    size = stage.image_size
+    wanted = {
+        "times": lambda k: jax.random.uniform(k, (b,)),
+        "noise": lambda k: jax.random.normal(k, (b, size, size, config.channels)),
+    }
+    if stage.previous_image_size is not None:
+        shown = stage.random_crop_size or size
+        times = b if config.per_sample_random_aug_noise_level else 1
+        wanted["lowres_times"] = lambda k: jnp.broadcast_to(jax.random.uniform(k, (times,)), (b,))
+        wanted["lowres_noise"] = lambda k: jax.random.normal(k, (b, shown, shown, config.channels))
+    if stage.random_crop_size is not None:
+        last = size - stage.random_crop_size
+        wanted["crop"] = lambda k: jax.random.randint(k, (b, 2), 0, last + 1)
+    if config.condition_on_text:
+        wanted["keep_mask"] = lambda k: jax.random.bernoulli(k, 1 - config.cond_drop_prob, (b,))
+    if stage.unet.self_cond:
+        wanted["self_cond"] = jax.random.bernoulli
 
-    def __init__(self, key: PRNGKey | None):
-        keys = [None] * len(self.NAMES) if key is None else jax.random.split(key, len(self.NAMES))
-        self.keys = dict(zip(self.NAMES, keys, strict=True))
-
-    def __call__(self, name: str, given, make):
-        if given is not None:
-            return given
-        if self.keys[name] is None:
-            raise ValueError(f"the loss needs a key, or draws with {name}.")
-        return make(self.keys[name])
-
-    def optional(self, name: str) -> PRNGKey | None:
-        return self.keys[name]
+    draws = Draws() if draws is None else draws
+    drawn = {}
+    for i, field in enumerate(dataclasses.fields(Draws)):
+        if field.name not in wanted or getattr(draws, field.name) is not None:
+            continue
+        if key is None:
+            raise ValueError(f"the loss needs a key, or draws with {field.name}.")
+        drawn[field.name] = wanted[field.name](jax.random.fold_in(key, i))
+    return dataclasses.replace(draws, **drawn)
 
 
 def check_images(config: ImagenConfig, stage: StageConfig, images: Array) -> None:
@@ -203,12 +194,20 @@ def check_images(config: ImagenConfig, stage: StageConfig, images: Array) -> Non
         )
 
 
+def shrink(config: ImagenConfig, stage: StageConfig, images: Array) -> Array:
+    """Pictures in [0, 1] at the size of the stage before."""
+    return resize(images, stage.previous_image_size, mode=config.resize_mode, clamp=_range(config))
+
+
 def _lowres_of(config: ImagenConfig, stage: StageConfig, images: Array) -> Array:
-    """The picture at the previous stage's size, enlarged again, in [-1, 1]."""
-    clamp = (0.0 if config.auto_normalize_img else -1.0, 1.0)
-    small = resize(images, stage.previous_image_size, mode=config.resize_mode, clamp=clamp)
-    large = resize(small, stage.image_size, mode=config.resize_mode, clamp=clamp)
+    """The picture shrunk and enlarged again, in [-1, 1]."""
+    small = shrink(config, stage, images)
+    large = resize(small, stage.image_size, mode=config.resize_mode, clamp=_range(config))
     return normalize(config, large)
+
+
+def _range(config: ImagenConfig) -> tuple[float, float]:
+    return (0.0 if config.auto_normalize_img else -1.0, 1.0)
 
 
 def _crop(images: Array, *, corner: Array, size: int) -> Array:

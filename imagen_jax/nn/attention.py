@@ -37,9 +37,15 @@ class KeyValue(NamedTuple):
 def attend(
     q: Float[Array, "b p n k"], k: Float[Array, "b m n2 k"], v: Float[Array, "b m n2 k"]
 ) -> Float[Array, "b p nk"]:
-    """Softmax attention, heads merged; one key head may serve all query heads."""
-    out = jax.nn.dot_product_attention(q, k, v, scale=SCALE)
-    return rearrange(out, "b p n k -> b p (n k)")
+    """Softmax attention, heads merged; one key head may serve all query heads.
+
+    With one key head a head's query is a query like any other: n heads of p queries are p * n
+    queries, which spares the transposes to and from heads.
+    """
+    b, p, n, _ = q.shape
+    if k.shape[2] == 1:
+        q = rearrange(q, "b p n k -> b (p n) 1 k")
+    return jax.nn.dot_product_attention(q, k, v, scale=SCALE).reshape(b, p, -1)
 
 
 def split_kv(kv: Float[Array, "b m nk2"], heads: int) -> KeyValue:

@@ -1,0 +1,204 @@
+"""A run directory: the configuration, and the parameters of each U-Net, through Orbax.
+
+    RUN/config.json          {"imagen": ImagenConfig, "training": {"unet1": ..., ...}}
+    RUN/unet1/STEP/params    online parameters
+    RUN/unet1/STEP/ema       their running average, where training keeps one
+    RUN/unet1/STEP/opt_state, meta    what `--resume` needs besides
+    RUN/metrics.jsonl, RUN/samples/   written by training
+
+Orbax writes a step to a temporary name and renames it when it is whole, so that whatever a crash
+or a full disk leaves behind, the newest whole step is found.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from imagen_jax import nn
+from imagen_jax.config import ImagenConfig, NullUnetConfig
+from imagen_jax.imagen import Imagen
+from imagen_jax.types import Params
+
+Weights = Literal["ema", "online"]
+
+
+def stage_path(run: str | os.PathLike, unet_number: int) -> Path:
+    return Path(run).absolute() / f"unet{unet_number}"
+
+
+def read_config(run: str | os.PathLike) -> ImagenConfig:
+    """The cascade of a run directory. Raises ValueError if there is none."""
+    return ImagenConfig.from_dict(_read_json(run)["imagen"])
+
+
+def write_config(
+    run: str | os.PathLike, config: ImagenConfig, training: Mapping[str, Any] | None = None
+) -> None:
+    """Writes `config.json`, adding `training` (`{"unet1": settings}`) to what stands there.
+
+    A run directory holds one cascade. Raises ValueError, and writes nothing, if it holds another.
+    """
+    path = Path(run) / "config.json"
+    data = {"imagen": config.to_dict(), "training": {}}
+    if path.exists():
+        difference = first_difference(read_config(run), config)
+        if difference:
+            raise ValueError(f"{path} describes another cascade: {difference}.")
+        data["training"] = _read_json(run).get("training", {})
+    data["training"] |= training or {}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(data, indent=2) + "\n")
+    partial.replace(path)
+
+
+def first_difference(there: Any, here: Any, name: str = "") -> str | None:
+    """The first field in which two configurations differ, as `unets.0.dim is 64 there, 32 here`."""
+    if dataclasses.is_dataclass(there) and type(there) is type(here):
+        pairs = [
+            (field.name, getattr(there, field.name), getattr(here, field.name))
+            for field in dataclasses.fields(there)
+        ]
+    elif isinstance(there, tuple) and isinstance(here, tuple) and len(there) == len(here):
+        pairs = [(str(i), *pair) for i, pair in enumerate(zip(there, here, strict=True))]
+    else:
+        return None if there == here else f"{name} is {there!r} there, {here!r} here"
+    for part, a, b in pairs:
+        found = first_difference(a, b, f"{name}.{part}".lstrip("."))
+        if found:
+            return found
+    return None
+
+
+def open_manager(
+    run: str | os.PathLike, unet_number: int, *, keep: int | None = None
+) -> ocp.CheckpointManager:
+    """Orbax's manager of one U-Net's steps, for the one process that writes them.
+
+    Close it, or use it as a context: both wait for the writing to end. Opening it clears away what
+    an interrupted save left behind, so readers use `latest_step` and `restore` instead.
+    """
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+    return ocp.CheckpointManager(stage_path(run, unet_number), options=options)
+
+
+def save_step(
+    manager: ocp.CheckpointManager, step: int, trees: Mapping[str, Any], meta: Mapping[str, Any]
+) -> None:
+    """Begins to write one step; returns when the arrays are copied, not when they are on disk."""
+    items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+    manager.save(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(dict(meta))))
+
+
+def latest_step(run: str | os.PathLike, unet_number: int) -> int | None:
+    """The newest whole step of a U-Net in a run, None if there is none."""
+    path = stage_path(run, unet_number)
+    return max(ocp.utils.checkpoint_steps(path), default=None) if path.is_dir() else None
+
+
+def restore(run: str | os.PathLike, unet_number: int, step: int, item: str, target: Any) -> Any:
+    """One tree of a step, placed as the `ShapeDtypeStruct`s of `target` say.
+
+    Raises ValueError if the step is not there or holds a tree of other shapes.
+    """
+    path = stage_path(run, unet_number) / str(step) / item
+    if not path.is_dir():
+        raise ValueError(f"{path.parents[1]} holds no {item} of step {step}.")
+    with ocp.StandardCheckpointer() as checkpointer:
+        try:
+            return checkpointer.restore(path, target)
+        except (ValueError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"{path} is no checkpoint of this architecture: {reason}") from error
+
+
+def read_meta(run: str | os.PathLike, unet_number: int, step: int) -> dict[str, Any]:
+    """What training wrote beside the arrays of a step."""
+    path = stage_path(run, unet_number) / str(step) / "meta"
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+        return checkpointer.restore(path)
+
+
+def load_params(
+    run: str | os.PathLike,
+    unet_number: int,
+    *,
+    weights: Weights = "ema",
+    step: int | None = None,
+) -> Params | None:
+    """One U-Net's parameters in float32, the newest or those of `step`; None if it has none.
+
+    `ema` means the online parameters where no average was kept (`imagen_jax.save`).
+    """
+    config = read_config(run).stage(unet_number).unet
+    step = latest_step(run, unet_number) if step is None else step
+    if step is None or isinstance(config, NullUnetConfig):
+        return None
+    has_ema = (stage_path(run, unet_number) / str(step) / "ema").is_dir()
+    item = "ema" if weights == "ema" and has_ema else "params"
+    return restore(run, unet_number, step, item, placed(nn.abstract(config)[1]))
+
+
+def placed(tree: Any) -> Any:
+    """The shapes of a tree as a restore target on the default device."""
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
+def load(
+    run: str | os.PathLike,
+    *,
+    weights: Weights = "ema",
+    dtype: DTypeLike = jnp.float32,
+    unet_numbers: Sequence[int] | None = None,
+) -> Imagen:
+    """The cascade of a run directory, with the newest weights of its U-Nets.
+
+    `unet_numbers` chooses which to load. A U-Net that is not loaded, or was never trained, is a
+    `NullUnet`, which `Imagen.sample` refuses. Raises ValueError if `run` holds no cascade.
+    """
+    config = read_config(run)
+    unets = []
+    for number, unet in enumerate(config.unets, 1):
+        wanted = unet_numbers is None or number in unet_numbers
+        params = load_params(run, number, weights=weights) if wanted else None
+        unets.append(nn.NullUnet() if params is None else nn.bind(unet, params, dtype=dtype))
+    return Imagen(config, unets=unets)
+
+
+def save(run: str | os.PathLike, imagen: Imagen, *, step: int = 0) -> None:
+    """Writes configuration and parameters; `load` gives them back.
+
+    Raises ValueError if `run` holds another cascade or this step already.
+    """
+    write_config(run, imagen.config)
+    for number, unet in enumerate(imagen.unets, 1):
+        if isinstance(unet, nn.NullUnet):
+            continue
+        params = nnx.to_pure_dict(nnx.split(unet)[1])
+        with open_manager(run, number) as manager:
+            if step in manager.all_steps():
+                raise ValueError(f"{stage_path(run, number)} already holds step {step}.")
+            save_step(manager, step, {"params": params}, {"step": step})
+
+
+def _read_json(run: str | os.PathLike) -> dict[str, Any]:
+    path = Path(run) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{run} is no run directory: it has no config.json.")
+    try:
+        data = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(data, dict) or "imagen" not in data:
+        raise ValueError(f"{path} has no entry 'imagen'.")
+    return data

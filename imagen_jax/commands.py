@@ -1,0 +1,41 @@
+"""What the command lines share: one clear line for a mistake, and a cache of compiled programs."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+STAGES = {"base": 1, "sr256": 2, "sr1024": 3}
+"""Names of stages, accepted wherever a number is."""
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs a command. A ValueError or OSError is a user's mistake: one line and exit status 1.
+
+    IMAGEN_JAX_TRACEBACK=1 in the environment shows the traceback instead.
+    """
+    use_compilation_cache()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        if os.environ.get("IMAGEN_JAX_TRACEBACK"):
+            raise
+        sys.exit(f"error: {error}")
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs for the next run, unless the environment chose a place already."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        jax.config.update("jax_compilation_cache_dir", str(home / "imagen-jax" / "xla"))
+
+
+def stage_number(stage: str | int) -> int:
+    """1, 2, 3 or base, sr256, sr1024 as a number. Raises ValueError for anything else."""
+    if stage in STAGES:
+        return STAGES[stage]
+    if str(stage).isdecimal() and int(stage) > 0:
+        return int(stage)
+    raise ValueError(f"{stage!r} is no stage: give its number, or one of {', '.join(STAGES)}.")

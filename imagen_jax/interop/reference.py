@@ -1,0 +1,73 @@
+"""imagen-pytorch, the reference, made importable offline and beside a CPU build of torch.
+
+Only the parity tests, the benchmarks and the converter need it. Two things stand in the way of a
+plain import: PyPI's torchvision is built for CUDA and lacks two operators beside a CPU torch, and
+the reference looks up the configuration of a T5 on a model hub while it is being imported.
+"""
+
+import contextlib
+import functools
+import sys
+import warnings
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+from imagen_jax.config import T5_WIDTHS
+
+_NEEDED = (
+    "imagen-pytorch cannot be imported ({}): `make test-env` installs it, or see REFERENCE in the "
+    "Makefile for the packages."
+)
+_libraries: list[Any] = []  # torch forgets a library's operators when the object dies
+
+
+@functools.cache
+def import_imagen_pytorch() -> ModuleType:
+    """The module `imagen_pytorch` (2.1.0).
+
+    Raises ImportError with one line that says what to install. The warnings of its own import
+    (torch.jit, pydantic) are kept quiet.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            _import_torchvision()
+            with _t5_configs_without_a_hub():
+                import imagen_pytorch
+        except ImportError as error:
+            raise ImportError(_NEEDED.format(error)) from error
+    return imagen_pytorch
+
+
+def _import_torchvision() -> None:
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:  # operator torchvision::nms does not exist
+        import torch
+
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _libraries.append(library)
+        for name in [n for n in sys.modules if n.split(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        import torchvision  # noqa: F401
+
+
+@contextlib.contextmanager
+def _t5_configs_without_a_hub() -> Iterator[None]:
+    import transformers
+
+    def from_pretrained(name: str, *_, **__):
+        return transformers.T5Config(d_model=T5_WIDTHS[name])
+
+    original = transformers.T5Config.__dict__.get("from_pretrained")
+    transformers.T5Config.from_pretrained = staticmethod(from_pretrained)
+    try:
+        yield
+    finally:
+        if original is None:
+            del transformers.T5Config.from_pretrained
+        else:
+            transformers.T5Config.from_pretrained = original

@@ -1,0 +1,93 @@
+"""From `--data` to batches on the device: pictures, and the text as the frozen T5 sees it."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+
+from imagen_jax import text
+from imagen_jax.config import ImagenConfig
+from imagen_jax.data import Batches, Source, make_batches, open_source
+from train.settings import Settings
+from train.step import Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Feed:
+    """The pictures of a run, training and held out, and the encoder of their captions."""
+
+    config: ImagenConfig
+    unet_number: int
+    settings: Settings
+    train: Source
+    heldout: Source
+    encoder: text.TextEncoder | None
+
+    @classmethod
+    def open(cls, config: ImagenConfig, unet_number: int, settings: Settings) -> "Feed":
+        """Raises ValueError for data that is not there, or an encoder that does not fit."""
+        source = open_source(settings.data, heldout_fraction=settings.heldout_fraction)
+        train = source.split("train")
+        if settings.captions_from is not None:
+            lines = settings.captions_from.read_text().splitlines()
+            train = train.with_captions([line.strip() for line in lines if line.strip()])
+        if settings.limit is not None:
+            train = train.take(settings.limit)
+        encoder = None
+        if config.condition_on_text and not source.has_embeds:
+            encoder = text.load_encoder(config.text_encoder_name, dtype=settings.compute_dtype)
+            if encoder.width != config.text_embed_dim:
+                raise ValueError(
+                    f"{config.text_encoder_name} has embeddings of {encoder.width}, the cascade "
+                    f"text_embed_dim = {config.text_embed_dim}."
+                )
+        return cls(config, unet_number, settings, train, source.split("heldout"), encoder)
+
+    def batches(
+        self, source: Source, *, start_step: int = 0, shuffle: bool = True, **options
+    ) -> Batches:
+        """Host batches of the global batch size, from `start_step` on."""
+        settings = self.settings
+        return make_batches(
+            source,
+            image_size=self.config.stage(self.unet_number).image_size,
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+            start_step=start_step,
+            tokenize=self._tokenize if self.encoder is not None else None,
+            channels=self.config.channels,
+            shuffle=shuffle,
+            text_len=self.text_len,
+            **options,
+        )
+
+    @property
+    def text_len(self) -> int:
+        """Tokens of a caption: what the U-Net reads, and at most T5's 256."""
+        return min(256, self.config.stage(self.unet_number).unet.max_text_len)
+
+    def _tokenize(self, captions: list[str]):
+        return self.encoder.tokenize(captions, self.text_len)
+
+    def to_device(self, batch: dict) -> Batch:
+        """Pictures stay uint8; tokens become embeddings."""
+        batch = jax.tree.map(jnp.asarray, batch)
+        if not self.config.condition_on_text:
+            return {"images": batch["images"]}
+        if "tokens" in batch:
+            batch["text_embeds"], batch["text_masks"] = self.embed(batch.pop("tokens"))
+        return batch
+
+    def embed(self, tokens):
+        return _encode(self.encoder.params, self.encoder.config, tokens)
+
+    def evaluation(self, source: Source) -> Iterator[Batch]:
+        """The first `eval_batches` batches, always the same."""
+        with self.batches(source, shuffle=False) as batches:
+            for _ in range(self.settings.eval_batches):
+                yield self.to_device(next(batches))
+
+
+_encode = functools.partial(jax.jit, static_argnums=1)(text.encode)

@@ -1,0 +1,105 @@
+"""One optimiser step, and the evaluation: pure functions, each compiled once."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array
+
+from imagen_jax import nn, stages
+from imagen_jax.config import ImagenConfig
+from imagen_jax.diffusion import losses
+from imagen_jax.types import Params, PRNGKey
+from train.optimizer import ema_decay, make_optimizer, update_ema
+from train.settings import Settings
+from train.state import TrainState
+
+LOG_SNR_EDGES = np.arange(-10.0, 10.1, 2.5, dtype=np.float32)
+"""Between them lie the bins of the evaluation; the first and the last are open."""
+
+Batch = dict[str, Array]  # images, and text_embeds with text_masks where there is text
+
+
+def make_train_step(config: ImagenConfig, unet_number: int, settings: Settings) -> Callable:
+    """step(state, batch, key) -> (state, metrics), compiled; the state is donated.
+
+    `key` is the run's: the step folds its own number in, so that a resumed run draws what an
+    uninterrupted one would. With accumulation the draws are those of the whole batch.
+    """
+    optimizer = make_optimizer(settings)
+    loss_fn = _loss(config, unet_number, settings)
+
+    @functools.partial(jax.jit, donate_argnames="state")
+    def train_step(state: TrainState, batch: Batch, key: PRNGKey) -> tuple[TrainState, dict]:
+        key = jax.random.fold_in(key, state.step)
+        size = batch["images"].shape[0]
+        draws = stages.complete_draws(config, unet_number, size, key, None)
+        loss, grads = _accumulated(loss_fn, state.params, batch, draws, key, settings.accumulate)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        state = dataclasses.replace(
+            state,
+            step=state.step + 1,
+            params=params,
+            ema=update_ema(state.ema, params, ema_decay(state.step, settings)),
+            opt_state=opt_state,
+        )
+        return state, {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+
+    return train_step
+
+
+def make_eval_step(config: ImagenConfig, unet_number: int, settings: Settings) -> Callable:
+    """evaluate(params, batch, key) -> (sums, counts) of the loss in the bins of LOG_SNR_EDGES."""
+
+    @jax.jit
+    def evaluate(params: Params, batch: Batch, key: PRNGKey) -> tuple[Array, Array]:
+        unet = nn.bind(config.stage(unet_number).unet, params, dtype=settings.compute_dtype)
+        draws = stages.complete_draws(config, unet_number, batch["images"].shape[0], key, None)
+        loss, log_snr = stages.stage_losses(
+            config, unet, unet_number=unet_number, draws=draws, **batch
+        )
+        return losses.binned(loss, log_snr, LOG_SNR_EDGES)
+
+    return evaluate
+
+
+def _loss(config: ImagenConfig, unet_number: int, settings: Settings) -> Callable:
+    """loss(params, batch, draws, key) -> the mean over the batch."""
+    unet_config = config.stage(unet_number).unet
+
+    def loss(params: Params, batch: Batch, draws: stages.Draws, key: PRNGKey) -> Array:
+        unet = nn.bind(unet_config, params, dtype=settings.compute_dtype, remat=settings.remat)
+        per_picture, _ = stages.stage_losses(
+            config, unet, unet_number=unet_number, draws=draws, key=key, **batch
+        )
+        return jnp.mean(per_picture)
+
+    return loss
+
+
+def _accumulated(
+    loss_fn: Callable, params: Params, batch: Batch, draws: stages.Draws, key: PRNGKey, parts: int
+) -> tuple[Array, Params]:
+    """Loss and gradients of the batch, taken in `parts` one after another."""
+    value_and_grad = jax.value_and_grad(loss_fn)
+    if parts == 1:
+        return value_and_grad(params, batch, draws, key)
+
+    def split(x):
+        return x.reshape(parts, -1, *x.shape[1:]) if x.ndim else jnp.broadcast_to(x, (parts,))
+
+    def add(total, part):
+        batch, draws, i = part
+        return jax.tree.map(
+            jnp.add, total, value_and_grad(params, batch, draws, jax.random.fold_in(key, i))
+        ), None
+
+    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+    xs = (*jax.tree.map(split, (batch, draws)), jnp.arange(parts))
+    total, _ = jax.lax.scan(add, zero, xs)
+    return jax.tree.map(lambda x: x / parts, total)
