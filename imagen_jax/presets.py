@@ -59,30 +59,26 @@ def imagen() -> ImagenConfig:
 
 def demo() -> ImagenConfig:
     """Two stages, 16 -> 64, small enough to learn a few dozen pictures on a laptop."""
+    text = dict(max_text_len=24, attn_pool_num_latents=8, cond_dim=64)
+    heads = dict(attn_dim_head=32, attn_heads=4)
     base = UnetConfig(
-        dim=64,
-        cond_dim=64,
-        dim_mults=(1, 2),
-        num_resnet_blocks=2,
-        layer_attns=(False, True),
-        layer_cross_attns=(False, True),
-        attn_dim_head=32,
-        attn_heads=4,
-        max_text_len=24,
-        attn_pool_num_latents=8,
+        dim=48,
+        dim_mults=(1, 2, 4),
+        layer_attns=(False, False, True),
+        layer_cross_attns=(False, True, True),
+        init_cross_embed_kernel_sizes=(3, 7),
+        **heads,
+        **text,
     )
     enlarge = UnetConfig(
-        dim=32,
-        cond_dim=64,
-        dim_mults=(1, 2, 4),
-        num_resnet_blocks=1,
+        dim=24,
+        dim_mults=(1, 2, 2),
         layer_attns=False,
         layer_cross_attns=(False, False, True),
-        attn_dim_head=32,
-        attn_heads=4,
-        max_text_len=24,
-        attn_pool_num_latents=8,
+        init_cross_embed_kernel_sizes=(3, 7),
         memory_efficient=True,
+        **heads,
+        **text,
     )
     return ImagenConfig(
         unets=(base, enlarge),

@@ -1,0 +1,56 @@
+# make demo       a small cascade learns the bundled pictures and draws them (CPU, about 15 minutes)
+# make test       what .ci/run runs: ruff and every test but the long ones
+# make test-all   the long ones too
+# make env, make test-env   only the environments, in .venv
+#
+# PYTHON=python3.12 picks the interpreter (3.11 or newer) that .venv is made with.
+# The parity tests compare with imagen-pytorch. Where pip would fetch a CUDA build of torch, point
+# it at PyTorch's CPU index: make test TORCH_INDEX=<that index>.
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+WORKERS ?= 2
+PIP := .venv/bin/python -m pip install
+
+# Installed without dependencies: imagen-pytorch asks for torchvision and kornia without bounds and
+# would replace torch by a CUDA build. What it needs of the rest is REFERENCE_NEEDS.
+REFERENCE := imagen-pytorch==2.1.0 torchvision==0.28.0 kornia==0.9.0 kornia-rs==0.2.0 \
+    accelerate==1.15.0 ema-pytorch==0.8.3 pytorch-warmup==0.2.0
+REFERENCE_NEEDS := click datasets fsspec packaging protobuf psutil "pydantic>=2" pyyaml sentencepiece
+
+# Both workers, and the commands that tests start, share what XLA compiled in this run.
+PYTEST = cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT && \
+    JAX_COMPILATION_CACHE_DIR=$$cache JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.5 \
+    .venv/bin/python -m pytest -q -n $(WORKERS) --dist loadfile --durations 15
+
+.PHONY: demo test test-all lint env test-env
+
+demo: env
+	.venv/bin/python demo.py
+
+test: lint
+	$(PYTEST) -m "not long"
+
+test-all: lint
+	$(PYTEST)
+
+lint: test-env
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+env: .venv/env.stamp
+test-env: .venv/test-env.stamp
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/env.stamp: pyproject.toml | .venv/bin/python
+	$(PIP) -e .
+	touch $@
+
+.venv/test-env.stamp: pyproject.toml Makefile | .venv/bin/python
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
+	$(PIP) -e ".[test]"
+	$(PIP) --no-deps $(REFERENCE)
+	$(PIP) $(REFERENCE_NEEDS)
+	touch $@

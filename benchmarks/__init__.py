@@ -1,0 +1,1 @@
+"""Measurements against the PyTorch original, for anyone to repeat: see README.md."""

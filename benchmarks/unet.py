@@ -1,0 +1,227 @@
+"""One training step and one 50-step sample of the same U-Net, here and in imagen-pytorch.
+
+    python -m benchmarks.unet                    # the two in turn, medians and ratios
+    python -m benchmarks.unet --rounds 5 --out benchmarks/results/cpu.json
+
+Each side runs in a process of its own, alternating, since both keep their threads spinning; within
+a process compilation and warm-up come first and are reported apart. On a GPU both compute in
+bfloat16, and the original also runs under `torch.compile`. Needs what `make test` installs.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+UNET = dict(
+    dim=64,
+    cond_dim=128,
+    dim_mults=(1, 2, 4),
+    num_resnet_blocks=1,
+    layer_attns=(False, True, True),
+    layer_cross_attns=(False, True, True),
+    text_embed_dim=512,
+    max_text_len=32,
+)
+SIZE, TRAIN_BATCH, SAMPLE_BATCH, STEPS, COND_SCALE = 32, 8, 4, 50, 3.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3, help="processes of each side")
+    parser.add_argument("--out", type=Path, help="write the measurements as JSON")
+    parser.add_argument("--side", choices=SIDES, help="measure one side in this process")
+    args = parser.parse_args()
+    if args.side:
+        print(json.dumps(SIDES[args.side]()))
+        return
+    sides = ["jax", "torch"] + (["torch-compile"] if _has_gpu() else [])
+    runs = {side: [] for side in sides}
+    for number in range(args.rounds):
+        for side in sides:
+            print(f"round {number + 1} of {args.rounds}: {side}", file=sys.stderr)
+            runs[side].append(_measure(side))
+    print(_table(runs))
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(dict(hardware=_hardware(), runs=runs), indent=1) + "\n")
+
+
+def run_jax() -> dict[str, float]:
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    import imagen_jax
+    from imagen_jax import nn
+    from train.optimizer import make_optimizer
+    from train.settings import Settings
+    from train.state import TrainState
+    from train.step import make_train_step
+
+    config = imagen_jax.ImagenConfig(
+        unets=imagen_jax.UnetConfig(**UNET), image_sizes=SIZE, text_embed_dim=512, timesteps=STEPS
+    )
+    settings = Settings(batch_size=TRAIN_BATCH, max_grad_norm=None)
+    unet, rng = config.unets[0], np.random.default_rng(0)
+    params = jax.jit(nn.init_params, static_argnums=0)(unet, jax.random.key(0))
+    imagen = imagen_jax.Imagen(
+        config, unets=[nn.bind(unet, jax.tree.map(jnp.copy, params), dtype=settings.compute_dtype)]
+    )
+    texts = jnp.asarray(rng.standard_normal((TRAIN_BATCH, 32, 512), np.float32))
+    batch = dict(
+        images=jnp.asarray(rng.random((TRAIN_BATCH, SIZE, SIZE, 3), np.float32)),
+        text_embeds=texts,
+        text_masks=jnp.ones((TRAIN_BATCH, 32), bool),
+    )
+    step, key = make_train_step(config, 1, settings), jax.random.key(0)
+    state = TrainState.create(params, make_optimizer(settings))
+
+    def train():
+        nonlocal state
+        state, metrics = step(state, batch, key)
+        return jax.block_until_ready(metrics)
+
+    def sample(cond_scale):
+        return lambda: jax.block_until_ready(
+            imagen.sample(text_embeds=texts[:SAMPLE_BATCH], cond_scale=cond_scale, key=key)
+        )
+
+    return _measured(train, sample)
+
+
+def run_torch(compiled: bool = False) -> dict[str, float]:
+    import contextlib
+
+    from imagen_jax.interop.reference import import_imagen_pytorch
+
+    original = import_imagen_pytorch()
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    unet = original.Unet(**UNET)
+    imagen = original.Imagen(unet, image_sizes=SIZE, text_embed_dim=512, timesteps=STEPS)
+    imagen = imagen.to(device)
+    if compiled:
+        imagen.unets[0].forward = torch.compile(imagen.unets[0].forward)
+    optimizer = torch.optim.Adam(imagen.parameters(), 1e-4, betas=(0.9, 0.99))
+    images = torch.rand(TRAIN_BATCH, 3, SIZE, SIZE, device=device)
+    texts = torch.randn(TRAIN_BATCH, 32, 512, device=device)
+
+    def half():
+        return (
+            torch.autocast("cuda", torch.bfloat16) if device == "cuda" else contextlib.nullcontext()
+        )
+
+    def wait():
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    def train():
+        with half():
+            loss = imagen(images, text_embeds=texts, unet_number=1)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        wait()
+
+    def sample(cond_scale):
+        def run():
+            with half():
+                imagen.sample(
+                    text_embeds=texts[:SAMPLE_BATCH], cond_scale=cond_scale, use_tqdm=False
+                )
+            wait()
+
+        return run
+
+    return _measured(train, sample)
+
+
+SIDES = {"jax": run_jax, "torch": run_torch, "torch-compile": lambda: run_torch(compiled=True)}
+
+
+def _measured(train: Callable[[], object], sample: Callable[[float], Callable]) -> dict[str, float]:
+    """Seconds: the first call of each, compilation included, and the median of those after."""
+    return {
+        **_timed("training step", train, 10),
+        **_timed("guided sample", sample(COND_SCALE), 2),
+        **_timed("unguided sample", sample(1.0), 2),
+    }
+
+
+def _timed(name: str, run: Callable[[], object], times: int) -> dict[str, float]:
+    began = time.perf_counter()
+    run()
+    first = time.perf_counter() - began
+    run()
+    seconds = []
+    for _ in range(times):
+        began = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - began)
+    return {name: statistics.median(seconds), f"first {name}": first}
+
+
+def _measure(side: str) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.unet", "--side", side]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return json.loads(output.splitlines()[-1])
+
+
+def _table(runs: dict[str, list[dict[str, float]]]) -> str:
+    """Medians over the rounds; the ratio is of the rounds' pairs, above 1 where ours is faster."""
+    lines = [
+        f"Hardware: {_hardware()}",
+        "",
+        "| seconds | "
+        + " | ".join(runs)
+        + " | times faster than "
+        + ", ".join(list(runs)[1:])
+        + " |",
+        "|---" * (len(runs) + 2) + "|",
+    ]
+    for name in runs["jax"][0]:
+        medians = [statistics.median(run[name] for run in side) for side in runs.values()]
+        cells = [f"{median:.3f}" for median in medians]
+        ratios = [
+            statistics.median(b[name] / a[name] for a, b in zip(runs["jax"], other, strict=True))
+            for side, other in runs.items()
+            if side != "jax"
+        ]
+        cells.append(", ".join(f"{ratio:.2f}" for ratio in ratios))
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _has_gpu() -> bool:
+    import jax
+
+    return jax.default_backend() == "gpu"
+
+
+def _hardware() -> str:
+    import jax
+
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return f"{jax.device_count()} x {device.device_kind}"
+    info = Path("/proc/cpuinfo")
+    names = (
+        [line for line in info.read_text().splitlines() if "model name" in line]
+        if info.exists()
+        else []
+    )
+    name = names[0].split(":")[1].strip() if names else platform.processor()
+    import os
+
+    return f"{name}, {len(os.sched_getaffinity(0))} cores"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""What every sampling command can be told, as frozen data, checked against the cascade it runs."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+
+from imagen_jax import checkpoint, commands
+from imagen_jax.config import ImagenConfig, NullUnetConfig
+
+GUIDED = (
+    3.0  # the base's guidance weight by default; the other stages run unguided, at half the work
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Samples from a trained cascade."""
+
+    checkpoint: Path
+    """Run directory of the cascade: what training calls --workdir."""
+    weights: checkpoint.Weights = "ema"
+    """The running average of the parameters, or the parameters themselves."""
+    t5: str | None = None
+    """Text encoder: folder or name of a T5, or `demo`. Default: the cascade's text_encoder_name."""
+    stop_at_unet_number: str | None = None
+    """Last U-Net to run: 1, 2, 3 or base, sr256, sr1024. Default: the cascade's last."""
+
+    seed: int = 0
+    cond_scale: tuple[float, ...] | None = None
+    """Guidance weight, one or one per U-Net; 1 is unguided. Default: 3 for the base, 1 for the
+    others; 1 for all in a cascade that was trained with cond_drop_prob 0."""
+    steps: tuple[int, ...] | None = None
+    """Denoising steps, one or one per U-Net. Default: the cascade's timesteps."""
+    sampler: Literal["ancestral", "ddim"] = "ancestral"
+    """`ancestral` draws noise at every step, `ddim` only at the start (more with --eta)."""
+    eta: float = 0.0
+    """Noise of ddim, from 0 (none) to 1 (as much as the ancestral sampler's)."""
+    lowres_sample_noise_level: float | None = None
+    """Noise put on the picture before it is enlarged, 0 to 1. Default: the cascade's."""
+    batch_size: int = 8
+    """Pictures drawn at once. With another one, pictures past the first batch come out different:
+    noise follows from the seed, the number of the batch's first picture and the place in it."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What the networks compute in; `auto` is bfloat16 on accelerators and float32 on a CPU."""
+
+    def __post_init__(self):
+        counts = [(name, (getattr(self, name),)) for name in self.counts] + [("steps", self.steps)]
+        for name, values in counts:
+            if values is not None and min(values, default=0) < 1:
+                raise ValueError(f"{flag(name)} {' '.join(map(str, values))}: at least 1.")
+        for name, last in (("seed", 2**32 - 1), ("eta", 1), ("lowres_sample_noise_level", 1)):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= last:
+                raise ValueError(f"{flag(name)} {value} must lie in 0 .. {last}.")
+        if self.eta and self.sampler != "ddim":
+            raise ValueError(f"--eta {self.eta} belongs to --sampler ddim.")
+
+    @property
+    def counts(self) -> tuple[str, ...]:
+        """Names of the fields that count something."""
+        return ("batch_size",)
+
+    @property
+    def compute_dtype(self) -> Any:
+        if self.dtype != "auto":
+            return jax.numpy.dtype(self.dtype)
+        on_cpu = jax.default_backend() == "cpu"
+        return jax.numpy.dtype("float32" if on_cpu else "bfloat16")
+
+    def last_stage(self, config: ImagenConfig) -> int:
+        """Number of the last U-Net to run. Raises ValueError if the cascade has none such."""
+        count = len(config.unets)
+        if self.stop_at_unet_number is None:
+            return count
+        number = commands.stage_number(self.stop_at_unet_number)
+        if number > count:
+            raise ValueError(
+                f"--stop-at-unet-number {self.stop_at_unet_number}: the cascade of "
+                f"{self.checkpoint} has {count} U-Nets."
+            )
+        return number
+
+    def options(self, config: ImagenConfig) -> dict[str, Any]:
+        """The arguments of `Imagen.sample` that these settings decide.
+
+        Raises ValueError for numbers that do not fit the cascade.
+        """
+        last, count = self.last_stage(config), len(config.unets)
+        timesteps = tuple(config.stage(number).timesteps for number in range(1, count + 1))
+        scales = (GUIDED,) + (1.0,) * (count - 1)
+        if config.cond_drop_prob == 0 or not config.condition_on_text:
+            scales = (1.0,) * count
+            if any(scale != 1 for scale in self.cond_scale or ()):
+                raise ValueError(
+                    f"--cond-scale {' '.join(map(str, self.cond_scale))}: guidance needs a cascade "
+                    "trained with captions and cond_drop_prob above 0."
+                )
+        level = self.lowres_sample_noise_level
+        if level is None:
+            level = config.lowres_sample_noise_level
+        return dict(
+            stop_at_unet_number=last,
+            cond_scale=self._per_unet("cond_scale", scales, last),
+            timesteps=self._per_unet("steps", timesteps, last),
+            sampler=self.sampler,
+            eta=self.eta,
+            lowres_sample_noise_level=level,
+        )
+
+    def _per_unet(self, name: str, default: Sequence, last: int) -> tuple:
+        """One entry per U-Net of the cascade; those after the last that runs may be left out."""
+        given = getattr(self, name)
+        if given is None:
+            return tuple(default)
+        if len(given) not in {1, last, len(default)}:
+            runs = "the U-Net that runs" if last == 1 else f"each of the {last} U-Nets that run"
+            raise ValueError(f"{flag(name)} has {len(given)} values: give one, or one for {runs}.")
+        return (given * len(default) if len(given) == 1 else given + default)[: len(default)]
+
+    def trained_steps(self, config: ImagenConfig, first: int = 1) -> dict[int, int]:
+        """Number -> newest step of every U-Net that is to run.
+
+        Raises ValueError for one without weights: with the command that trains it.
+        """
+        steps = {}
+        for number in range(first, self.last_stage(config) + 1):
+            step = checkpoint.latest_step(self.checkpoint, number)
+            if isinstance(config.stage(number).unet, NullUnetConfig):
+                raise ValueError(
+                    f"U-Net {number} of {self.checkpoint} is a NullUnet: this cascade enlarges "
+                    "pictures and draws none from text."
+                )
+            if step is None:
+                raise ValueError(_untrained(self.checkpoint, number, first))
+            steps[number] = step
+        return steps
+
+
+def flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _untrained(run: Path, number: int, first: int) -> str:
+    command = "train.base" if number == 1 else f"train.super_res --unet-number {number}"
+    advice = f"train it: python -m {command} --workdir {run} --config {run / 'config.json'}"
+    if number > first:
+        advice += f"; or stop before it: --stop-at-unet-number {number - 1}"
+    return f"U-Net {number} of {run} has no weights; {advice}"

@@ -1,0 +1,11 @@
+"""One environment for every test and every command that a test starts: eight emulated devices on
+the CPU, float32 products in full precision, no network. Set before anything imports JAX."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
+os.environ["HF_HUB_OFFLINE"] = "1"
+FLAGS = "--xla_force_host_platform_device_count=8"
+if FLAGS not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()

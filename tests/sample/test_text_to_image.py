@@ -1,0 +1,300 @@
+"""`python -m sample.text_to_image` as a user runs it, on a tiny cascade with random weights."""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import imagen_jax
+from imagen_jax import commands, nn, presets
+from imagen_jax.config import ImagenConfig, NullUnetConfig, UnetConfig
+from sample import outputs, text_to_image
+
+ROOT = Path(__file__).parents[2]
+FEW = ("--steps", "3", "2")
+BASE = ("--stop-at-unet-number", "base", "--steps", "3")
+
+
+def cascade() -> ImagenConfig:
+    """`presets.tiny` with its networks down to what compiles in a few seconds."""
+    config = presets.tiny()
+    unet = UnetConfig(
+        dim=8,
+        cond_dim=8,
+        dim_mults=(1,),
+        attn_dim_head=4,
+        attn_heads=2,
+        max_text_len=16,
+        layer_attns=False,
+        layer_cross_attns=False,
+        attend_at_middle=False,
+        attn_pool_text=False,
+        init_cross_embed=False,
+        init_conv_kernel_size=3,
+        use_global_context_attn=False,
+    )
+    return dataclasses.replace(config, unets=(unet, unet))
+
+
+def save_run(run: Path, config: ImagenConfig, numbers: tuple[int, ...] = (1, 2)) -> Path:
+    rng = np.random.default_rng(0)
+
+    def network(number: int):
+        unet = config.stage(number).unet
+        if number not in numbers:
+            return nn.NullUnet()
+        shapes = nn.abstract(unet)[1]
+        draw = lambda x: jax.numpy.asarray(0.1 * rng.normal(size=x.shape), x.dtype)  # noqa: E731
+        return nn.bind(unet, jax.tree.map(draw, shapes))
+
+    unets = [network(number) for number in range(1, len(config.unets) + 1)]
+    imagen_jax.save(run, imagen_jax.Imagen(config, unets=unets), step=7)
+    return run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return save_run(tmp_path_factory.mktemp("runs") / "tiny", cascade())
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """Runs the command in this process: `command(run, *arguments)`."""
+
+    def start(run: Path, *arguments: object) -> None:
+        monkeypatch.setattr(sys, "argv", ["", "--checkpoint", *map(str, (run, *arguments))])
+        text_to_image.main()
+
+    return start
+
+
+def written(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as picture:
+        return np.asarray(picture).astype(int)
+
+
+def recorded(path: Path) -> dict:
+    with Image.open(path) as picture:
+        return json.loads(picture.text["imagen_jax"])
+
+
+def test_as_a_user_runs_it(run, tmp_path):
+    """Pictures, what stands in them, the grid, the demo encoder's note; no warning anywhere."""
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
+    words = ["--checkpoint", str(run), "--prompt", "A red apple!", "--prompt", "zwei Äpfel", *FEW]
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "sample.text_to_image", *words],
+        cwd=ROOT,
+        env=os.environ | cache,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    folder = run / "samples" / "text_to_image"
+    assert "demo encoder" in done.stdout and f"2 pictures in {folder}" in done.stdout
+    assert "1-2 of 2, U-Net 1:" in done.stderr and "3/3" in done.stderr
+    names = ["000-a-red-apple.png", "001-zwei-äpfel.png", "grid.png"]
+    assert sorted(written(folder)) == names
+    for index, prompt in enumerate(("A red apple!", "zwei Äpfel")):
+        with Image.open(folder / names[index]) as picture:
+            assert (picture.size, picture.mode) == ((16, 16), "RGB")
+            assert picture.text["prompt"] == prompt
+        made = recorded(folder / names[index])
+        assert made["seed"] == 0 and made["index"] == index and made["weights"] == "ema"
+        assert made["checkpoint_steps"] == {"unet1": 7, "unet2": 7}
+        assert made["timesteps"] == [3, 2] and made["cond_scale"] == [3, 1]
+        assert made["version"] and made["text_encoder_name"] == "demo"
+    grid = pixels(folder / "grid.png")
+    assert grid.shape[1] > 2 * 128 and (grid.min(-1) == 0).any(), "two cells, black letters"
+
+
+def test_the_seed_decides(run, command, tmp_path):
+    for seed, folder in ((1, "a"), (1, "again"), (2, "b")):
+        command(run, "--prompt", "x", "--seed", seed, *FEW, "--out", tmp_path / folder)
+    assert written(tmp_path / "a") == written(tmp_path / "again")
+    difference = pixels(tmp_path / "a" / "000-x.png") - pixels(tmp_path / "b" / "000-x.png")
+    assert np.abs(difference).mean() > 10
+
+
+def test_batches_have_one_shape_and_pictures_noises_of_their_own(run, command, tmp_path, capsys):
+    """Three in batches of two: the last is filled up. The first batch does not depend on the size
+    of batches, and one prompt drawn several times gives different pictures."""
+    three = ("--prompt", "x", "--num-images-per-prompt", 3, *BASE)
+    for size in (2, 3):
+        command(run, *three, "--batch-size", size, "--out", tmp_path / str(size))
+        shown = ("pictures 1-2 of 3", "picture 3 of 3") if size == 2 else ("pictures 1-3 of 3",)
+        bars = capsys.readouterr().err
+        assert all(label in bars for label in shown)
+    small, large = (
+        [pixels(tmp_path / str(size) / f"00{i}-x.png") for i in range(3)] for size in (2, 3)
+    )
+    assert [*written(tmp_path / "2")] == ["000-x.png", "001-x.png", "002-x.png", "grid.png"]
+    assert all(np.abs(a - b).max() <= 1 for a, b in zip(small[:2], large[:2], strict=True))
+    for pair in ((small[0], small[1]), (small[0], small[2]), (small[1], small[2])):
+        assert np.abs(pair[0] - pair[1]).mean() > 10
+    with Image.open(tmp_path / "2" / "grid.png") as grid:
+        assert grid.width > 3 * 128, "pictures of one prompt side by side"
+
+
+def test_options_a_stage(run, command, tmp_path, capsys):
+    """The base alone, its options given for all U-Nets, for those that run, or once."""
+    base = ("--prompt", "x", *BASE[:2])
+    changed = {
+        "once": ("--steps", 3, "--cond-scale", 2),
+        "all": ("--steps", 3, 5, "--cond-scale", 2, 1),
+        "scale": ("--steps", 3, "--cond-scale", 4),
+        "ddim": ("--steps", 3, "--cond-scale", 2, "--sampler", "ddim"),
+        "online": ("--steps", 3, "--cond-scale", 2, "--weights", "online"),
+    }
+    for name, options in changed.items():
+        command(run, *base, *options, "--out", tmp_path / name)
+    assert "U-Net 2" not in capsys.readouterr().err
+    picture = {name: pixels(tmp_path / name / "000-x.png") for name in changed}
+    assert picture["once"].shape == (8, 8, 3)
+    for same in ("all", "online"):  # nothing but `params` is saved here
+        np.testing.assert_array_equal(picture[same], picture["once"])
+    for other in ("scale", "ddim"):
+        assert np.abs(picture[other] - picture["once"]).mean() > 1
+    made = recorded(tmp_path / "once" / "000-x.png")
+    assert made["stop_at_unet_number"] == 1 and made["checkpoint_steps"] == {"unet1": 7}
+
+
+def test_prompts_from_a_file_and_a_long_one(run, command, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("one\n\n two \n", encoding="utf-8")
+    long = "word " * 30
+    arguments = ("--prompt", long, "--prompts-from", tmp_path / "prompts.txt")
+    command(run, *arguments, *BASE, "--out", tmp_path / "out")
+    assert [name[:7] for name in written(tmp_path / "out")] == [
+        "000-wor",
+        "001-one",
+        "002-two",
+        "grid.pn",
+    ]
+    note = capsys.readouterr().out
+    assert re.search(r"prompt 1 is cut: it has \d\d tokens, the cascade reads 16", note)
+
+
+def test_without_captions(command, tmp_path):
+    plain = dataclasses.replace(cascade(), condition_on_text=False)
+    run = save_run(tmp_path / "plain", plain, (1,))
+    command(run, "--num-images-per-prompt", 2, *BASE)
+    folder = run / "samples" / "text_to_image"
+    assert [*written(folder)] == ["000.png", "001.png", "grid.png"]
+    with Image.open(folder / "000.png") as picture:
+        assert "prompt" not in picture.text
+    for mistake in (("--prompt", "x"), ("--cond-scale", 3)):
+        with pytest.raises(ValueError, match="captions"):
+            command(run, *mistake)
+
+
+def test_ctrl_c_keeps_what_is_written(run, command, tmp_path, monkeypatch):
+    write = outputs.write_picture
+
+    def interrupted(*arguments, **options):
+        made = write(*arguments, **options)
+        signal.raise_signal(signal.SIGINT)
+        return made
+
+    monkeypatch.setattr(outputs, "write_picture", interrupted)
+    prompts = ("--prompt", "x", "--prompt", "y", "--batch-size", 1)
+    with pytest.raises(SystemExit, match=r"stopped: \d of 2 pictures are in"):
+        command(run, *prompts, *BASE, "--out", tmp_path)
+    assert [*written(tmp_path)] == ["000-x.png"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "say what to draw"),
+        (("--prompt", "a", "--prompt", " "), "prompt 2 of 2 is empty"),
+        (("--prompts-from", os.devnull), "holds no prompt"),
+        (("--prompt", "a", "--steps", 1, 2, 3), "--steps has 3 values: give one, or one for each"),
+        (("--prompt", "a", "--stop-at-unet-number", 3), "has 2 U-Nets"),
+        (("--prompt", "a", "--stop-at-unet-number", "sr"), "'sr' is no stage"),
+        (("--prompt", "a", "--t5", "nowhere/t5"), "nowhere/t5"),
+    ],
+)
+def test_a_mistake_is_named_and_nothing_written(run, command, tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        command(run, *arguments, "--out", tmp_path / "out")
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--batch-size", "0"), "--batch-size 0: at least 1"),
+        (("--steps", "3", "0"), "--steps 3 0: at least 1"),
+        (("--seed", "-1"), "--seed -1 must lie in"),
+        (("--eta", "0.5"), "--eta 0.5 belongs to --sampler ddim"),
+    ],
+)
+def test_a_number_out_of_range(arguments, message, run, command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        command(run, "--prompt", "a", *arguments)
+    assert caught.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_an_untrained_stage(run, command, tmp_path):
+    """Named with its run, the command that trains it and the way round; then the way round."""
+    half = tmp_path / "half"
+    shutil.copytree(run, half, ignore=shutil.ignore_patterns("unet2", "samples"))
+    with pytest.raises(ValueError) as caught:
+        command(half, "--prompt", "a", *FEW)
+    for part in (
+        f"U-Net 2 of {half} has no weights",
+        f"python -m train.super_res --unet-number 2 --workdir {half}",
+        "--stop-at-unet-number 1",
+    ):
+        assert part in str(caught.value)
+    assert not (half / "samples").exists()
+    command(half, "--prompt", "a", *BASE)
+    shutil.rmtree(half / "unet1")
+    with pytest.raises(ValueError, match="U-Net 1 .* python -m train.base --workdir"):
+        command(half, "--prompt", "a")
+
+
+def test_a_cascade_that_only_enlarges(command, tmp_path):
+    config = cascade()
+    config = dataclasses.replace(config, unets=(NullUnetConfig(), config.unets[1]))
+    run = save_run(tmp_path / "enlarger", config, ())
+    with pytest.raises(ValueError, match="draws none from text"):
+        command(run, "--prompt", "a")
+
+
+def test_an_encoder_of_another_width(run, command, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    data = json.loads((run / "config.json").read_text())
+    data["imagen"]["text_embed_dim"] = 64
+    (other / "config.json").write_text(json.dumps(data))
+    (other / "unet1").symlink_to(run / "unet1")
+    with pytest.raises(ValueError, match="demo has embeddings of 128, .* text_embed_dim = 64"):
+        command(other, "--prompt", "a", "--stop-at-unet-number", 1)
+
+
+def test_no_run_directory_is_one_line_and_a_status(tmp_path, monkeypatch):
+    """Through `commands.run`, as the command goes."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+    (tmp_path / "empty").mkdir()
+    for folder in ("missing", "empty"):
+        arguments = ["", "--checkpoint", str(tmp_path / folder), "--prompt", "a"]
+        monkeypatch.setattr(sys, "argv", arguments)
+        with pytest.raises(SystemExit) as caught:
+            commands.run(text_to_image.main)
+        assert str(caught.value).startswith("error: ") and "no config.json" in str(caught.value)
+        assert "\n" not in str(caught.value)

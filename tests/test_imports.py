@@ -1,0 +1,123 @@
+"""The import graph points one way: a room imports only what it stands on."""
+
+import ast
+import functools
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LEAVES = {"types", "config", "presets", "resize", "sharding"}
+THEORY = LEAVES | {"diffusion", "nn", "text", "stages", "imagen"}
+ALL = THEORY | {"checkpoint", "interop", "data", "commands", "imagen_jax"}
+MAY_IMPORT = {
+    "types": set(),
+    "config": {"types"},
+    "presets": {"config"},
+    "resize": {"types"},
+    "sharding": {"types"},
+    "diffusion": LEAVES,
+    "nn": LEAVES,
+    "text": LEAVES | {"interop.torch_file"},
+    "stages": LEAVES | {"diffusion", "nn"},
+    "imagen": LEAVES | {"diffusion", "nn", "text", "stages"},
+    "checkpoint": THEORY,
+    "interop": THEORY | {"checkpoint", "commands"},
+    "interop.torch_file": set(),
+    "data": LEAVES | {"text"},
+    "commands": set(),
+    "imagen_jax": ALL,
+    "train": ALL,
+    "sample": ALL,
+}
+FOREIGN = {"torch", "torchvision", "imagen_pytorch", "tensorflow"}
+
+
+@functools.cache
+def modules() -> dict[str, Path]:
+    """Dotted name -> file, of everything that the rules speak of."""
+    files = [p for top in ("imagen_jax", "train", "sample") for p in (ROOT / top).rglob("*.py")]
+    names = {}
+    for path in files:
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return names
+
+
+def room(module: str) -> str:
+    """`imagen_jax.nn.unet` -> `nn`; `train.step` -> `train`; the package itself -> `imagen_jax`."""
+    top, _, rest = module.partition(".")
+    if top != "imagen_jax":
+        return top
+    return rest if rest == "interop.torch_file" else rest.partition(".")[0] or top
+
+
+def imported(module: str, path: Path) -> Iterator[str]:
+    """Full names of the modules that a file imports anywhere, those of other projects included."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                package = (
+                    module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
+                )
+                parents = package[: len(package) - node.level + 1]
+                base = ".".join([*parents, base] if base else parents)
+            for alias in node.names:
+                name = f"{base}.{alias.name}"
+                yield name if name in modules() else base
+
+
+@pytest.mark.parametrize("module", modules())
+def test_a_room_imports_only_what_it_stands_on(module):
+    here = room(module)
+    assert here in MAY_IMPORT, f"a new room: say in MAY_IMPORT what {module} may import"
+    allowed = MAY_IMPORT[here] | {here}
+    for name in imported(module, modules()[module]):
+        if name.split(".")[0] in ("imagen_jax", "train", "sample", "tests", "benchmarks"):
+            assert room(name) in allowed, f"{module} imports {name}"
+
+
+def walk(node: ast.AST, *, into_functions: bool) -> Iterator[ast.AST]:
+    for child in ast.iter_child_nodes(node):
+        yield child
+        if into_functions or not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield from walk(child, into_functions=into_functions)
+
+
+def foreign(path: Path, *, into_functions: bool) -> set[str]:
+    names = set()
+    for node in walk(ast.parse(path.read_text()), into_functions=into_functions):
+        match node:
+            case ast.Import(names=aliases):
+                names |= {alias.name.split(".")[0] for alias in aliases}
+            case ast.ImportFrom(module=str(module), level=0):
+                names.add(module.split(".")[0])
+    return names & FOREIGN
+
+
+def test_torch_and_tensorflow_stay_in_functions_of_the_few_that_need_them():
+    own = {*modules().values(), *ROOT.glob("*.py")}
+    allowed = {
+        *(ROOT / "imagen_jax" / "interop").rglob("*.py"),
+        *(ROOT / "benchmarks").glob("*.py"),
+    }
+    for path in own | allowed:
+        found = foreign(path, into_functions=path not in allowed)
+        assert not found, f"{path.relative_to(ROOT)} imports {found}"
+
+
+def test_importing_the_package_is_light():
+    """No torch, no TensorFlow, and no more than ten seconds of processor time."""
+    program = (
+        "import sys, time, imagen_jax\n"
+        f"loaded = {FOREIGN!r} & set(sys.modules)\n"
+        "sys.exit(f'imported {loaded}' if loaded else time.process_time() > 10)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
