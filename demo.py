@@ -20,6 +20,7 @@ from train import loop
 from train.settings import Settings
 
 SEED = 0
+LEARNING_RATES = {1: 1e-3, 2: 2e-3}
 STEPS = (32, 16)  # denoising steps of base and super-resolution
 COND_SCALE = (2.0, 1.0)  # their guidance weights
 COLUMNS = 8
@@ -28,13 +29,13 @@ COLUMNS = 8
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workdir", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--base-steps", type=int, default=3000)
+    parser.add_argument("--base-steps", type=int, default=1600)
     parser.add_argument("--super-res-steps", type=int, default=1000)
     args = parser.parse_args()
 
     began = time.monotonic()
     for number, steps in ((1, args.base_steps), (2, args.super_res_steps)):
-        if not loop.run(settings(args.workdir, steps), number):
+        if not loop.run(settings(args.workdir, number, steps), number):
             print("`make demo` goes on from there.")
             return
     captions = demo_captions()
@@ -44,14 +45,14 @@ def main() -> None:
     path = args.workdir / "demo.png"
     show(path, captions, real, drawn)
     print(
-        f"{right.sum()} of {len(captions)} drawn pictures are nearer to their own real picture than "
-        f"to any other. {(time.monotonic() - began) / 60:.1f} minutes."
+        f"{right.sum()} of {len(captions)} drawn pictures are nearer to their own real picture "
+        f"than to any other. {(time.monotonic() - began) / 60:.1f} minutes."
     )
     print(f"Look at {path}")
 
 
-def settings(workdir: Path, steps: int) -> Settings:
-    """Both stages learn the same way: quickly, down a cosine, with an average over ~200 steps."""
+def settings(workdir: Path, number: int, steps: int) -> Settings:
+    """Both stages learn quickly, down a cosine, with an average over the last 200 steps or so."""
     captions = resources.files("imagen_jax.data").joinpath("bundled/demo_captions.txt")
     return Settings(
         preset="demo",
@@ -60,7 +61,7 @@ def settings(workdir: Path, steps: int) -> Settings:
         captions_from=Path(str(captions)),
         steps=steps,
         batch_size=16,
-        lr=1e-3,
+        lr=LEARNING_RATES[number],
         warmup_steps=100,
         cosine_decay_max_steps=steps,
         ema="plain",
@@ -75,7 +76,7 @@ def settings(workdir: Path, steps: int) -> Settings:
 
 
 def draw(workdir: Path, prompts: list[str]) -> np.ndarray:
-    """One picture a prompt, (n, 64, 64, 3) in [0, 1]."""
+    """One picture a prompt, (n, 32, 32, 3) in [0, 1]."""
     imagen = checkpoint.load(workdir)
     with tqdm(total=1.0, desc="drawing", bar_format="{l_bar}{bar}| {elapsed}<{remaining}") as bar:
 

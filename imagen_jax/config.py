@@ -221,11 +221,12 @@ class ImagenConfig(_Config):
     """A cascade. Fields are those of the reference's `Imagen`, the video ones left out.
 
     The U-Nets are adapted as the reference does: the first has no low-resolution input, all
-    others have one, and text width and channels are the cascade's.
+    others have one, and text width and channels are the cascade's. `unets` and `image_sizes` are
+    tuples once constructed.
     """
 
-    unets: tuple[UnetConfig | NullUnetConfig, ...]
-    image_sizes: tuple[int, ...]
+    unets: UnetConfig | NullUnetConfig | tuple[UnetConfig | NullUnetConfig, ...]
+    image_sizes: int | tuple[int, ...]
     text_encoder_name: str = "google/t5-v1_1-base"
     text_embed_dim: int | None = None
     channels: int = 3

@@ -65,7 +65,7 @@ class Imagen(nnx.Module):
         texts: Sequence[str] | None = None,
         text_embeds: TextEmbeds | None = None,
         text_masks: TextMask | None = None,
-        cond_images: Image | None = None,
+        cond_images: AnyArray | None = None,
     ) -> Float[Array, ""]:
         """The training loss of one U-Net (reference `Imagen.forward`).
 
@@ -104,8 +104,8 @@ class Imagen(nnx.Module):
         texts: Sequence[str] | None = None,
         text_embeds: TextEmbeds | None = None,
         text_masks: TextMask | None = None,
-        cond_images: Image | None = None,
-        inpaint_images: Image | None = None,
+        cond_images: AnyArray | None = None,
+        inpaint_images: AnyArray | None = None,
         inpaint_masks: Bool[AnyArray, "b h w"] | None = None,
         inpaint_resample_times: int = 5,
         inpaint_variance: Literal["exact", "reference"] = "exact",
@@ -117,7 +117,7 @@ class Imagen(nnx.Module):
         cfg_keep_parallel_frac: float = 0.0,
         lowres_sample_noise_level: float | None = None,
         start_at_unet_number: int = 1,
-        start_image_or_video: Image | None = None,
+        start_image_or_video: AnyArray | None = None,
         stop_at_unet_number: int | None = None,
         return_all_unet_outputs: bool = False,
         return_pil_images: bool = False,

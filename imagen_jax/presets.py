@@ -58,7 +58,7 @@ def imagen() -> ImagenConfig:
 
 
 def demo() -> ImagenConfig:
-    """Two stages, 16 -> 64, small enough to learn a few dozen pictures on a laptop."""
+    """Two stages, 16 -> 32, small enough to learn a few dozen pictures on a laptop."""
     text = dict(max_text_len=24, attn_pool_num_latents=8, cond_dim=64)
     heads = dict(attn_dim_head=32, attn_heads=4)
     base = UnetConfig(
@@ -71,21 +71,23 @@ def demo() -> ImagenConfig:
         **text,
     )
     enlarge = UnetConfig(
-        dim=24,
+        dim=32,
         dim_mults=(1, 2, 2),
         layer_attns=False,
         layer_cross_attns=(False, False, True),
         init_cross_embed_kernel_sizes=(3, 7),
-        memory_efficient=True,
         **heads,
         **text,
     )
     return ImagenConfig(
         unets=(base, enlarge),
-        image_sizes=(16, 64),
+        image_sizes=(16, 32),
         text_encoder_name="demo",
         pred_objectives="v",
-        random_crop_sizes=(None, 32),
+        noise_schedules="cosine",
+        lowres_noise_schedule="cosine",
+        lowres_sample_noise_level=0.1,
+        per_sample_random_aug_noise_level=True,
     )
 
 

@@ -11,7 +11,7 @@ Randomness comes from one key, or is given: `Draws` for the loss, a sequence of 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from imagen_jax import nn
 from imagen_jax.config import ImagenConfig, StageConfig
 from imagen_jax.diffusion import guidance, losses, process, samplers, schedules
 from imagen_jax.resize import resize
-from imagen_jax.types import AnyArray, Image, KeepMask, Params, PRNGKey, TextEmbeds, TextMask
+from imagen_jax.types import AnyArray, Image, Params, PRNGKey, TextEmbeds, TextMask
 
 
 @jax.tree_util.register_dataclass
@@ -30,22 +30,24 @@ from imagen_jax.types import AnyArray, Image, KeepMask, Params, PRNGKey, TextEmb
 class Draws:
     """The random draws of a training loss, each given here or, where None, drawn from the key.
 
-    Sampling takes one NHWC sequence of noises per stage instead (`Imagen.sample`).
+    Sampling takes one NHWC sequence of noises per stage instead (`Imagen.sample`). The fields are
+    arrays; their annotations are open because a pytree is rebuilt with whatever stands for them.
     """
 
-    times: Float[AnyArray, "b"] | None = None
-    """Diffusion times in [0, 1]."""
-    noise: Image | None = None
-    """Of the picture, before cropping."""
-    lowres_times: Float[AnyArray, "b"] | None = None
-    """Times of the low-resolution augmentation, in [0, 1]."""
-    lowres_noise: Image | None = None
-    """Of the low-resolution picture, after cropping."""
-    keep_mask: KeepMask | None = None
-    crop: Int[AnyArray, "b 2"] | None = None
-    """Top and left pixel of each crop."""
-    self_cond: Bool[AnyArray, ""] | None = None
-    """Whether this batch conditions on its own prediction."""
+    times: Any = None
+    """(b,) diffusion times in [0, 1]."""
+    noise: Any = None
+    """(b, size, size, c) of the picture, before cropping."""
+    lowres_times: Any = None
+    """(b,) or (1,) times of the low-resolution augmentation, in [0, 1]."""
+    lowres_noise: Any = None
+    """(b, h, w, c) of the low-resolution picture, after cropping."""
+    keep_mask: Any = None
+    """(b,) bool, False where the text is dropped."""
+    crop: Any = None
+    """(b, 2) int, top and left pixel of each crop."""
+    self_cond: Any = None
+    """bool, whether this batch conditions on its own prediction."""
 
 
 def to_float(images: AnyArray) -> Array:
@@ -74,14 +76,14 @@ def default_text_mask(text_embeds: TextEmbeds, text_masks: TextMask | None) -> T
 def stage_losses(
     config: ImagenConfig,
     unet: Callable,
-    images: Image,
+    images: AnyArray,
     *,
     unet_number: int,
     key: PRNGKey | None = None,
     draws: Draws | None = None,
     text_embeds: TextEmbeds | None = None,
     text_masks: TextMask | None = None,
-    cond_images: Image | None = None,
+    cond_images: AnyArray | None = None,
 ) -> tuple[Float[Array, "b"], Float[Array, "b"]]:
     """Each picture's weighted loss, and the log-SNR it was taken at.
 
@@ -210,7 +212,7 @@ def _range(config: ImagenConfig) -> tuple[float, float]:
     return (0.0 if config.auto_normalize_img else -1.0, 1.0)
 
 
-def _crop(images: Array, *, corner: Array, size: int) -> Array:
+def _crop(images: Array, *, corner: Int[AnyArray, "b 2"], size: int) -> Array:
     def one(image, corner):
         start = (corner[0], corner[1], 0)
         return jax.lax.dynamic_slice(image, start, (size, size, image.shape[-1]))
@@ -269,10 +271,10 @@ def start(
     text_masks: TextMask | None = None,
     previous: Image | None = None,
     lowres_noise_level: Float[Array, ""] | None = None,
-    cond_images: Image | None = None,
-    init_images: Image | None = None,
-    inpaint_images: Image | None = None,
-    inpaint_masks: Bool[Array, "b h w"] | None = None,
+    cond_images: AnyArray | None = None,
+    init_images: AnyArray | None = None,
+    inpaint_images: AnyArray | None = None,
+    inpaint_masks: Bool[AnyArray, "b h3 w3"] | None = None,
     resample_times: Int[Array, ""] | None = None,
 ) -> tuple[samplers.Carry, Conditioning]:
     """The noise a stage begins with and what its network is told; pictures in [0, 1].

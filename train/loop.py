@@ -118,6 +118,8 @@ class Trainer:
                     )
                     window.restart()
         self.wait(step)
+        if batches.skipped:
+            print(f"skipped {len(batches.skipped)} of {len(self.feed.train)} pictures")
         if interrupt.received is None:
             return True
         print(
@@ -153,7 +155,7 @@ class Trainer:
         """A failed write (a full disk, say) in one line; whole checkpoints stay as they are."""
         try:
             write()
-        except Exception as error:
+        except Exception as error:  # Orbax and TensorStore each have their own kinds
             kept = checkpoint.latest_step(self.settings.run, self.unet_number)
             reason = str(error).strip().splitlines()[0]
             raise ValueError(

@@ -3,9 +3,8 @@
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
-from imagen_jax.types import Params
 from train.settings import Settings
 
 
@@ -52,7 +51,7 @@ def ema_decay(step: Int[Array, ""], settings: Settings) -> Float[Array, ""]:
     return jnp.where(step % 10 == 0, decay, 1.0)
 
 
-def update_ema(ema: Params, params: Params, decay: Float[Array, ""]) -> Params:
+def update_ema(ema: PyTree, params: PyTree, decay: Float[Array, ""]) -> PyTree:
     """decay * ema + (1 - decay) * params, skipped where decay is 1."""
     return jax.lax.cond(
         decay < 1,

@@ -6,7 +6,7 @@ import numpy as np
 
 from imagen_jax import stages
 from imagen_jax.config import ImagenConfig
-from imagen_jax.data import decode, labelled_grid
+from imagen_jax.data import Record, decode, labelled_grid, pad_embeds
 from imagen_jax.imagen import sample_stage
 from imagen_jax.types import Params
 from train.feed import Feed
@@ -28,19 +28,18 @@ def write_samples(
     Super-resolution enlarges the real pictures, shrunk.
     """
     stage = config.stage(unet_number)
-    records = [feed.train[i] for i in range(min(SHOWN, len(feed.train)))]
-    real = np.stack(
-        [decode(r.image, image_size=stage.image_size, channels=config.channels) for r in records]
-    )
+    records, real = _first_usable(feed, stage.image_size, config.channels)
     told = {}
-    if config.condition_on_text and feed.encoder is not None:
-        captions = [record.caption for record in records]
-        tokens = feed.encoder.tokenize(captions, feed.text_len)
+    if feed.encoder is not None:
+        tokens = feed.encoder.tokenize([record.caption for record in records], feed.text_len)
         told["text_embeds"], told["text_masks"] = feed.embed(jnp.asarray(tokens))
+    elif config.condition_on_text:
+        embeds, masks = pad_embeds([record.embeds for record in records], feed.text_len)
+        told = dict(text_embeds=jnp.asarray(embeds), text_masks=jnp.asarray(masks))
     if stage.previous_image_size is not None:
         told["previous"] = stages.shrink(config, stage, stages.to_float(real))
         told["lowres_noise_level"] = jnp.float32(config.lowres_sample_noise_level)
-    guided = bool(told.get("text_embeds") is not None and settings.cond_scale != 1)
+    guided = config.condition_on_text and settings.cond_scale != 1
     images = sample_stage(
         params,
         stages.Program(
@@ -57,3 +56,20 @@ def write_samples(
     path = settings.run / "samples" / f"unet{unet_number}-{step:07d}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     labelled_grid(rows).save(path)
+
+
+def _first_usable(feed: Feed, size: int, channels: int) -> tuple[list[Record], np.ndarray]:
+    """The first records that can be trained on, and their pictures."""
+    records, pictures = [], []
+    for i in range(len(feed.train)):
+        try:
+            record = feed.train[i]
+            picture = decode(record.image, image_size=size, channels=channels)
+        except ValueError:
+            continue  # the data pipeline counts and names it
+        if record.caption or feed.encoder is None:
+            records.append(record)
+            pictures.append(picture)
+        if len(records) == SHOWN:
+            break
+    return records, np.stack(pictures)

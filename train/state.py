@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int
 
 from imagen_jax.types import Params
 
@@ -14,9 +13,9 @@ from imagen_jax.types import Params
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainState:
-    step: Int[Array, ""]
-    params: Params
-    ema: Params
+    step: Any  # int32; a pytree is rebuilt with whatever stands for its leaves
+    params: Any
+    ema: Any
     opt_state: Any
 
     @classmethod

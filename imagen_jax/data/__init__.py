@@ -11,7 +11,7 @@ images.py decodes, pipeline.py makes batches, grid.py draws labelled grids of pi
 
 from imagen_jax.data.grid import grid, labelled_grid
 from imagen_jax.data.images import decode, to_pil, to_uint8
-from imagen_jax.data.pipeline import Batches, make_batches
+from imagen_jax.data.pipeline import Batches, make_batches, pad_embeds
 from imagen_jax.data.records import Record, Source
 from imagen_jax.data.sources import NEW_COMBINATIONS, demo_captions, open_source
 
@@ -26,6 +26,7 @@ __all__ = [
     "labelled_grid",
     "make_batches",
     "open_source",
+    "pad_embeds",
     "to_pil",
     "to_uint8",
 ]

@@ -132,7 +132,7 @@ class Batches(Iterator[dict[str, np.ndarray]]):
                 self._on_skip(key, reason)
         batch = {"images": images}
         if embeds is not None:
-            batch["text_embeds"], batch["text_masks"] = _pad(embeds, self._text_len)
+            batch["text_embeds"], batch["text_masks"] = pad_embeds(embeds, self._text_len)
         elif self._tokenize is not None:
             batch["tokens"] = self._tokenize(captions)
         return batch
@@ -237,7 +237,7 @@ def _close(iterator: list[grain.DatasetIterator]) -> None:
         iterator.pop().close()
 
 
-def _pad(embeds: list[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
+def pad_embeds(embeds: list[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
     """Embeddings (l_i, d) to one (b, length, d), with the mask of what is real."""
     widths = sorted({embed.shape[1] for embed in embeds})
     if len(widths) > 1:

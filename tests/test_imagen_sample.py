@@ -1,0 +1,352 @@
+"""Sampling: the whole cascade against imagen-pytorch's `Imagen.sample` with the noises given, to
+1e-3 in [0, 1]; and what the compiled loop promises."""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image as PILImage
+
+from imagen_jax import imagen as imagen_module
+from imagen_jax import nn, stages
+from imagen_jax.config import NullUnetConfig
+from imagen_jax.diffusion import samplers
+from imagen_jax.imagen import Imagen
+from tests import cascades
+from tests.cascades import cascade
+
+RANDOM = np.random.default_rng(0)
+BATCH = 2
+TEXT = dict(
+    text_embeds=RANDOM.standard_normal((BATCH, 4, cascades.WIDTH), np.float32),
+    text_masks=np.arange(4) < np.array([[4], [2]]),
+)
+PICTURES = RANDOM.uniform(size=(BATCH, 7, 7, 3)).astype(np.float32)
+MASKS = RANDOM.uniform(size=(BATCH, 7, 7)) < 0.5
+MIXED = dict(
+    unet=dict(self_cond=True, cond_images_channels=2),
+    pred_objectives=("v", "x_start"),
+    noise_schedules=("linear", "cosine"),
+    lowres_noise_schedule="cosine",
+    dynamic_thresholding=(False, True),
+    timesteps=(6, 4),
+    resize_mode="bilinear",
+)
+COND_IMAGES = RANDOM.integers(0, 256, (BATCH, 6, 6, 2), np.uint8)
+UNCONDITIONAL = dict(unet=dict(cond_on_text=False), condition_on_text=False)
+NOT_NORMALISED = UNCONDITIONAL | dict(auto_normalize_img=False, dynamic_thresholding=False)
+INPAINT = dict(inpaint_images=PICTURES, inpaint_masks=MASKS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What differs from the plainest cascade, what `sample` is told, and how many steps it makes.
+
+    `ours` is told to ours only.
+    """
+
+    name: str
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    told: dict[str, Any] = dataclasses.field(default_factory=dict)
+    steps: tuple[int | None, int | None] = (5, 5)
+    ours: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+CASES = [
+    Case("unguided"),
+    Case("guided", told=dict(cond_scale=3.0)),
+    Case("one guidance each", told=dict(cond_scale=(1.0, 4.0), cfg_keep_parallel_frac=0.3)),
+    Case("plain guidance", told=dict(cond_scale=2.5, cfg_remove_parallel_component=False)),
+    Case(
+        "beginning with pictures",
+        told=dict(init_images=PICTURES, skip_steps=2, lowres_sample_noise_level=0.4),
+        steps=(3, 3),
+    ),
+    Case(
+        "beginning with a picture once",
+        told=dict(init_images=(PICTURES, None), skip_steps=(1, None)),
+        steps=(4, 5),
+    ),
+    Case("first stage only", told=dict(stop_at_unet_number=1), steps=(5, None)),
+    Case(
+        "second stage only",
+        told=dict(start_at_unet_number=2, start_image_or_video=PICTURES),
+        steps=(None, 5),
+    ),
+    Case("mixed", config=MIXED, told=dict(cond_images=COND_IMAGES), steps=(6, 4)),
+    Case(
+        "mixed, guided",
+        config=MIXED,
+        told=dict(cond_images=COND_IMAGES, cond_scale=2.0, cfg_keep_parallel_frac=0.5),
+        steps=(6, 4),
+    ),
+    Case(
+        "inpainting",
+        config=MIXED,
+        told=dict(INPAINT, cond_images=COND_IMAGES, inpaint_resample_times=2, cond_scale=2.0),
+        steps=(6, 4),
+        ours=dict(inpaint_variance="reference"),
+    ),
+    Case(
+        "inpainting without text",
+        config=NOT_NORMALISED,
+        told=dict(INPAINT, inpaint_resample_times=3),
+        ours=dict(inpaint_variance="reference"),
+    ),
+]
+
+
+def noises_for(config, steps, told) -> list[np.ndarray]:
+    """As many as the reference will draw; None steps is a stage that does not run."""
+    random = np.random.default_rng(3)
+    times = told.get("inpaint_resample_times")
+    return [
+        random.standard_normal(
+            (1 + i + samplers.count_noises(n, resample_times=times), BATCH, size, size, 3),
+            np.float32,
+        )
+        for i, (n, size) in enumerate(zip(steps, config.image_sizes, strict=True))
+        if n is not None
+    ]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_parity(case):
+    config = cascade(**case.config)
+    told = case.told | (TEXT if config.condition_on_text else {})
+    draws = noises_for(config, case.steps, told)
+    told["return_all_unet_outputs"] = True
+    want = cascades.reference_sample(cascades.theirs(config), draws, **told)
+    got = cascades.ours(config).sample(draws=draws, **told, **case.ours)
+    assert len(got) == len(want) == len(draws)
+    low = 0.0 if config.auto_normalize_img else -1.0
+    for ours, theirs in zip(got, want, strict=True):
+        np.testing.assert_allclose(ours, cascades.to_numpy(theirs), rtol=0, atol=1e-3)
+        assert ours.min() >= low and ours.max() <= 1 and np.std(ours) > 0.05
+
+
+# ---- what comes out
+
+
+@functools.cache
+def plain() -> Imagen:
+    return cascades.ours(cascade())
+
+
+def draw(seed=0, imagen=None, **told):
+    imagen = plain() if imagen is None else imagen
+    return imagen.sample(key=jax.random.key(seed), **TEXT | told)
+
+
+def test_pil_images():
+    draws = noises_for(cascade(), (5, 5), {})
+    theirs = cascades.reference_sample(
+        cascades.theirs(cascade()), draws, return_pil_images=True, **TEXT
+    )
+    ours = plain().sample(draws=draws, return_pil_images=True, **TEXT)
+    assert [image.size for image in ours] == [(8, 8)] * BATCH
+    for one, other in zip(ours, theirs, strict=True):
+        difference = np.asarray(one, np.int32) - np.asarray(other, np.int32)
+        assert np.abs(difference).max() <= 1  # torchvision rounds down
+    pictures = draw(return_all_unet_outputs=True, return_pil_images=True)
+    assert [[image.size[0] for image in stage] for stage in pictures] == [[5, 5], [8, 8]]
+    assert isinstance(pictures[0][0], PILImage.Image)
+    (grey,) = imagen_module.to_pil(np.full((1, 2, 2, 1), 0.5, np.float32))
+    assert grey.mode == "L" and grey.getpixel((0, 0)) == 128
+
+
+def test_same_key_same_picture():
+    first = draw(0)
+    np.testing.assert_array_equal(first, draw(0))
+    assert np.abs(first - draw(1)).max() > 0.1
+
+
+def test_the_exact_variance_keeps_known_pixels():
+    out = draw(**INPAINT, inpaint_resample_times=2)
+    known = stages.resize(PICTURES, 8)
+    mask = np.asarray(stages.resize(MASKS[..., None], 8))[..., 0]
+    np.testing.assert_allclose(out[mask], known[mask], atol=1e-7)
+    other = draw(**INPAINT, inpaint_resample_times=2, inpaint_variance="reference")
+    assert np.abs(out - other)[~mask].max() > 1e-3
+
+
+def test_unconditional_batch():
+    imagen = cascades.ours(cascade(**UNCONDITIONAL))
+    sample = functools.partial(imagen.sample, key=jax.random.key(0), stop_at_unet_number=1)
+    assert sample(batch_size=3).shape == (3, 5, 5, 3)
+    masks = dict(inpaint_images=PICTURES, inpaint_masks=MASKS, inpaint_resample_times=1)
+    assert len(sample(**masks)) == BATCH
+
+
+def test_ddim_ignores_the_noises_of_its_steps():
+    draws = noises_for(cascade(), (5, 5), {})
+    other = [np.concatenate([d[: 1 + i], 1 - d[1 + i :]]) for i, d in enumerate(draws)]
+    sample = functools.partial(plain().sample, sampler="ddim", **TEXT)
+    first = sample(draws=draws)
+    np.testing.assert_array_equal(first, sample(draws=other))
+    assert np.abs(first - sample(draws=draws, eta=1.0)).max() > 1e-3
+    assert np.abs(sample(draws=draws, eta=1.0) - sample(draws=other, eta=1.0)).max() > 1e-3
+
+
+def test_bfloat16_is_close():
+    config = cascade(pred_objectives="v")
+    exact = cascades.ours(config)
+    unets = [
+        nn.bind(unet.config, nnx.to_pure_dict(nnx.split(unet)[1]), dtype=jnp.bfloat16)
+        for unet in exact.unets
+    ]
+    coarse = draw(imagen=Imagen(config, unets=unets), stop_at_unet_number=1)
+    fine = draw(imagen=exact, stop_at_unet_number=1)
+    assert coarse.dtype == jnp.float32
+    assert np.mean(np.abs(coarse - fine)) < 0.02
+
+
+def test_a_cascade_without_its_base():
+    config = cascade()
+    config = dataclasses.replace(config, unets=(NullUnetConfig(), config.unets[1]))
+    imagen = Imagen(config, unets=[nn.NullUnet(), plain().unets[1]])
+    with pytest.raises(ValueError, match="U-Net 1 has no weights"):
+        draw(imagen=imagen)
+    start = dict(start_at_unet_number=2, start_image_or_video=(PICTURES * 255).astype(np.uint8))
+    assert draw(imagen=imagen, **start).shape == (BATCH, 8, 8, 3)
+
+
+# ---- the compiled loop
+
+
+@contextlib.contextmanager
+def compilations() -> Iterator[list[str]]:
+    """The names of the programs that are compiled meanwhile."""
+    names = []
+    original = jax._src.compiler.compile_or_get_cached
+
+    def compile_or_get_cached(backend, computation, *args, **kwargs):
+        names.append(computation.operation.attributes["sym_name"].value)
+        return original(backend, computation, *args, **kwargs)
+
+    with mock.patch.object(jax._src.compiler, "compile_or_get_cached", compile_or_get_cached):
+        yield names
+
+
+def test_numbers_compile_nothing():
+    """Neither another seed, text, guidance, number of steps nor threshold."""
+    config = cascade(pred_objectives="v")
+    first = cascades.ours(config)
+    changed = dict(timesteps=9, dynamic_thresholding_percentile=0.5, lowres_sample_noise_level=0.1)
+    second = cascades.ours(dataclasses.replace(config, **changed))
+    with compilations() as names:
+        before = draw(imagen=first, cond_scale=3.0)
+    assert {"jit_start", "jit_advance", "jit_finish"} <= set(names)
+    assert len([name for name in names if name == "jit_advance"]) == 2
+    with compilations() as names:
+        draw(1, imagen=first, cond_scale=(5.0, 2.0), cfg_keep_parallel_frac=0.5)
+        draw(2, imagen=first, cond_scale=3.0, text_embeds=1 - TEXT["text_embeds"])
+        draw(0, imagen=first, cond_scale=3.0, timesteps=(3, 30), skip_steps=(0, 4))
+        after = draw(0, imagen=second, cond_scale=3.0)
+        draw(0, imagen=first, cond_scale=3.0, lowres_sample_noise_level=0.5)
+    assert names == []
+    assert np.abs(before - after).max() > 1e-3
+    with compilations() as names:
+        draw(imagen=first, cond_scale=(1.0, 3.0))
+    assert names.count("jit_advance") == 1
+
+
+def test_slices_make_no_difference(monkeypatch):
+    whole = {}
+    for slices in (1, 2, 20):
+        monkeypatch.setattr(imagen_module, "SLICES", slices)
+        whole[slices] = draw(timesteps=7)
+    np.testing.assert_array_equal(whole[1], whole[2])
+    np.testing.assert_array_equal(whole[1], whole[20])
+
+
+def test_progress(monkeypatch):
+    calls = []
+    draw(timesteps=(3, 2), progress=lambda *call: calls.append(call))
+    assert calls == [(1, 0, 3), (1, 1, 3), (1, 2, 3), (1, 3, 3), (2, 0, 2), (2, 1, 2), (2, 2, 2)]
+    monkeypatch.setattr(imagen_module, "SLICES", 2)
+    calls.clear()
+    draw(stop_at_unet_number=1, skip_steps=1, progress=lambda *call: calls.append(call))
+    assert calls == [(1, 0, 4), (1, 2, 4), (1, 4, 4)]
+
+
+def test_raising_in_progress_stops():
+    class Enough(Exception):
+        pass
+
+    calls = []
+
+    def progress(*call):
+        calls.append(call)
+        if call == (1, 2, 5):
+            raise Enough
+
+    with pytest.raises(Enough):
+        draw(progress=progress)
+    assert calls[-1] == (1, 2, 5)
+
+
+# ---- mistakes
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        (dict(text_embeds=None), "give texts or text_embeds"),
+        (dict(text_embeds=np.ones((2, 4, 5), np.float32)), "5 wide, text_embed_dim is 6"),
+        (dict(key=None), "either a key or draws"),
+        (dict(draws=[np.zeros((1, 2, 5, 5, 3))]), "either a key or draws"),
+        (dict(key=None, draws=[np.zeros((1, 2, 5, 5, 3))]), "1 sequences of draws for 2 stages"),
+        (
+            dict(key=None, draws=[np.zeros((5, 2, 5, 5, 3))], stop_at_unet_number=1),
+            "5 noises; this stage needs 6",
+        ),
+        (dict(cond_scale=(1.0, 2.0, 3.0)), "cond_scale has 3 entries for 2 unets"),
+        (dict(timesteps=[3]), "timesteps has 1 entries for 2 unets"),
+        (dict(skip_steps=5), "skip_steps = 5 of num_steps = 5"),
+        (dict(timesteps=0), "num_steps = 0"),
+        (dict(inpaint_images=PICTURES), "both inpaint_images and inpaint_masks"),
+        (dict(inpaint_masks=MASKS), "both inpaint_images and inpaint_masks"),
+        (
+            dict(inpaint_images=PICTURES[:1], inpaint_masks=MASKS[:1]),
+            "1 inpaint_images and 1 masks for a batch of 2",
+        ),
+        (dict(start_at_unet_number=2), "needs start_image_or_video"),
+        (
+            dict(start_at_unet_number=2, start_image_or_video=PICTURES[:1]),
+            "1 start images for a batch of 2",
+        ),
+        (dict(start_at_unet_number=2, stop_at_unet_number=1), "U-Nets 2 to 1"),
+        (dict(start_at_unet_number=3), "1 .. 2"),
+        (dict(start_at_unet_number=0), "1 .. 2"),
+        (dict(stop_at_unet_number=3), "1 .. 2"),
+        (dict(cond_images=COND_IMAGES), "cond_images are given"),
+    ],
+    ids=str,
+)
+def test_errors(told, message):
+    given = dict(key=jax.random.key(0)) | TEXT | told
+    with pytest.raises(ValueError, match=message) as error:
+        plain().sample(**given)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "told", "message"),
+    [
+        (dict(cond_drop_prob=0), dict(TEXT, cond_scale=2.0), "cond_drop_prob"),
+        (UNCONDITIONAL, TEXT, "condition_on_text is off"),
+        (UNCONDITIONAL, dict(cond_scale=2.0), "cond_scale .* needs text"),
+    ],
+)
+def test_errors_of_other_cascades(config, told, message):
+    with pytest.raises(ValueError, match=message):
+        cascades.ours(cascade(**config)).sample(key=jax.random.key(0), **told)

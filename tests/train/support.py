@@ -1,0 +1,75 @@
+"""The smallest cascade that trains, as the JSON file a user would write, and its settings."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from imagen_jax import checkpoint
+from imagen_jax.config import ImagenConfig, UnetConfig
+from imagen_jax.nn import abstract
+from train.settings import Settings
+
+UNET = UnetConfig(
+    dim=8,
+    cond_dim=8,
+    dim_mults=(1,),
+    attn_dim_head=4,
+    attn_heads=2,
+    max_text_len=16,
+    layer_attns=False,
+    layer_cross_attns=False,
+    attend_at_middle=False,
+    attn_pool_text=False,
+    init_cross_embed=False,
+    init_conv_kernel_size=3,
+    use_global_context_attn=False,
+)
+CASCADE = ImagenConfig(
+    unets=(UNET, UNET),
+    image_sizes=(8, 12),
+    text_encoder_name="demo",
+    pred_objectives="v",
+    noise_schedules="cosine",
+)
+
+
+def settings(folder: Path, **changes) -> Settings:
+    """Four pictures a step, evaluated at both ends, nothing sampled."""
+    file = folder / "cascade.json"
+    file.write_text(json.dumps(CASCADE.to_dict()))
+    plain = Settings(
+        config=file,
+        workdir=folder / "run",
+        steps=4,
+        batch_size=4,
+        limit=8,
+        log_every=1,
+        eval_every=100,
+        eval_batches=1,
+        save_every=2,
+        sample_every=0,
+        ema="plain",
+        keep=None,
+    )
+    return dataclasses.replace(plain, **changes)
+
+
+def saved(run: Path, step: int, item: str = "params", unet_number: int = 1):
+    """The `params` or `ema` of a saved step."""
+    target = checkpoint.placed(abstract(UNET_OF[unet_number])[1])
+    return checkpoint.restore(run, unet_number, step, item, target)
+
+
+UNET_OF = {number: CASCADE.stage(number).unet for number in (1, 2)}
+
+
+def metrics(run: Path, kind: str = "train") -> list[dict]:
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["kind"] == kind]
+
+
+def assert_equal(a, b) -> None:
+    jax.tree.map(np.testing.assert_array_equal, a, b)

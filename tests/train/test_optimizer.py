@@ -1,0 +1,67 @@
+"""Learning rate, Adam and the averages against closed forms and the PyTorch originals."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from ema_pytorch import EMA
+
+from train.optimizer import ema_decay, learning_rate, make_optimizer, update_ema
+from train.settings import Settings
+
+
+def test_the_reference_average_is_that_of_ema_pytorch():
+    model = torch.nn.Linear(1, 1, bias=False)
+    theirs = EMA(model, beta=0.9999, update_after_step=100, update_every=10)
+    settings = Settings(ema="reference")
+    update = jax.jit(lambda ema, x, step: update_ema(ema, x, ema_decay(step, settings)))
+    ours = jnp.zeros((1, 1))
+    for step, value in enumerate(np.random.default_rng(0).normal(size=400).astype(np.float32)):
+        with torch.no_grad():
+            model.weight.fill_(float(value))
+        theirs.update()
+        ours = update(ours, jnp.full((1, 1), value), jnp.int32(step))
+        want = theirs.ema_model.weight.detach().numpy()
+        np.testing.assert_allclose(ours, want, rtol=2e-5, atol=1e-6, err_msg=f"step {step}")
+
+
+def test_the_plain_average_warms_up():
+    settings = Settings(ema="plain", ema_decay=0.9)
+    steps = jnp.arange(200)
+    want = np.minimum(0.9, (1 + np.arange(200)) / (10 + np.arange(200)))
+    got = jax.vmap(lambda step: ema_decay(step, settings))(steps)
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+def test_learning_rate_warms_up_and_falls():
+    settings = Settings(lr=2e-3, warmup_steps=10, cosine_decay_max_steps=100)
+    k = np.arange(150)
+    cosine = 0.5 * (1 + np.cos(np.pi * np.minimum(k, 100) / 100))
+    want = 2e-3 * cosine * np.minimum(1, (k + 1) / 10)
+    np.testing.assert_allclose(jax.vmap(learning_rate(settings))(k), want, rtol=1e-5, atol=1e-9)
+
+
+def test_adam_steps_as_torch_does():
+    settings = Settings(lr=0.1, max_grad_norm=None)
+    optimizer, x = make_optimizer(settings), jnp.array([1.0, -2.0, 3.0])
+    state = optimizer.init(x)
+    theirs = torch.tensor(np.asarray(x), requires_grad=True)
+    adam = torch.optim.Adam([theirs], lr=0.1, betas=(0.9, 0.99), eps=1e-8)
+    for _ in range(5):
+        updates, state = optimizer.update(3 * x**2, state)
+        x = optax.apply_updates(x, updates)
+        adam.zero_grad()
+        (theirs**3).sum().backward()
+        adam.step()
+    np.testing.assert_allclose(x, theirs.detach().numpy(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["adam", "adafactor"])
+def test_gradients_are_clipped(name):
+    optimizer = make_optimizer(Settings(optimizer=name, max_grad_norm=1.0))
+    x = jnp.ones((256, 256))
+    small, _ = optimizer.update(x / 256, optimizer.init(x), x)
+    large, _ = optimizer.update(x * 1e6, optimizer.init(x), x)
+    np.testing.assert_allclose(small, large, rtol=1e-4)
