@@ -23,6 +23,8 @@ def run(main: Callable[[], None]) -> None:
         if os.environ.get("IMAGEN_JAX_TRACEBACK"):
             raise
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
 
 
 def use_compilation_cache() -> None:

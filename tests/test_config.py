@@ -12,7 +12,6 @@ from imagen_jax import config as config_module
 from imagen_jax import presets
 from imagen_jax.config import ImagenConfig, UnetConfig
 
-
 ROOT = Path(__file__).parents[1]
 
 

@@ -100,7 +100,8 @@ class Trainer:
                 state, measured = step_fn(state, self.feed.to_device(next(batches)), key)
                 window.add(step, measured)
                 bar.update()
-                last = step == settings.steps or interrupt.received is not None
+                stopped_by = interrupt.received  # asked once: a signal may come at any line
+                last = step == settings.steps or stopped_by is not None
                 saves = last or step % settings.save_every == 0
                 if saves or step % settings.log_every == 0:
                     values = window.close()
@@ -108,7 +109,7 @@ class Trainer:
                     self.metrics.write(step, "train", values)
                 if saves:
                     self.save(step, state)
-                if interrupt.received is not None:
+                if stopped_by is not None:
                     break
                 if step % settings.eval_every == 0 or last:
                     self.evaluate(state, step)
@@ -120,10 +121,10 @@ class Trainer:
         self.wait(step)
         if batches.skipped:
             print(f"skipped {len(batches.skipped)} of {len(self.feed.train)} pictures")
-        if interrupt.received is None:
+        if stopped_by is None:
             return True
         print(
-            f"{interrupt.received}: stopped after step {step}, saved in {settings.run}. "
+            f"{stopped_by}: stopped after step {step}, saved in {settings.run}. "
             "Go on with the same command and --resume."
         )
         return False
