@@ -100,13 +100,13 @@ class Imagen(nnx.Module):
         self,
         *,
         key: PRNGKey | None = None,
-        draws: Sequence[Float[AnyArray, "count b h w c"]] | None = None,
+        draws: Sequence[Float[AnyArray, "_ b _ _ c"]] | None = None,
         texts: Sequence[str] | None = None,
         text_embeds: TextEmbeds | None = None,
         text_masks: TextMask | None = None,
         cond_images: AnyArray | None = None,
         inpaint_images: AnyArray | None = None,
-        inpaint_masks: Bool[AnyArray, "b h w"] | None = None,
+        inpaint_masks: Bool[AnyArray, "masks h w"] | None = None,
         inpaint_resample_times: int = 5,
         inpaint_variance: Literal["exact", "reference"] = "exact",
         init_images: AnyArray | Sequence[AnyArray | None] | None = None,
@@ -235,20 +235,14 @@ def sample_stage(
     """Runs one stage: prepares, loops in slices and finishes. `given` goes to `stages.start`."""
     grid = samplers.make_grid(num_steps, program.stage.noise_schedule, skip_steps=skip_steps)
     total = int(grid.num_steps)
+    percentile = program.config.dynamic_thresholding_percentile
+    program = program.without_numbers()
     if noises is not None:
         _check_noises(noises, total, given)
     drawn = dict(program=program, key=key, noises=noises)
     carry, conditioning = stages.start(params, batch_size=batch_size, **drawn, **given)
     numbers = stages.Guidance(
-        *(
-            jnp.float32(number)
-            for number in (
-                cond_scale,
-                keep_parallel_frac,
-                program.config.dynamic_thresholding_percentile,
-                eta,
-            )
-        )
+        *(jnp.float32(number) for number in (cond_scale, keep_parallel_frac, percentile, eta))
     )
     stride = -(-total // SLICES)
     for first in range(0, total, stride):

@@ -249,6 +249,16 @@ class Program:
     def stage(self) -> StageConfig:
         return self.config.stage(self.unet_number)
 
+    def without_numbers(self) -> "Program":
+        """The same for all configurations that differ in what the programs get as data."""
+        config = dataclasses.replace(
+            self.config,
+            timesteps=1,
+            dynamic_thresholding_percentile=1.0,
+            lowres_sample_noise_level=0.0,
+        )
+        return dataclasses.replace(self, config=config)
+
 
 class Guidance(NamedTuple):
     """Numbers that may change from call to call without another compilation."""
@@ -269,7 +279,7 @@ def start(
     noises: Float[Array, "count b h w c"] | None = None,
     text_embeds: TextEmbeds | None = None,
     text_masks: TextMask | None = None,
-    previous: Image | None = None,
+    previous: Float[AnyArray, "b h2 w2 c"] | None = None,
     lowres_noise_level: Float[Array, ""] | None = None,
     cond_images: AnyArray | None = None,
     init_images: AnyArray | None = None,

@@ -17,26 +17,11 @@ from imagen_jax.config import ImagenConfig, NullUnetConfig, UnetConfig
 from imagen_jax.imagen import Imagen
 from imagen_jax.interop.reference import import_imagen_pytorch
 from imagen_jax.stages import Draws
-from tests import parity
+from tests import SMALLEST_UNET, parity
 
 WIDTH = 6  # of the text
 
-# The networks have tests of their own: these are the smallest that listen to everything.
-SMALLEST = dict(
-    dim=8,
-    cond_dim=6,
-    dim_mults=(1,),
-    attn_dim_head=4,
-    attn_heads=2,
-    max_text_len=6,
-    layer_attns=False,
-    layer_cross_attns=False,
-    attend_at_middle=False,
-    attn_pool_text=False,
-    init_cross_embed=False,
-    init_conv_kernel_size=3,
-    use_global_context_attn=False,
-)
+SMALLEST = SMALLEST_UNET | dict(cond_dim=6, max_text_len=6)
 
 
 def cascade(*, unet: dict[str, Any] | None = None, **fields) -> ImagenConfig:

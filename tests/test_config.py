@@ -1,77 +1,177 @@
-"""Configurations survive JSON, and every mistake is named at construction."""
+"""Configurations: JSON and back, what a cascade decides for its U-Nets, one line per mistake."""
 
+import dataclasses
 import json
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
+import jaxtyping
 import pytest
+import torch
 
 from imagen_jax import config as config_module
 from imagen_jax import presets
-from imagen_jax.config import ImagenConfig, UnetConfig
+from imagen_jax.config import ImagenConfig, NullUnetConfig, UnetConfig
+from imagen_jax.diffusion.schedules import log_snr
+from tests import cascades
+from tests.cascades import cascade
 
 ROOT = Path(__file__).parents[1]
+NULL = NullUnetConfig()
+SMALL = UnetConfig(dim=8, dim_mults=(1, 2))
 
 
-@pytest.mark.parametrize("name", presets.PRESETS)
-def test_json_round_trip(name):
+@pytest.fixture(autouse=True)
+def no_type_checks(monkeypatch):
+    """As outside of tests, where the configurations find every mistake themselves."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+@pytest.mark.parametrize("name", sorted(presets.PRESETS))
+def test_json_round_trip_of_presets(name):
     config = presets.PRESETS[name]()
-    assert ImagenConfig.from_dict(config.to_dict()) == config
+    text = json.dumps(config.to_dict())
+    assert ImagenConfig.from_dict(json.loads(text)) == config
+    for unet in config.unets:
+        assert UnetConfig.from_dict(unet.to_dict()) == unet
 
 
-def test_unets_are_adapted_to_the_cascade():
-    config = presets.tiny()
-    assert [unet.lowres_cond for unet in config.unets] == [False, True]
-    assert {unet.text_embed_dim for unet in config.unets} == {128}
-    assert config.stage(2).previous_image_size == 8
+def test_json_round_trip_of_everything():
+    config = cascade(
+        unets=(NULL, SMALL),
+        image_sizes=[4, 8],
+        timesteps=(3, 7),
+        random_crop_sizes=[None, 4],
+        noise_schedules=("linear", "cosine"),
+        min_snr_gamma=[5, 2.5],
+        dynamic_thresholding=(True, False),
+    )
+    again = ImagenConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again == config and hash(again) == hash(config)
+    assert again.unets[0] == NULL and again.random_crop_sizes == (None, 4)
 
 
-def test_schedules_are_padded_as_in_the_reference():
-    unet = UnetConfig(dim=8)
-    config = ImagenConfig(unets=(unet,) * 3, image_sizes=(8, 16, 32), noise_schedules="linear")
-    schedules = [config.stage(number).noise_schedule for number in (1, 2, 3)]
-    assert schedules == ["linear", "cosine", "linear"]
+def test_unets_are_fitted_to_the_cascade():
+    config = ImagenConfig(
+        unets=(SMALL, SMALL, SMALL), image_sizes=(8, 16, 32), text_embed_dim=5, channels=1
+    )
+    assert [unet.lowres_cond for unet in config.unets] == [False, True, True]
+    assert {(u.text_embed_dim, u.channels, u.channels_out) for u in config.unets} == {(5, 1, 1)}
+    free = dataclasses.replace(config, condition_on_text=False)
+    assert not any(unet.cond_on_text for unet in free.unets)
 
 
-def cascade(**changes):
-    return lambda: ImagenConfig.from_dict(presets.tiny().to_dict() | changes)
+def test_one_unet_needs_no_tuple():
+    config = ImagenConfig(unets=SMALL, image_sizes=8)
+    assert config == ImagenConfig(unets=(SMALL,), image_sizes=(8,))
+    data = config.to_dict()
+    assert ImagenConfig.from_dict(dict(data, unets=data["unets"][0], image_sizes=8)) == config
 
 
-def unet(**changes):
-    return lambda: UnetConfig.from_dict(dict(dim=8) | changes)
+def test_text_width_is_known_by_name():
+    config = ImagenConfig(unets=SMALL, image_sizes=8, text_encoder_name="google/t5-v1_1-xxl")
+    assert config.text_embed_dim == config.unets[0].text_embed_dim == 4096
 
 
-MISTAKES = {
-    "no field 'image_size'; did you mean 'image_sizes'": cascade(image_size=8),
-    "2 unets and image_sizes = .8,.": cascade(image_sizes=[8]),
-    "timesteps = .1, 2, 3. has 3 entries for 2 unets": cascade(timesteps=[1, 2, 3]),
-    "the base is never cropped": cascade(random_crop_sizes=[4, 8]),
-    "a crop of 32 pixels does not fit a picture of 16": cascade(random_crop_sizes=[None, 32]),
-    "its size 9 is no multiple": cascade(image_sizes=[9, 16]),
-    "cond_drop_prob = 2.0 must lie in": cascade(cond_drop_prob=2.0),
-    "text_embed_dim must be given": cascade(text_encoder_name="unknown", text_embed_dim=None),
-    "only_train_unet_number = 3": cascade(only_train_unet_number=3),
-    "layer_attns = .True,. has 1 entries": unet(layer_attns=[True]),
-    "attn_heads = 1; attention needs at least 2": unet(attn_heads=1),
-    "max_text_len = 600 must lie in": unet(max_text_len=600),
-    "must begin with 1 unless memory_efficient": unet(dim_mults=[2, 4]),
-    "memory_efficient needs init_dim": unet(memory_efficient=True, init_dim=16),
-    "every size must be odd": unet(init_cross_embed_kernel_sizes=[3, 4]),
-    "init_conv_kernel_size = 4 must be odd": unet(init_conv_kernel_size=4),
-    "norm='group' has 8 groups": unet(dim=12, norm="group"),
-}
+@pytest.mark.parametrize(
+    ("given", "count", "want"),
+    [
+        ("cosine", 1, ["cosine"]),
+        ("linear", 2, ["linear", "cosine"]),
+        ("cosine", 4, ["cosine", "cosine", "linear", "linear"]),
+        (("linear", "linear"), 3, ["linear", "linear", "linear"]),
+    ],
+)
+def test_schedules_are_filled_up_as_in_the_reference(given, count, want):
+    sizes = tuple(8 * 2**i for i in range(count))
+    unet = UnetConfig(**cascades.SMALLEST)
+    config = ImagenConfig(
+        unets=(unet,) * count, image_sizes=sizes, text_embed_dim=6, noise_schedules=given
+    )
+    assert [config.stage(i + 1).noise_schedule for i in range(count)] == want
+    for schedule, theirs in zip(want, cascades.theirs(config).noise_schedulers, strict=True):
+        end = theirs.log_snr(torch.ones(1)).item()
+        assert end == pytest.approx(log_snr(1.0, schedule), abs=0.1)
 
 
-@pytest.mark.parametrize("message", MISTAKES)
-def test_mistakes_are_named(message):
-    with pytest.raises(ValueError, match=message):
-        MISTAKES[message]()
+def test_stages_resolve_tuples():
+    config = cascade(
+        timesteps=(3, 7),
+        pred_objectives=("noise", "v"),
+        random_crop_sizes=(None, 4),
+        min_snr_loss_weight=(False, True),
+        min_snr_gamma=(5.0, 2.0),
+        dynamic_thresholding=(True, False),
+    )
+    first, second = config.stage(1), config.stage(2)
+    assert (first.timesteps, second.timesteps) == (3, 7)
+    assert (first.previous_image_size, second.previous_image_size) == (None, 5)
+    assert (first.min_snr_gamma, second.min_snr_gamma) == (None, 2.0)
+    assert (first.random_crop_size, second.random_crop_size) == (None, 4)
+    assert (first.pred_objective, second.pred_objective) == ("noise", "v")
+    assert (first.dynamic_thresholding, second.dynamic_thresholding) == (True, False)
 
 
-def test_a_misspelt_schedule_is_one_line(tmp_path):
-    """In a process of its own: here the annotations are checked before our own message comes."""
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(dim_mult=(1, 2)), "no field 'dim_mult'; did you mean 'dim_mults'?"),
+        (dict(xyzzy=1), "no field 'xyzzy'."),
+        (dict(dim="8"), "UnetConfig.dim = '8' is not int"),
+        (dict(dim=True), "UnetConfig.dim = True is not int"),
+        (dict(resize_mode="nearst"), "resize_mode = 'nearst' is not one of 'nearest'"),
+        (dict(layer_attns=(True,)), "layer_attns = (True,) has 1 entries"),
+        (dict(num_resnet_blocks=(1, 2, 3)), "num_resnet_blocks = (1, 2, 3) has 3 entries"),
+        (dict(attn_heads=1), "attn_heads = 1"),
+        (dict(learned_sinu_pos_emb_dim=5), "learned_sinu_pos_emb_dim = 5 must be even"),
+        (dict(max_text_len=0), "max_text_len = 0"),
+        (dict(max_text_len=600), "max_text_len = 600 must lie in 1 .. 512"),
+        (dict(text_embed_dim=None), "cond_on_text needs text_embed_dim"),
+        (dict(dim_mults=(2, 4)), "dim_mults = (2, 4) must begin with 1"),
+        (dict(init_dim=9, memory_efficient=True), "memory_efficient needs init_dim = 9"),
+        (dict(init_conv_kernel_size=4), "init_conv_kernel_size = 4 must be odd"),
+        (dict(dim=9, norm="group"), "norm='group' has 8 groups"),
+        (dict(init_cross_embed_kernel_sizes=(3, 4)), "every size must be odd"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_mistakes_in_a_unet(fields, message):
+    complains(UnetConfig, dict(dim=8, dim_mults=[1, 2]) | fields, message)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(noise_schedule="cosine"), "did you mean 'noise_schedules'?"),
+        (dict(noise_schedules="cosin"), "'cosin' is not one of 'cosine', 'linear'"),
+        (dict(pred_objectives="eps"), "'eps' is not one of 'noise', 'v', 'x_start'"),
+        (dict(loss_type="mse"), "'mse' is not one of 'l1', 'l2', 'huber'"),
+        (dict(unets=[dict(dim=8, dimm=1)]), "UnetConfig has no field 'dimm'"),
+        (dict(unets=[]), "0 unets and image_sizes"),
+        (dict(image_sizes=(8,)), "2 unets and image_sizes = (8,)"),
+        (dict(timesteps=(1, 2, 3)), "timesteps = (1, 2, 3) has 3 entries for 2 unets"),
+        (dict(pred_objectives=("v",)), "pred_objectives = ('v',) has 1 entries for 2 unets"),
+        (dict(min_snr_gamma=(1.0,) * 3), "min_snr_gamma = (1.0, 1.0, 1.0) has 3 entries"),
+        (dict(random_crop_sizes=4), "random_crop_sizes = 4: the base is never cropped"),
+        (dict(random_crop_sizes=(None, 18)), "a crop of 18 pixels does not fit a picture of 16"),
+        (dict(random_crop_sizes=(None, 5)), "U-Net 2 halves the picture to 1/2; its size 5"),
+        (dict(image_sizes=(7, 16)), "U-Net 1 halves the picture to 1/2; its size 7"),
+        (dict(unets=[SMALL.to_dict(), NULL.to_dict()]), "only be the first"),
+        (dict(cond_drop_prob=1.5), "cond_drop_prob = 1.5 must lie in"),
+        (dict(dynamic_thresholding_percentile=95), "dynamic_thresholding_percentile = 95"),
+        (dict(timesteps=0), "timesteps = 0 must be positive"),
+        (dict(only_train_unet_number=3), "only_train_unet_number = 3 is none of 1 .. 2"),
+        (dict(text_encoder_name="my-t5"), "width of text_encoder_name = 'my-t5' is not known"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_mistakes_in_a_cascade(fields, message):
+    unets = [dict(dim=8, dim_mults=[1, 2])] * 2
+    complains(ImagenConfig, dict(unets=unets, image_sizes=[8, 16]) | fields, message)
+
+
+def test_a_command_says_it_in_one_line(tmp_path):
     file = tmp_path / "cascade.json"
     file.write_text(json.dumps(presets.tiny().to_dict() | dict(noise_schedules="cosin")))
     command = [sys.executable, "-m", "train.base", "--config", str(file)]
@@ -83,10 +183,24 @@ def test_a_misspelt_schedule_is_one_line(tmp_path):
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_ignored_arguments_warn_once(monkeypatch):
+def test_an_unknown_stage():
+    with pytest.raises(ValueError, match="unet_number = 0 is none of 1 .. 2"):
+        cascade().stage(0)
+
+
+def complains(kind, data, message):
+    """One line, and it says what is wrong."""
+    with pytest.raises(ValueError) as error:
+        kind.from_dict(data)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_ignored_fields_warn_once(monkeypatch):
     monkeypatch.setattr(config_module, "_warned", set())
-    with pytest.warns(UserWarning, match="dropout = 0.1 has no effect"):
+    with pytest.warns(UserWarning, match="UnetConfig.dropout = 0.1 has no effect") as caught:
         UnetConfig(dim=8, dropout=0.1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        UnetConfig(dim=8, dropout=0.1)
+    assert len(caught) == 1
+    UnetConfig(dim=8, dropout=0.2)  # a second warning would be an error here
+    with pytest.warns(UserWarning, match="num_image_tokens"):
+        UnetConfig(dim=8, dropout=0.2, num_image_tokens=3)

@@ -19,6 +19,7 @@ import imagen_jax
 from imagen_jax import commands, nn, presets
 from imagen_jax.config import ImagenConfig, NullUnetConfig, UnetConfig
 from sample import outputs, text_to_image
+from tests import SMALLEST_UNET
 
 ROOT = Path(__file__).parents[2]
 FEW = ("--steps", "3", "2")
@@ -28,21 +29,7 @@ BASE = ("--stop-at-unet-number", "base", "--steps", "3")
 def cascade() -> ImagenConfig:
     """`presets.tiny` with its networks down to what compiles in a few seconds."""
     config = presets.tiny()
-    unet = UnetConfig(
-        dim=8,
-        cond_dim=8,
-        dim_mults=(1,),
-        attn_dim_head=4,
-        attn_heads=2,
-        max_text_len=16,
-        layer_attns=False,
-        layer_cross_attns=False,
-        attend_at_middle=False,
-        attn_pool_text=False,
-        init_cross_embed=False,
-        init_conv_kernel_size=3,
-        use_global_context_attn=False,
-    )
+    unet = UnetConfig(**SMALLEST_UNET, cond_dim=8, max_text_len=16)
     return dataclasses.replace(config, unets=(unet, unet))
 
 

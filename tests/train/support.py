@@ -10,23 +10,10 @@ import numpy as np
 from imagen_jax import checkpoint
 from imagen_jax.config import ImagenConfig, UnetConfig
 from imagen_jax.nn import abstract
+from tests import SMALLEST_UNET
 from train.settings import Settings
 
-UNET = UnetConfig(
-    dim=8,
-    cond_dim=8,
-    dim_mults=(1,),
-    attn_dim_head=4,
-    attn_heads=2,
-    max_text_len=16,
-    layer_attns=False,
-    layer_cross_attns=False,
-    attend_at_middle=False,
-    attn_pool_text=False,
-    init_cross_embed=False,
-    init_conv_kernel_size=3,
-    use_global_context_attn=False,
-)
+UNET = UnetConfig(**SMALLEST_UNET, cond_dim=8, max_text_len=16)
 CASCADE = ImagenConfig(
     unets=(UNET, UNET),
     image_sizes=(8, 12),
