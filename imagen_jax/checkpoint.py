@@ -49,16 +49,22 @@ def write_config(
     """
     path = Path(run) / "config.json"
     data = {"imagen": config.to_dict(), "training": {}}
+    check_config(run, config)
     if path.exists():
-        difference = first_difference(read_config(run), config)
-        if difference:
-            raise ValueError(f"{path} describes another cascade: {difference}.")
         data["training"] = _read_json(run).get("training", {})
     data["training"] |= training or {}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(data, indent=2) + "\n")
     partial.replace(path)
+
+
+def check_config(run: str | os.PathLike, config: ImagenConfig) -> None:
+    """Raises ValueError if the run directory holds another cascade; it need not exist."""
+    path = Path(run) / "config.json"
+    difference = first_difference(read_config(run), config) if path.exists() else None
+    if difference:
+        raise ValueError(f"{path} describes another cascade: {difference}.")
 
 
 def first_difference(there: Any, here: Any, name: str = "") -> str | None:
@@ -94,9 +100,17 @@ def open_manager(
 def save_step(
     manager: ocp.CheckpointManager, step: int, trees: Mapping[str, Any], meta: Mapping[str, Any]
 ) -> None:
-    """Begins to write one step; returns when the arrays are copied, not when they are on disk."""
+    """Begins to write one step; returns when the arrays are copied, not when they are on disk.
+
+    Raises ValueError, and writes nothing, if the manager holds this step or a later one.
+    """
     items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
-    manager.save(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(dict(meta))))
+    args = ocp.args.Composite(**items, meta=ocp.args.JsonSave(dict(meta)))
+    if manager.latest_step() is not None and manager.latest_step() >= step:
+        raise ValueError(
+            f"{manager.directory} is at step {manager.latest_step()}: step {step} cannot be added."
+        )
+    manager.save(step, args=args)
 
 
 def latest_step(run: str | os.PathLike, unet_number: int) -> int | None:
@@ -116,16 +130,20 @@ def restore(run: str | os.PathLike, unet_number: int, step: int, item: str, targ
     with ocp.StandardCheckpointer() as checkpointer:
         try:
             return checkpointer.restore(path, target)
-        except (ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"{path} is no checkpoint of this architecture: {reason}") from error
+        except (ValueError, KeyError, OSError) as error:
+            raise ValueError(
+                f"{path} is damaged, or of another architecture: {_first_line(error)}"
+            ) from error
 
 
 def read_meta(run: str | os.PathLike, unet_number: int, step: int) -> dict[str, Any]:
-    """What training wrote beside the arrays of a step."""
+    """What training wrote beside the arrays of a step. Raises ValueError if that is damaged."""
     path = stage_path(run, unet_number) / str(step) / "meta"
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-        return checkpointer.restore(path)
+        try:
+            return checkpointer.restore(path)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{path} is damaged: {_first_line(error)}") from error
 
 
 def load_params(
@@ -178,7 +196,7 @@ def load(
 def save(run: str | os.PathLike, imagen: Imagen, *, step: int = 0) -> None:
     """Writes configuration and parameters; `load` gives them back.
 
-    Raises ValueError if `run` holds another cascade or this step already.
+    Raises ValueError if `run` holds another cascade, or this step or a later one of a U-Net.
     """
     write_config(run, imagen.config)
     for number, unet in enumerate(imagen.unets, 1):
@@ -186,9 +204,11 @@ def save(run: str | os.PathLike, imagen: Imagen, *, step: int = 0) -> None:
             continue
         params = nnx.to_pure_dict(nnx.split(unet)[1])
         with open_manager(run, number) as manager:
-            if step in manager.all_steps():
-                raise ValueError(f"{stage_path(run, number)} already holds step {step}.")
             save_step(manager, step, {"params": params}, {"step": step})
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _read_json(run: str | os.PathLike) -> dict[str, Any]:

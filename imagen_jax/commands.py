@@ -1,7 +1,9 @@
 """What the command lines share: one clear line for a mistake, and a cache of compiled programs."""
 
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,12 +19,20 @@ def run(main: Callable[[], None]) -> None:
     IMAGEN_JAX_TRACEBACK=1 in the environment shows the traceback instead.
     """
     use_compilation_cache()
+    quiet_writers()
     try:
         main()
     except (ValueError, OSError) as error:
         if os.environ.get("IMAGEN_JAX_TRACEBACK"):
             raise
         sys.exit(f"error: {error}")
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        sys.exit(
+            "error: the device's memory is full: a smaller --batch-size may fit; in training also "
+            "--accumulate, --remat nothing_saveable or --dtype bfloat16."
+        )
     except KeyboardInterrupt:
         sys.exit("interrupted")
 
@@ -32,6 +42,20 @@ def use_compilation_cache() -> None:
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
         jax.config.update("jax_compilation_cache_dir", str(home / "imagen-jax" / "xla"))
+
+
+def quiet_writers() -> None:
+    """Orbax and TensorStore raise what goes wrong, and show the traceback of each array besides:
+    thousands of lines when a disk is full."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+
+    def show(unraisable: object) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":  # an array too late to fail
+            sys.__unraisablehook__(unraisable)
+
+    sys.unraisablehook = show
 
 
 def stage_number(stage: str | int) -> int:

@@ -7,15 +7,14 @@
 The super-resolution stages are trained by `python -m train.super_res`, in any order.
 """
 
-import tyro
-
 from imagen_jax import commands
 from train import loop
-from train.settings import Settings
+from train.settings import parse
 
 
 def main() -> None:
-    loop.run(tyro.cli(Settings, description=__doc__), 1)
+    (settings,) = parse(__doc__)
+    loop.run(settings, 1)
 
 
 if __name__ == "__main__":

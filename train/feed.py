@@ -6,10 +6,13 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
 
 from imagen_jax import text
 from imagen_jax.config import ImagenConfig
-from imagen_jax.data import Batches, Source, make_batches, open_source
+from imagen_jax.data import Batches, Record, Source, decode, make_batches, open_source
+from imagen_jax.imagen import check_text
 from train.settings import Settings
 from train.step import Batch
 
@@ -24,6 +27,8 @@ class Feed:
     train: Source
     heldout: Source
     encoder: text.TextEncoder | None
+    count: int  # of all pictures, usable or not
+    skipped: dict[str, str] = dataclasses.field(default_factory=dict)  # key -> reason
 
     @classmethod
     def open(cls, config: ImagenConfig, unet_number: int, settings: Settings) -> "Feed":
@@ -43,7 +48,13 @@ class Feed:
                     f"{config.text_encoder_name} has embeddings of {encoder.width}, the cascade "
                     f"text_embed_dim = {config.text_embed_dim}."
                 )
-        return cls(config, unet_number, settings, train, source.split("heldout"), encoder)
+        heldout = source.split("heldout")
+        count = len(train) + len(heldout)
+        feed = cls(config, unet_number, settings, train, heldout, encoder, count)
+        if next(feed.usable(heldout), None) is not None:
+            return feed
+        nothing = dataclasses.replace(heldout, rows=heldout.rows[:0])
+        return dataclasses.replace(feed, heldout=nothing)
 
     def batches(
         self, source: Source, *, start_step: int = 0, shuffle: bool = True, **options
@@ -60,8 +71,27 @@ class Feed:
             channels=self.config.channels,
             shuffle=shuffle,
             text_len=self.text_len,
+            on_skip=self.skip,
             **options,
         )
+
+    def usable(self, source: Source) -> Iterator[tuple[Record, np.ndarray]]:
+        """The records that can be trained on, and their pictures."""
+        size = self.config.stage(self.unet_number).image_size
+        for i in range(len(source)):
+            try:
+                record = source[i]
+                if self.encoder is not None and not record.caption:
+                    raise ValueError("no caption")
+                yield record, decode(record.image, image_size=size, channels=self.config.channels)
+            except ValueError as error:
+                self.skip(source.key(i), str(error))
+
+    def skip(self, key: str, reason: str) -> None:
+        """Names a picture that cannot be used, once."""
+        if key not in self.skipped:
+            self.skipped[key] = reason
+            tqdm.write(f"skipped {key}: {reason}")
 
     @property
     def text_len(self) -> int:
@@ -78,6 +108,7 @@ class Feed:
             return {"images": batch["images"]}
         if "tokens" in batch:
             batch["text_embeds"], batch["text_masks"] = self.embed(batch.pop("tokens"))
+        check_text(self.config, batch.get("text_embeds"), None)
         return batch
 
     def embed(self, tokens):

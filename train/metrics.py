@@ -1,11 +1,22 @@
 """Metrics of a run: always a JSONL file, TensorBoard and Weights & Biases on request."""
 
+import contextlib
+import importlib
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+
+import jax
+import numpy as np
+
+from train.optimizer import learning_rate
+from train.settings import Settings
+
+AHEAD = 2  # steps that may wait on the device: enough to keep it busy, and Ctrl-C is heard soon
 
 
 class Metrics:
@@ -20,18 +31,13 @@ class Metrics:
         wandb: str | None = None,
         settings: Mapping[str, Any],
     ):
+        boards = _extra("tensorboardX", "--tensorboard") if tensorboard else None
+        client = _extra("wandb", "--wandb") if wandb is not None else None
         run.mkdir(parents=True, exist_ok=True)
         self.unet_number = unet_number
+        self.board = boards and boards.SummaryWriter(str(run / "tensorboard"))
+        self.wandb = client and client.init(project=wandb, dir=str(run), config=dict(settings))
         self.file = (run / "metrics.jsonl").open("a")
-        self.board = self.wandb = None
-        if tensorboard:
-            from tensorboardX import SummaryWriter
-
-            self.board = SummaryWriter(str(run / "tensorboard"))
-        if wandb is not None:
-            import wandb as client
-
-            self.wandb = client.init(project=wandb, dir=str(run), config=dict(settings))
 
     def write(self, step: int, kind: str, values: Mapping[str, float | None]) -> None:
         """`kind` is train, or eval/heldout and eval/train; a value that is not finite is null."""
@@ -57,3 +63,56 @@ class Metrics:
             self.board.close()
         if self.wandb is not None:
             self.wandb.finish()
+
+
+class Window:
+    """Metrics of the steps since the last line, fetched from the device all at once."""
+
+    def __init__(self, settings: Settings):
+        self.batch_size = settings.batch_size
+        self.learning_rate = learning_rate(settings)
+        self._restart()
+
+    def _restart(self) -> None:
+        self.steps: list[tuple[int, dict]] = []
+        self.began = time.perf_counter()
+
+    def add(self, step: int, measured: dict) -> None:
+        self.steps.append((step, measured))
+        if len(self.steps) > AHEAD:
+            jax.block_until_ready(self.steps[-1 - AHEAD][1])
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leaves what is done inside out of the speed."""
+        if self.steps:
+            jax.block_until_ready(self.steps[-1][1])
+        paused = time.perf_counter()
+        yield
+        self.began += time.perf_counter() - paused
+
+    def close(self) -> dict[str, float]:
+        """Means and speed. ValueError names the first step with a loss or gradient not finite."""
+        numbers = [step for step, _ in self.steps]
+        fetched = jax.device_get([measured for _, measured in self.steps])
+        for number, measured in zip(numbers, fetched, strict=True):
+            for name, what in (("loss", "the loss"), ("grad_norm", "the norm of the gradients")):
+                if not np.isfinite(measured[name]):
+                    raise ValueError(
+                        f"{what} is {measured[name]} at step {number}. Checkpoints are of "
+                        "steps before. A smaller --lr, --max-grad-norm or --dtype float32 may help."
+                    )
+        seconds = time.perf_counter() - self.began
+        values = {name: float(np.mean([m[name] for m in fetched])) for name in fetched[0]}
+        values["learning_rate"] = float(self.learning_rate(numbers[-1] - 1))
+        values["steps_per_second"] = len(numbers) / seconds
+        values["images_per_second"] = len(numbers) * self.batch_size / seconds
+        self._restart()
+        return values
+
+
+def _extra(module: str, flag: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{flag} needs {module}: pip install 'imagen-jax[logging]'.") from error

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
-from train.settings import Settings
+from train.settings import Optimization
 
 
-def learning_rate(settings: Settings) -> optax.Schedule:
+def learning_rate(settings: Optimization) -> optax.Schedule:
     """lr * min(1, (k + 1) / warmup_steps), times a cosine from 1 at step 0 to 0 where asked for.
 
     The reference's `ImagenTrainer`, except that its cosine rises again after
@@ -24,19 +24,21 @@ def learning_rate(settings: Settings) -> optax.Schedule:
     return lambda count: decay(count) * jnp.minimum(1.0, (count + 1) / settings.warmup_steps)
 
 
-def make_optimizer(settings: Settings) -> optax.GradientTransformation:
+def make_optimizer(settings: Optimization) -> optax.GradientTransformation:
     """Clipping, then Adam, or Adafactor with factored second moments."""
     lr = learning_rate(settings)
     if settings.optimizer == "adam":
         optimizer = optax.adam(lr, b1=settings.beta1, b2=settings.beta2, eps=settings.eps)
     else:
         optimizer = optax.adafactor(lr, multiply_by_parameter_scale=False)
-    if settings.max_grad_norm is None:
-        return optimizer
-    return optax.chain(optax.clip_by_global_norm(settings.max_grad_norm), optimizer)
+    # Either has an empty state, so a run may be resumed with and without.
+    clip = optax.identity()
+    if settings.max_grad_norm is not None:
+        clip = optax.clip_by_global_norm(settings.max_grad_norm)
+    return optax.chain(clip, optimizer)
 
 
-def ema_decay(step: Int[Array, ""], settings: Settings) -> Float[Array, ""]:
+def ema_decay(step: Int[Array, ""], settings: Optimization) -> Float[Array, ""]:
     """The weight of the old average at the update that follows step `step` (from 0); 1 keeps it.
 
     `reference`, ema-pytorch with the reference's settings: an update every 10 steps, copies up to

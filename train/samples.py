@@ -1,12 +1,14 @@
 """Grids of samples from the averaged weights while a run goes on."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from imagen_jax import stages
 from imagen_jax.config import ImagenConfig
-from imagen_jax.data import Record, decode, labelled_grid, pad_embeds
+from imagen_jax.data import labelled_grid, pad_embeds
 from imagen_jax.imagen import sample_stage
 from imagen_jax.types import Params
 from train.feed import Feed
@@ -28,7 +30,8 @@ def write_samples(
     Super-resolution enlarges the real pictures, shrunk.
     """
     stage = config.stage(unet_number)
-    records, real = _first_usable(feed, stage.image_size, config.channels)
+    records, pictures = zip(*itertools.islice(feed.usable(feed.train), SHOWN), strict=True)
+    real = np.stack(pictures)
     told = {}
     if feed.encoder is not None:
         tokens = feed.encoder.tokenize([record.caption for record in records], feed.text_len)
@@ -56,20 +59,3 @@ def write_samples(
     path = settings.run / "samples" / f"unet{unet_number}-{step:07d}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     labelled_grid(rows).save(path)
-
-
-def _first_usable(feed: Feed, size: int, channels: int) -> tuple[list[Record], np.ndarray]:
-    """The first records that can be trained on, and their pictures."""
-    records, pictures = [], []
-    for i in range(len(feed.train)):
-        try:
-            record = feed.train[i]
-            picture = decode(record.image, image_size=size, channels=channels)
-        except ValueError:
-            continue  # the data pipeline counts and names it
-        if record.caption or feed.encoder is None:
-            records.append(record)
-            pictures.append(picture)
-        if len(records) == SHOWN:
-            break
-    return records, np.stack(pictures)

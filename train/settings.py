@@ -1,21 +1,26 @@
-"""What a training run can be told: the flags of the commands, as frozen data."""
+"""What a training run can be told: the flags of the commands, as frozen data.
+
+Four sections, which are the sections of `--help`; `Settings` is all of them in one.
+"""
 
 import dataclasses
 import json
+import sys
+import textwrap
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
+import tyro
 
 from imagen_jax.config import ImagenConfig
 from imagen_jax.presets import PRESETS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Trains one U-Net of a cascade on captioned pictures."""
+class Run:
+    """Which cascade, from where to where."""
 
-    # What to train
     preset: Literal["demo", "imagen", "tiny"] = "demo"
     """Named cascade: `demo` learns on a laptop, `imagen` is the paper's, `tiny` is for tests."""
     config: Path | None = None
@@ -28,8 +33,16 @@ class Settings:
     """Continue the run in workdir exactly where it stopped; start it if it has not begun."""
     init_from: Path | None = None
     """Run directory whose weights (the average, where kept) to start from, optimiser fresh."""
+    steps: int = 100_000
+    """Steps in all, those before a resume included."""
+    seed: int = 0
+    """Of the weights, the order of the pictures and the noise."""
 
-    # Data
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+    """Pictures and captions."""
+
     data: str = "bundled"
     """`bundled`, a folder of pictures with .txt captions, a .tar shard or a quoted glob of them,
     or tfds:NAME[:SPLIT] as array_record."""
@@ -48,38 +61,58 @@ class Settings:
     t5: str | None = None
     """Text encoder: folder or name of a T5, or `demo`. Default: the cascade's text_encoder_name."""
 
-    # Optimisation
-    steps: int = 100_000
-    """Steps in all, those before a resume included."""
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Optimization:
+    """One step, and all that its compiled program depends on besides the cascade."""
+
     batch_size: int = 32
+    """Pictures a step."""
     accumulate: int = 1
     """Parts that a batch is split into, one after another, to save memory."""
     optimizer: Literal["adam", "adafactor"] = "adam"
+    """`adafactor` keeps far less memory than `adam`; beta1, beta2 and eps are adam's."""
     lr: float = 1e-4
     """Peak learning rate."""
     beta1: float = 0.9
+    """Decay of the average of gradients."""
     beta2: float = 0.99
+    """Decay of the average of their squares."""
     eps: float = 1e-8
+    """Added to the root of that average."""
     warmup_steps: int | None = None
     """Steps of linear warm-up."""
     cosine_decay_max_steps: int | None = None
     """Step at which a cosine has taken the learning rate to 0. Default: constant."""
     max_grad_norm: float | None = 1.0
-    """Gradients are scaled down to this norm."""
+    """Gradients are scaled down to this norm. None: never."""
     ema: Literal["reference", "plain"] = "reference"
     """Schedule of the average: ema-pytorch's (every 10 steps) or a plain one (every step)."""
     ema_decay: float = 0.9999
+    """The most that an update keeps of the old average."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """What the network computes in; `auto` is bfloat16 on accelerators and float32 on a CPU."""
     remat: str | None = None
     """Policy of jax.checkpoint_policies, say nothing_saveable: recompute blocks, save memory."""
-    seed: int = 0
 
-    # Watching and keeping
+    @property
+    def compute_dtype(self) -> Any:
+        if self.dtype != "auto":
+            return jax.numpy.dtype(self.dtype)
+        on_cpu = jax.default_backend() == "cpu"
+        return jax.numpy.dtype("float32" if on_cpu else "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Watching:
+    """What is measured, drawn and kept, and how often in steps."""
+
     log_every: int = 50
+    """Steps between lines of metrics.jsonl."""
     eval_every: int = 1000
     """Steps between evaluations: loss per log-SNR bin on held-out and on training pictures."""
     eval_batches: int = 4
+    """Batches of an evaluation."""
     sample_every: int = 1000
     """Steps between sample grids from the averaged weights. 0: none."""
     sample_steps: int = 50
@@ -91,18 +124,48 @@ class Settings:
     keep: int | None = 3
     """Newest checkpoints to keep. None: all."""
     tensorboard: bool = False
+    """Write RUN/tensorboard too (needs tensorboardX)."""
     wandb: str | None = None
-    """Project of Weights & Biases to log to."""
+    """Project of Weights & Biases to log to (needs wandb)."""
+
+
+SECTIONS = (Run, Data, Optimization, Watching)
+
+AT_LEAST = dict(
+    steps=1, seed=0, limit=1, workers=0, batch_size=1, accumulate=1, warmup_steps=0,
+    cosine_decay_max_steps=1, log_every=1, eval_every=1, eval_batches=1, sample_every=0,
+    sample_steps=1, save_every=1, keep=1,
+)  # fmt: skip
+BETWEEN_0_AND_1 = ("heldout_fraction", "beta1", "beta2", "ema_decay")  # 1 is not among them
+POSITIVE = ("lr", "eps", "max_grad_norm")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(Watching, Optimization, Data, Run):
+    """Trains one U-Net of a cascade on captioned pictures. ValueError names a mistaken flag."""
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "accumulate", "log_every", "eval_every", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: at least 1.")
+        for name, least in AT_LEAST.items():
+            self._require(name, lambda x, least=least: x >= least, f"at least {least}")
+        for name in BETWEEN_0_AND_1:
+            self._require(name, lambda x: 0 <= x < 1, "0 or more and less than 1")
+        for name in POSITIVE:
+            self._require(name, lambda x: x > 0, "more than 0")
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"--batch-size {self.batch_size} does not split into --accumulate "
                 f"{self.accumulate} equal parts."
             )
+
+    def _require(self, name: str, holds: Any, what: str) -> None:
+        value = getattr(self, name)
+        if value is not None and not holds(value):
+            raise ValueError(f"{flag(name)} {value}: must be {what}.")
+
+    def section(self, kind: type) -> Any:
+        """One of SECTIONS with the values that stand here."""
+        names = [field.name for field in dataclasses.fields(kind)]
+        return kind(**{name: getattr(self, name) for name in names})
 
     @property
     def run(self) -> Path:
@@ -110,41 +173,84 @@ class Settings:
         name = self.preset if self.config is None else self.config.stem
         return self.workdir or Path("runs") / name
 
-    @property
-    def compute_dtype(self) -> Any:
-        if self.dtype != "auto":
-            return jax.numpy.dtype(self.dtype)
-        on_cpu = jax.default_backend() == "cpu"
-        return jax.numpy.dtype("float32" if on_cpu else "bfloat16")
-
     def cascade(self) -> ImagenConfig:
         """The cascade to train. Raises ValueError for an unreadable or mistaken file."""
         if self.config is None:
             config = PRESETS[self.preset]()
         else:
-            config = ImagenConfig.from_dict(_read(self.config))
+            try:
+                config = ImagenConfig.from_dict(_read(self.config))
+            except TypeError as error:  # a field without a default is not there
+                raise ValueError(f"{self.config}: {error}.") from error
         changes = {}
         if self.no_captions:
             changes["condition_on_text"] = False
         if self.t5 is not None:
-            changes |= dict(text_encoder_name=self.t5, text_embed_dim=None)
             if not config.condition_on_text or self.no_captions:
                 raise ValueError("--t5 has no use in a cascade without captions.")
-            changes["text_embed_dim"] = _width(self.t5)
+            changes |= dict(text_encoder_name=self.t5, text_embed_dim=_width(self.t5))
         return dataclasses.replace(config, **changes)
+
+    def describe(self) -> str:
+        """The settings for a person: a paragraph per section, what is off or not given left out."""
+        lines = []
+        for kind in SECTIONS:
+            values = vars(self.section(kind)).items()
+            told = [
+                name if value is True else f"{name} {value}"
+                for name, value in values
+                if value is not None
+                and value is not False
+                and not (name == "preset" and self.config is not None)
+            ]
+            lines += textwrap.wrap(
+                f"{kind.__name__.lower() + ':':<14}{', '.join(told)}",
+                width=100,
+                subsequent_indent=" " * 14,
+                break_on_hyphens=False,
+            )
+        return "\n".join(lines)
 
     def record(self) -> dict[str, Any]:
         """The settings as JSON holds them."""
         return json.loads(json.dumps(dataclasses.asdict(self), default=str))
 
 
+def parse(description: str | None, *more: type) -> tuple[Any, ...]:
+    """The command line as Settings, after one object per dataclass in `more`."""
+    sections = [(kind.__name__.lower(), _shown(kind), kind()) for kind in (*more, *SECTIONS)]
+    command = dataclasses.make_dataclass("command", sections)
+    program = f"python -m train.{Path(sys.argv[0]).stem}"
+    found = tyro.cli(command, prog=program, description=description)
+    *others, run, data, optimization, watching = vars(found).values()
+    parts = (run, data, optimization, watching)
+    return *others, Settings(**{name: x for part in parts for name, x in vars(part).items()})
+
+
+def _shown(kind: type) -> Any:
+    """A section as tyro shows it: flat names, switches without a `--no-` twin, no word `None`
+    where leaving the flag out says it."""
+    marks = [tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff]
+    if kind in (Run, Data):
+        marks.append(tyro.conf.DisallowNone)
+    return Annotated[(kind, *marks)]
+
+
+def flag(name: str) -> str:
+    """The flag of a field."""
+    return f"--{name.replace('_', '-')}"
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both
         raise ValueError(f"{path} is not JSON: {error}.") from error
     # A run's own config.json serves as well.
-    return data.get("imagen", data)
+    data = data.get("imagen", data) if isinstance(data, dict) else data
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} is no cascade: it holds {type(data).__name__}, not an object.")
+    return data
 
 
 def _width(name: str) -> int:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from imagen_jax import nn, stages
@@ -15,7 +16,7 @@ from imagen_jax.config import ImagenConfig
 from imagen_jax.diffusion import losses
 from imagen_jax.types import Params, PRNGKey
 from train.optimizer import ema_decay, make_optimizer, update_ema
-from train.settings import Settings
+from train.settings import Optimization, Settings
 from train.state import TrainState
 
 LOG_SNR_EDGES = np.arange(-10.0, 10.1, 2.5, dtype=np.float32)
@@ -30,6 +31,16 @@ def make_train_step(config: ImagenConfig, unet_number: int, settings: Settings) 
     `key` is the run's: the step folds its own number in, so that a resumed run draws what an
     uninterrupted one would. With accumulation the draws are those of the whole batch.
     """
+    return _train_step(config, unet_number, settings.section(Optimization))
+
+
+def make_eval_step(config: ImagenConfig, unet_number: int, settings: Settings) -> Callable:
+    """evaluate(params, batch, key) -> (sums, counts) of the loss in the bins of LOG_SNR_EDGES."""
+    return _eval_step(config, unet_number, settings.compute_dtype)
+
+
+@functools.lru_cache(maxsize=8)
+def _train_step(config: ImagenConfig, unet_number: int, settings: Optimization) -> Callable:
     optimizer = make_optimizer(settings)
     loss_fn = _loss(config, unet_number, settings)
 
@@ -53,12 +64,11 @@ def make_train_step(config: ImagenConfig, unet_number: int, settings: Settings) 
     return train_step
 
 
-def make_eval_step(config: ImagenConfig, unet_number: int, settings: Settings) -> Callable:
-    """evaluate(params, batch, key) -> (sums, counts) of the loss in the bins of LOG_SNR_EDGES."""
-
-    @jax.jit
+@functools.lru_cache(maxsize=8)
+def _eval_step(config: ImagenConfig, unet_number: int, dtype: DTypeLike) -> Callable:
+    @functools.partial(jax.jit, compiler_options=_compiler_options())
     def evaluate(params: Params, batch: Batch, key: PRNGKey) -> tuple[Array, Array]:
-        unet = nn.bind(config.stage(unet_number).unet, params, dtype=settings.compute_dtype)
+        unet = nn.bind(config.stage(unet_number).unet, params, dtype=dtype)
         draws = stages.complete_draws(config, unet_number, batch["images"].shape[0], key, None)
         loss, log_snr = stages.stage_losses(
             config, unet, unet_number=unet_number, draws=draws, **batch
@@ -85,7 +95,7 @@ def _compiler_options() -> dict[str, str] | None:
     return options
 
 
-def _loss(config: ImagenConfig, unet_number: int, settings: Settings) -> Callable:
+def _loss(config: ImagenConfig, unet_number: int, settings: Optimization) -> Callable:
     """loss(params, batch, draws, key) -> the mean over the batch."""
     unet_config = config.stage(unet_number).unet
 

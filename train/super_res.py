@@ -1,6 +1,6 @@
 """Trains a super-resolution stage of a cascade: small pictures, noised, to larger ones.
 
-    python -m train.super_res --unet-number 2                    # the demo's, 16 -> 64 pixels
+    python -m train.super_res --unet-number 2                    # the demo's, 16 -> 32 pixels
     python -m train.super_res --preset imagen --unet-number sr1024 --data 'shards/*.tar'
 
 Needs no trained base: the small pictures are made from the large ones.
@@ -8,24 +8,22 @@ Needs no trained base: the small pictures are made from the large ones.
 
 import dataclasses
 
-import tyro
-
 from imagen_jax import commands
 from train import loop
-from train.settings import Settings
+from train.settings import parse
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SuperResSettings(Settings):
-    """Trains a super-resolution stage of a cascade."""
+class Stage:
+    """The stage of the cascade."""
 
     unet_number: str = "2"
     """Which U-Net: 2, 3, ... or sr256, sr1024."""
 
 
 def main() -> None:
-    settings = tyro.cli(SuperResSettings, description=__doc__)
-    number = commands.stage_number(settings.unet_number)
+    stage, settings = parse(__doc__, Stage)
+    number = commands.stage_number(stage.unet_number)
     if number == 1:
         raise ValueError("U-Net 1 is the base: train it with python -m train.base.")
     loop.run(settings, number)

@@ -11,7 +11,9 @@ from imagen_jax import checkpoint
 from imagen_jax.config import ImagenConfig, UnetConfig
 from imagen_jax.nn import abstract
 from tests import SMALLEST_UNET
+from train.optimizer import make_optimizer
 from train.settings import Settings
+from train.state import TrainState
 
 UNET = UnetConfig(**SMALLEST_UNET, cond_dim=8, max_text_len=16)
 CASCADE = ImagenConfig(
@@ -45,9 +47,21 @@ def settings(folder: Path, **changes) -> Settings:
 
 
 def saved(run: Path, step: int, item: str = "params", unet_number: int = 1):
-    """The `params` or `ema` of a saved step."""
-    target = checkpoint.placed(abstract(UNET_OF[unet_number])[1])
-    return checkpoint.restore(run, unet_number, step, item, target)
+    """The `params`, `ema` or `opt_state` of a saved step."""
+    state = jax.eval_shape(
+        lambda params: TrainState.create(params, make_optimizer(Settings())),
+        abstract(UNET_OF[unet_number])[1],
+    )
+    return checkpoint.restore(run, unet_number, step, item, checkpoint.placed(getattr(state, item)))
+
+
+def other_cascade(folder: Path) -> Path:
+    """The file of a cascade with wider networks."""
+    data = CASCADE.to_dict()
+    for unet in data["unets"]:
+        unet["dim"] = 16
+    (folder / "other.json").write_text(json.dumps(data))
+    return folder / "other.json"
 
 
 UNET_OF = {number: CASCADE.stage(number).unet for number in (1, 2)}
@@ -60,3 +74,7 @@ def metrics(run: Path, kind: str = "train") -> list[dict]:
 
 def assert_equal(a, b) -> None:
     jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def finite(tree) -> bool:
+    return all(np.isfinite(x).all() for x in jax.tree.leaves(tree))

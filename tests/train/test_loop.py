@@ -1,28 +1,24 @@
-"""Training as a user runs it: resume, signals, bad data, full disks, and that it learns."""
+"""Runs of a few steps in this process: what they leave, and that resuming changes nothing."""
 
 import dataclasses
+import importlib
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-import imagen_jax
-from imagen_jax import checkpoint, commands, nn
-from imagen_jax.config import ImagenConfig, UnetConfig
-from imagen_jax.data import decode, open_source
+from imagen_jax import checkpoint, nn
+from imagen_jax.data.records import hashed_heldout
+from imagen_jax.imagen import Imagen
 from tests.train import support
-from train import base, loop, super_res
-from train.settings import Settings
+from train import loop
+from train.metrics import Metrics, Window
+from train.step import make_train_step
 
-ROOT = Path(__file__).parents[2]
+KEYS = ("step", "loss", "grad_norm", "learning_rate")
 
 
 @pytest.fixture(scope="module")
@@ -33,76 +29,87 @@ def straight(tmp_path_factory):
     return settings
 
 
+def assert_same_run(settings, straight):
+    """Parameters, average, optimiser and metrics of step 4, bit for bit."""
+    for item in ("params", "ema", "opt_state"):
+        support.assert_equal(
+            support.saved(settings.run, 4, item), support.saved(straight.run, 4, item)
+        )
+    rows = [
+        [[line[key] for key in KEYS] for line in support.metrics(run)]
+        for run in (settings.run, straight.run)
+    ]
+    assert rows[0] == rows[1] and len(rows[0]) == 4
+
+
 def test_a_resumed_run_is_the_uninterrupted_one(straight, tmp_path):
+    programs = make_train_step(support.CASCADE, 1, straight)._cache_size()
     first = support.settings(tmp_path, steps=2)
     assert loop.run(first, 1)
     assert loop.run(dataclasses.replace(first, steps=4, resume=True), 1)
-    for item in ("params", "ema"):
-        support.assert_equal(
-            support.saved(first.run, 4, item), support.saved(straight.run, 4, item)
-        )
-    keys = ("step", "loss", "grad_norm", "learning_rate")
-    rows = [
-        [[line[key] for key in keys] for line in support.metrics(run)]
-        for run in (first.run, straight.run)
-    ]
-    assert rows[0] == rows[1] and len(rows[0]) == 4
+    assert_same_run(first, straight)
+    assert make_train_step(support.CASCADE, 1, straight)._cache_size() == programs
+
+
+def test_a_signal_saves_and_the_run_goes_on(straight, tmp_path, monkeypatch, capsys):
+    settings = support.settings(tmp_path)
+    write = Metrics.write
+
+    def write_and_interrupt(metrics, step, kind, values):
+        write(metrics, step, kind, values)
+        if (step, kind) == (2, "train"):
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Metrics, "write", write_and_interrupt)
+    before = signal.getsignal(signal.SIGINT)
+    assert not loop.run(settings, 1)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert checkpoint.latest_step(settings.run, 1) == 3
+    assert "SIGINT: stopped after step 3" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert loop.run(dataclasses.replace(settings, resume=True), 1)
+    assert_same_run(settings, straight)
+    assert loop.run(dataclasses.replace(settings, resume=True), 1)
+    assert "has all of its 4 steps" in capsys.readouterr().out
 
 
 def test_what_a_run_leaves(straight):
     assert checkpoint.read_config(straight.run) == support.CASCADE
     recorded = json.loads((straight.run / "config.json").read_text())["training"]["unet1"]
-    assert recorded["steps"] == 4 and recorded["data"] == "bundled"
+    assert recorded["steps"] == 4 and recorded["pictures"] == 8
     evaluations = support.metrics(straight.run, "eval/heldout")
     assert [line["step"] for line in evaluations] == [0, 4]
-    assert evaluations[-1]["loss[0..2.5]"] > 0
+    bins = [evaluations[-1][f"loss[{label}]"] for label in loop.bin_labels()]
+    assert len(bins) == 10 and any(bins) and evaluations[-1]["loss[0..2.5]"] > 0
+    assert len(support.metrics(straight.run, "eval/train")) == 2
     with Image.open(straight.run / "samples" / "unet1-0000004.png") as picture:
         assert picture.width > 300
     assert support.metrics(straight.run)[-1]["images_per_second"] > 0
 
 
-def test_load_gives_the_average_or_the_online_weights(straight):
-    for weights, item in (("ema", "ema"), ("online", "params")):
-        unet = imagen_jax.load(straight.run, weights=weights).unets[0]
-        params = nn.unet.nnx.to_pure_dict(nn.unet.nnx.split(unet)[1])
-        support.assert_equal(params, support.saved(straight.run, 4, item))
-
-
-def test_an_untrained_stage_cannot_be_sampled(straight):
-    imagen = imagen_jax.load(straight.run)
-    text = np.ones((1, 3, 128), np.float32)
-    with pytest.raises(ValueError, match="U-Net 2 has no weights"):
-        imagen.sample(text_embeds=text, timesteps=1, key=jax.random.key(0))
-
-
 def test_mistakes(straight, tmp_path):
     again = dataclasses.replace(straight, steps=6)
+    on = dataclasses.replace(again, resume=True)
     mistakes = {
         "is at step 4: continue with --resume": again,
-        "--seed was 0 and is 1": dataclasses.replace(again, resume=True, seed=1),
-        "--batch-size was 4 and is 8": dataclasses.replace(again, resume=True, batch_size=8),
+        "--seed was 0 and is 1": dataclasses.replace(on, seed=1),
+        "--batch-size was 4 and is 8": dataclasses.replace(on, batch_size=8),
+        "--limit was 8 and is 9": dataclasses.replace(on, limit=9),
+        "--optimizer was adam and is adafactor": dataclasses.replace(on, optimizer="adafactor"),
         "describes another cascade: unets.0.dim is 8 there, 16 here": dataclasses.replace(
-            again, config=other_cascade(tmp_path), resume=True
+            on, config=support.other_cascade(tmp_path)
         ),
         "no source 'nowhere'": support.settings(tmp_path, data="nowhere"),
         "no policy of jax.checkpoint_policies": support.settings(tmp_path, remat="all"),
     }
+    before = (straight.run / "config.json").read_text()
     for message, settings in mistakes.items():
         with pytest.raises(ValueError, match=message):
             loop.run(settings, 1)
-    with pytest.raises(ValueError, match="--batch-size 4 does not split into --accumulate 3"):
-        support.settings(tmp_path, accumulate=3)
     with pytest.raises(ValueError, match="unet_number = 3 is none of 1 .. 2"):
         loop.run(support.settings(tmp_path), 3)
     assert checkpoint.latest_step(straight.run, 1) == 4
-
-
-def other_cascade(folder: Path) -> Path:
-    data = support.CASCADE.to_dict()
-    for unet in data["unets"]:
-        unet["dim"] = 16
-    (folder / "other.json").write_text(json.dumps(data))
-    return folder / "other.json"
+    assert (straight.run / "config.json").read_text() == before
 
 
 def test_weights_alone_can_be_taken_over(straight, tmp_path):
@@ -113,50 +120,89 @@ def test_weights_alone_can_be_taken_over(straight, tmp_path):
         support.saved(settings.run, 1),
         support.saved(straight.run, 4, "ema"),
     )
-    other = support.settings(tmp_path, config=other_cascade(tmp_path), init_from=straight.run)
+    other = support.settings(
+        tmp_path, config=support.other_cascade(tmp_path), init_from=straight.run
+    )
     with pytest.raises(ValueError, match="unets.0.dim is 8 there, 16 here"):
         loop.run(dataclasses.replace(other, workdir=tmp_path / "other"), 1)
+    with pytest.raises(ValueError, match="has no weights of U-Net 2"):
+        loop.run(dataclasses.replace(settings, workdir=tmp_path / "second"), 2)
 
 
-def test_a_damaged_checkpoint_is_one_line(straight, tmp_path):
-    settings = support.settings(tmp_path, steps=2)
-    loop.run(settings, 1)
-    for file in (settings.run / "unet1" / "2" / "ema").rglob("*"):
-        if file.is_file() and "metadata" not in file.name.lower():
-            file.write_bytes(file.read_bytes()[:10])
-    # In a process of its own: threads of Orbax that still read complain after the failure.
-    command = [sys.executable, "-m", "sample.text_to_image", "--prompt", "pear"]
-    command += ["--checkpoint", str(settings.run), "--stop-at-unet-number", "base"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "error: " in done.stderr and "is no checkpoint of this architecture" in done.stderr
-
-
-def test_no_captions_and_bad_pictures(tmp_path, capsys):
-    """A corrupt picture and a small one among good ones: named, counted, never fatal."""
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    for i in range(6):
-        Image.new("RGB", (16, 16), (40 * i, 0, 0)).save(folder / f"{i}.png")
-    (folder / "broken.png").write_bytes((folder / "1.png").read_bytes()[:40])
-    Image.new("RGB", (5, 5)).save(folder / "small.png")
-    settings = support.settings(
-        tmp_path, data=str(folder), no_captions=True, limit=None, heldout_fraction=0.0
-    )
-    assert loop.run(settings, 1)
-    printed = capsys.readouterr()
-    assert "broken" in printed.out + printed.err and "small" in printed.out + printed.err
-    assert "skipped 2 of 8 pictures" in printed.out
-    assert not checkpoint.read_config(settings.run).condition_on_text
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(straight, tmp_path):
-    settings = support.settings(tmp_path, steps=6, lr=1e30, max_grad_norm=None)
-    with pytest.raises(ValueError, match=r"the loss is (nan|inf) at step [2-6]"):
+def test_weights_alone_cannot_be_resumed(straight, tmp_path):
+    params = support.saved(straight.run, 4)
+    unets = [nn.bind(support.UNET_OF[1], params), nn.NullUnet()]
+    settings = support.settings(tmp_path, resume=True)
+    checkpoint.save(settings.run, Imagen(support.CASCADE, unets=unets))
+    with pytest.raises(ValueError, match="holds weights alone: .* --init-from"):
         loop.run(settings, 1)
 
 
-def test_a_failing_disk_leaves_the_last_checkpoint(straight, tmp_path, monkeypatch):
+def test_bad_pictures_are_skipped_counted_and_named(tmp_path, capsys):
+    """Corrupt, small and without a caption, all of the held-out ones among them: never fatal."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    names = [f"{i}.png" for i in range(12)]
+    heldout = [name for name, out in zip(names, hashed_heldout(names, 0.3), strict=True) if out]
+    good = [name for name in names if name not in heldout]
+    assert heldout and len(good) > 4
+    for i, name in enumerate(names):
+        Image.new("RGB", (16, 16), (20 * i, 0, 0)).save(folder / name)
+        (folder / name).with_suffix(".txt").write_text("red")
+    for name in (*heldout, good[0]):
+        (folder / name).write_bytes((folder / name).read_bytes()[:40])
+    Image.new("RGB", (5, 5)).save(folder / good[1])
+    (folder / good[2]).with_suffix(".txt").write_text(" ")
+    settings = support.settings(tmp_path, data=str(folder), limit=None, heldout_fraction=0.3)
+    assert loop.run(settings, 1)
+    printed = capsys.readouterr().out
+    assert printed.count(f"skipped {good[0]}: corrupt picture") == 1
+    assert f"skipped {good[1]}: picture of 5x5 pixels is smaller than 8" in printed
+    assert f"skipped {good[2]}: " in printed and "caption" in printed
+    assert f"skipped {len(heldout) + 3} of 12 pictures, named above" in printed, printed
+    assert len(support.metrics(settings.run)) == 4
+    assert not support.metrics(settings.run, "eval/heldout")
+
+
+def test_stored_embeddings_of_another_width(tmp_path):
+    for i in range(3):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.png")
+        np.save(tmp_path / f"{i}.npy", np.ones((2, 5), np.float32))
+    with pytest.raises(ValueError, match="text_embeds are 5 wide, text_embed_dim is 128"):
+        loop.run(support.settings(tmp_path, data=str(tmp_path), heldout_fraction=0.0), 1)
+
+
+def test_training_without_captions(tmp_path):
+    settings = support.settings(tmp_path, no_captions=True, steps=1, sample_every=1, sample_steps=2)
+    assert loop.run(settings, 1)
+    assert not checkpoint.read_config(settings.run).condition_on_text
+    assert (settings.run / "samples" / "unet1-0000001.png").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    settings = support.settings(tmp_path, steps=6, lr=1e30, max_grad_norm=None, save_every=1)
+    with pytest.raises(ValueError, match=r"(loss|gradients) is (nan|inf) at step [2-6]\. ") as said:
+        loop.run(settings, 1)
+    bad = int(str(said.value).split("at step ")[1][0])
+    assert checkpoint.latest_step(settings.run, 1) == bad - 1
+    assert support.finite(support.saved(settings.run, bad - 1))
+
+
+def test_the_first_bad_step_is_named(straight):
+    """Also where the loss is fine and its gradient is not: the next checkpoint would hold NaN."""
+    fine = dict(loss=jax.numpy.float32(1), grad_norm=jax.numpy.float32(2))
+    for name, what in (("loss", "the loss"), ("grad_norm", "the norm of the gradients")):
+        window = Window(straight)
+        window.add(7, fine)
+        window.add(8, fine | {name: jax.numpy.float32("nan")})
+        window.add(9, dict.fromkeys(fine, jax.numpy.float32("nan")))
+        with window.pause():
+            pass
+        with pytest.raises(ValueError, match=f"{what} is nan at step 8"):
+            window.close()
+
+
+def test_a_failing_write_leaves_the_last_checkpoint(straight, tmp_path, monkeypatch):
     settings = support.settings(tmp_path, steps=2)
     loop.run(settings, 1)
 
@@ -167,114 +213,21 @@ def test_a_failing_disk_leaves_the_last_checkpoint(straight, tmp_path, monkeypat
     with pytest.raises(ValueError, match="could not save step 4.*No space left.*Step 2 is whole"):
         loop.run(dataclasses.replace(settings, steps=4, resume=True), 1)
     monkeypatch.undo()
+    # The steps after the checkpoint are in metrics.jsonl twice, with the same numbers.
     assert loop.run(dataclasses.replace(settings, steps=4, resume=True), 1)
     support.assert_equal(support.saved(settings.run, 4), support.saved(straight.run, 4))
 
 
-def test_tensorboard_gets_the_metrics(tmp_path):
+def test_tensorboard_gets_the_metrics(tmp_path, monkeypatch):
     settings = support.settings(tmp_path, steps=1, tensorboard=True)
     loop.run(settings, 1)
     assert list((settings.run / "tensorboard").glob("events*"))
 
+    def absent(name):
+        raise ModuleNotFoundError(name)
 
-def run_main(monkeypatch, main, *arguments) -> None:
-    monkeypatch.setattr(sys, "argv", ["", *map(str, arguments)])
-    monkeypatch.setattr(commands, "use_compilation_cache", lambda: None)
-    commands.run(main)
-
-
-def test_the_commands(tmp_path, monkeypatch, capsys):
-    run_main(monkeypatch, base.main, "--preset", "tiny", "--print-config")
-    assert ImagenConfig.from_dict(json.loads(capsys.readouterr().out)).image_sizes == (8, 16)
-    with pytest.raises(SystemExit, match="error: 'sr' is no stage: give its number"):
-        run_main(monkeypatch, super_res.main, "--unet-number", "sr")
-    with pytest.raises(SystemExit, match="error: U-Net 1 is the base"):
-        run_main(monkeypatch, super_res.main, "--unet-number", "base")
-    file = tmp_path / "mistaken.json"
-    file.write_text(json.dumps(support.CASCADE.to_dict() | dict(image_size=8)))
-    with pytest.raises(SystemExit, match="no field 'image_size'; did you mean 'image_sizes'?"):
-        run_main(monkeypatch, base.main, "--config", file)
-    with pytest.raises(SystemExit, match="No such file"):
-        run_main(monkeypatch, base.main, "--config", tmp_path / "absent.json")
-    settings = support.settings(tmp_path)
-    arguments = ("--steps", 1, "--limit", 8, "--batch-size", 4, "--eval-batches", 1)
-    run_main(
-        monkeypatch, super_res.main, "--config", settings.config, "--unet-number", "sr256",
-        "--workdir", settings.run, "--sample-steps", 2, *arguments,
-    )  # fmt: skip
-    assert checkpoint.latest_step(settings.run, 2) == 1
-
-
-def test_ctrl_c_saves_and_says_how_to_go_on(straight, tmp_path):
-    settings = support.settings(tmp_path, steps=100_000)
-    command = [
-        sys.executable, "-W", "error", "-m", "train.base", "--config", settings.config,
-        "--workdir", settings.run, "--steps", "100000", "--limit", "8", "--batch-size", "4",
-        "--eval-batches", "1", "--log-every", "1", "--sample-every", "0",
-    ]  # fmt: skip
-    process = subprocess.Popen(
-        list(map(str, command)), cwd=ROOT, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, env=os.environ,
-    )  # fmt: skip
-    metrics = settings.run / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (metrics.exists() and '"train"' in metrics.read_text()):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
-    step = checkpoint.latest_step(settings.run, 1)
-    assert step >= 1
-    assert f"SIGINT: stopped after step {step}, saved in {settings.run}" in out
-    assert "--resume" in out and "Traceback" not in err
-
-
-def test_it_learns_eight_pictures(tmp_path):
-    """Without guidance every caption's sample is nearest to its own picture of the eight."""
-    network = UnetConfig(
-        dim=16,
-        dim_mults=(1, 2),
-        attn_dim_head=8,
-        attn_heads=2,
-        max_text_len=16,
-        layer_attns=False,
-        layer_cross_attns=(False, True),
-        attn_pool_num_latents=4,
-        init_cross_embed_kernel_sizes=(3,),
-        use_global_context_attn=False,
-    )
-    config = ImagenConfig(
-        unets=network, image_sizes=8, text_encoder_name="demo", pred_objectives="v"
-    )
-    file = tmp_path / "learner.json"
-    file.write_text(json.dumps(config.to_dict()))
-    captions = ["red apple", "pear", "eggplant", "broccoli", "panda", "blue heart", "taxi", "crown"]
-    listed = tmp_path / "captions.txt"
-    listed.write_text("\n".join(captions))
-    settings = Settings(
-        config=file,
-        workdir=tmp_path / "run",
-        captions_from=listed,
-        steps=600,
-        batch_size=16,
-        lr=3e-3,
-        warmup_steps=20,
-        cosine_decay_max_steps=600,
-        ema="plain",
-        ema_decay=0.98,
-        log_every=100,
-        eval_every=600,
-        save_every=600,
-        sample_every=0,
-    )
-    assert loop.run(settings, 1)
-    drawn = imagen_jax.load(settings.run).sample(
-        texts=captions, timesteps=50, key=jax.random.key(1)
-    )
-    source = open_source("bundled", split="train").with_captions(captions)
-    real = np.stack([decode(record.image, image_size=8) for record in source]) / 255
-    distances = np.square(np.asarray(drawn)[:, None] - real[None]).mean(axis=(2, 3, 4))
-    assert distances.argmin(axis=1).tolist() == list(range(8)), distances.round(3)
-    evaluations = support.metrics(settings.run, "eval/train")
-    assert evaluations[-1]["loss"] < evaluations[0]["loss"] / 5
+    monkeypatch.setattr(importlib, "import_module", absent)
+    with pytest.raises(ValueError, match="--tensorboard needs tensorboardX: pip install"):
+        Metrics(tmp_path, 1, tensorboard=True, settings={})
+    with pytest.raises(ValueError, match="--wandb needs wandb: pip install"):
+        Metrics(tmp_path, 1, wandb="project", settings={})

@@ -60,11 +60,21 @@ def test_the_same_step(settings, name):
 
 def test_compiles_once_and_counts(plain):
     step, batch, (state, _) = plain
+    programs = step._cache_size()
     for number in (2, 3):
         state, metrics = step(state, batch, jax.random.key(0))
         assert state.step == number
-    assert step._cache_size() == 1
+    assert step._cache_size() == programs
     assert np.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0
+
+
+def test_the_state_is_donated(settings):
+    rng, shapes = np.random.default_rng(0), nn.abstract(support.UNET_OF[1])[1]
+    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), shapes)
+    step, batch, _ = one_step(settings)
+    state = TrainState.create(params, make_optimizer(settings))
+    step(state, batch, jax.random.key(0))
+    assert all(x.is_deleted() for x in jax.tree.leaves((state.params, state.ema)))
 
 
 def test_every_step_draws_anew(settings, plain):

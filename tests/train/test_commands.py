@@ -1,0 +1,164 @@
+"""The commands as a user runs them: flags, mistakes, Ctrl-C, a full disk."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import pytest
+
+import imagen_jax
+from imagen_jax import checkpoint, commands
+from imagen_jax.config import ImagenConfig
+from tests.train import support
+from train import base, super_res
+from train.settings import SECTIONS, Settings, flag
+
+ROOT = Path(__file__).parents[2]
+SHORT = ("--limit", "8", "--batch-size", "4", "--eval-batches", "1", "--sample-every", "0")
+
+
+def run_main(monkeypatch, main, *arguments) -> None:
+    monkeypatch.setattr(sys, "argv", ["train/base.py", *map(str, arguments)])
+    monkeypatch.setattr(commands, "use_compilation_cache", lambda: None)
+    monkeypatch.setattr(commands, "quiet_writers", lambda: None)
+    commands.run(main)
+
+
+def start(*arguments) -> subprocess.Popen:
+    command = [sys.executable, "-W", "error", "-m", "train.base", *SHORT, *map(str, arguments)]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(command, cwd=ROOT, text=True, start_new_session=True, **pipes)
+
+
+def test_help_teaches(monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        run_main(monkeypatch, base.main, "--help")
+    text = capsys.readouterr().out
+    assert "usage: python -m train.base" in text
+    for section in SECTIONS:
+        assert f"{section.__name__.lower()} options" in text
+        assert section.__doc__ in " ".join(text.split()).replace(" │ │ ", " ")
+    assert "--no-no-captions" not in text
+    for field in Settings.__dataclass_fields__:
+        assert flag(field) in text
+
+
+def test_flags_become_settings(monkeypatch, capsys):
+    run_main(monkeypatch, base.main, "--preset", "tiny", "--print-config")
+    assert ImagenConfig.from_dict(json.loads(capsys.readouterr().out)).image_sizes == (8, 16)
+    told = {}
+    monkeypatch.setattr(base.loop, "run", lambda *given: told.update(given=given))
+    run_main(
+        monkeypatch, super_res.main, "--unet-number", "sr256", "--no-captions", "--keep", "None",
+        "--max-grad-norm", "None", "--steps", "7", "--flip", "--log-every", "3",
+    )  # fmt: skip
+    wanted = Settings(
+        no_captions=True, keep=None, max_grad_norm=None, steps=7, flip=True, log_every=3
+    )
+    assert told["given"] == (wanted, 2)
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "message"),
+    [
+        (super_res.main, ("--unet-number", "sr"), "error: 'sr' is no stage: give its number"),
+        (super_res.main, ("--unet-number", "base"), "error: U-Net 1 is the base"),
+        (base.main, ("--steps", "0"), "error: --steps 0: must be at least 1"),
+        (base.main, ("--keep", "0"), "error: --keep 0: must be at least 1"),
+        (base.main, ("--lr", "-1"), "error: --lr -1.0: must be more than 0"),
+        (base.main, ("--ema-decay", "1"), "error: --ema-decay 1.0: must be 0 or more and less"),
+        (
+            base.main,
+            ("--batch-size", "4", "--accumulate", "3"),
+            "--batch-size 4 does not split into --accumulate 3",
+        ),
+        (base.main, ("--no-captions", "--t5", "demo"), "error: --t5 has no use in a cascade"),
+        (base.main, ("--config", "absent.json"), "error: .*No such file"),
+    ],
+)
+def test_mistaken_flags(monkeypatch, main, arguments, message):
+    with pytest.raises(SystemExit, match=message):
+        run_main(monkeypatch, main, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ('{"image_size": 8}', "no field 'image_size'; did you mean 'image_sizes'?"),
+        ('{"unets": [{}], "image_sizes": 8}', "missing .* required .*argument: 'dim'"),
+        ("[1, 2]", "is no cascade: it holds list"),
+        ("{", "is not JSON"),
+    ],
+)
+def test_mistaken_files(monkeypatch, tmp_path, written, message):
+    file = tmp_path / "cascade.json"
+    file.write_text(written)
+    with pytest.raises(SystemExit, match=message):
+        run_main(monkeypatch, base.main, "--config", file)
+
+
+def test_a_full_device_is_one_line(monkeypatch):
+    def full():
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to")
+
+    monkeypatch.setattr(commands, "use_compilation_cache", lambda: None)
+    monkeypatch.setattr(commands, "quiet_writers", lambda: None)
+    with pytest.raises(SystemExit, match="error: the device's memory is full"):
+        commands.run(full)
+
+
+def test_super_resolution_by_name(monkeypatch, tmp_path, capsys):
+    file = support.settings(tmp_path).config
+    run_main(
+        monkeypatch, super_res.main, "--config", file, "--unet-number", "sr256", "--workdir",
+        tmp_path / "run", "--optimizer", "adafactor", "--steps", "1", "--limit", "8",
+        "--batch-size", "4", "--eval-batches", "1", "--sample-steps", "2",
+    )  # fmt: skip
+    assert checkpoint.latest_step(tmp_path / "run", 2) == 1
+    assert (tmp_path / "run" / "samples" / "unet2-0000001.png").exists()
+    assert "U-Net 2 of 2: 8 -> 12 pixels" in capsys.readouterr().out
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
+    """The terminal sends SIGINT to every process of the command, those that decode included."""
+    settings = support.settings(tmp_path)
+    told = ("--config", settings.config, "--workdir", settings.run, "--log-every", "1")
+    process = start(*told, "--steps", "100000", "--workers", "1")
+    metrics, deadline = settings.run / "metrics.jsonl", time.monotonic() + 120
+    while not (metrics.exists() and '"train"' in metrics.read_text()):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    step = checkpoint.latest_step(settings.run, 1)
+    assert step >= 1
+    assert f"SIGINT: stopped after step {step}, saved in {settings.run}" in out
+    assert "--resume" in out
+    # Nothing but the bar, which says how long it will take, and the loss.
+    assert all(line.startswith("U-Net 1: ") for line in err.split("\n") if line), err
+    assert re.search(r"<\d+:\d\d.*loss=\d", err)
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    """A limit on the size of files stands for the disk: Orbax meets it in its threads."""
+    settings = support.settings(tmp_path)
+    process = subprocess.run(
+        ["bash", "-c", 'ulimit -f 20 && exec "$@"', "bash", sys.executable, "-m", "train.base",
+         *SHORT, "--config", settings.config, "--workdir", settings.run, "--steps", "2",
+         "--save-every", "1"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert process.returncode == 1
+    assert process.stderr.splitlines()[-1] == (
+        f"error: could not save step 1 in {settings.run}: File too large. Nothing was saved before."
+    )
+    assert "Traceback" not in process.stderr
+    assert checkpoint.latest_step(settings.run, 1) is None
+    assert imagen_jax.load(settings.run).unets[0].__class__ is imagen_jax.NullUnet

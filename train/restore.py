@@ -1,0 +1,91 @@
+"""The state a run begins with: its own, saved; or another run's weights; or fresh ones."""
+
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from imagen_jax import checkpoint, nn
+from imagen_jax.config import ImagenConfig, UnetConfig
+from imagen_jax.types import Params
+from train.optimizer import make_optimizer
+from train.settings import Settings, flag
+from train.state import TrainState
+
+TREES = ("params", "ema", "opt_state")
+
+# What decides which pictures and which noise a step meets, and what the optimiser remembers.
+SAME = ("seed", "batch_size", "data", "limit", "heldout_fraction", "flip", "optimizer")
+
+
+def resume(
+    config: ImagenConfig,
+    unet_number: int,
+    settings: Settings,
+    step: int,
+    record: Mapping[str, Any],
+) -> TrainState:
+    """The state saved at `step`. ValueError unless `record` continues what was recorded there."""
+    there = checkpoint.read_meta(settings.run, unet_number, step).get("settings")
+    if there is None:
+        raise ValueError(
+            f"{settings.run}/unet{unet_number} holds weights alone: start another run from them "
+            "with --init-from."
+        )
+    for name in (*SAME, "pictures"):
+        was, now = there.get(name, record[name]), record[name]  # older runs recorded less
+        if was != now:
+            what = "the number of pictures" if name == "pictures" else flag(name)
+            raise ValueError(
+                f"{what} was {was} and is {now}: that would not continue the run. "
+                "Start another with --init-from."
+            )
+    optimizer = make_optimizer(settings)
+    params = nn.abstract(config.stage(unet_number).unet)[1]
+    shapes = jax.eval_shape(lambda params: TrainState.create(params, optimizer), params)
+    trees = {
+        name: checkpoint.restore(
+            settings.run, unet_number, step, name, checkpoint.placed(getattr(shapes, name))
+        )
+        for name in TREES
+    }
+    return _committed(TrainState(step=jnp.int32(step), **trees))
+
+
+def begin(config: ImagenConfig, unet_number: int, settings: Settings) -> TrainState:
+    """The state before the first step: weights of `--init-from`, or drawn from the seed."""
+    unet, optimizer = config.stage(unet_number).unet, make_optimizer(settings)
+    if settings.init_from is not None:
+        params = _weights_of(settings.init_from, unet_number, unet)
+    else:
+        key = jax.random.fold_in(jax.random.key(settings.seed), unet_number)
+        params = init_fn(unet)(key)
+    return _committed(jax.jit(lambda params: TrainState.create(params, optimizer))(params))
+
+
+def _committed(state: TrainState) -> TrainState:
+    """The same arrays, bound to their device. For XLA a step from bound arrays is another program
+    than one from free ones: a resumed run would compile anew, or the second step would."""
+    return jax.device_put(state, jax.devices()[0])
+
+
+@functools.lru_cache(maxsize=8)
+def init_fn(unet: UnetConfig) -> Callable:
+    """key -> fresh parameters. It runs once, so on a CPU XLA need not optimise it: half the time
+    to compile, the same numbers."""
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    return jax.jit(lambda key: nn.init_params(unet, key), compiler_options=options)
+
+
+def _weights_of(run: Path, unet_number: int, unet: UnetConfig) -> Params:
+    source = checkpoint.read_config(run).stage(unet_number).unet
+    difference = checkpoint.first_difference(source, unet, f"unets.{unet_number - 1}")
+    if difference:
+        raise ValueError(f"--init-from {run}: {difference}.")
+    params = checkpoint.load_params(run, unet_number)
+    if params is None:
+        raise ValueError(f"{run} has no weights of U-Net {unet_number}.")
+    return params
