@@ -69,7 +69,7 @@ def run_jax() -> dict[str, float]:
     )
     settings = Settings(batch_size=TRAIN_BATCH, max_grad_norm=None)
     unet, rng = config.unets[0], np.random.default_rng(0)
-    params = jax.jit(nn.init_params, static_argnums=0)(unet, jax.random.key(0))
+    params = nn.init_fn(unet)(jax.random.key(0))
     imagen = imagen_jax.Imagen(
         config, unets=[nn.bind(unet, jax.tree.map(jnp.copy, params), dtype=settings.compute_dtype)]
     )

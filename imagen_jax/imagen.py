@@ -290,7 +290,7 @@ def _encoder(name: str):
 def _fresh(unet, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Module:
     if isinstance(unet, NullUnetConfig):
         return nn.NullUnet()
-    params = jax.jit(nn.init_params, static_argnums=0)(unet, rngs.params())
+    params = nn.init_fn(unet)(rngs.params())
     return nn.bind(unet, params, dtype=dtype)
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from imagen_jax.config import UnetConfig
 from imagen_jax.interop import keys
 from imagen_jax.interop.reference import import_imagen_pytorch
-from imagen_jax.nn.unet import abstract
+from imagen_jax.nn import abstract
 from imagen_jax.types import Params
 
 torch.set_num_threads(1)  # the workers of the test run share the processor

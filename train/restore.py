@@ -1,7 +1,6 @@
 """The state a run begins with: its own, saved; or another run's weights; or fresh ones."""
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +61,7 @@ def begin(config: ImagenConfig, unet_number: int, settings: Settings) -> TrainSt
         params = _weights_of(settings.init_from, unet_number, unet)
     else:
         key = jax.random.fold_in(jax.random.key(settings.seed), unet_number)
-        params = init_fn(unet)(key)
+        params = nn.init_fn(unet)(key)
     return _committed(jax.jit(lambda params: TrainState.create(params, optimizer))(params))
 
 
@@ -70,14 +69,6 @@ def _committed(state: TrainState) -> TrainState:
     """The same arrays, bound to their device. For XLA a step from bound arrays is another program
     than one from free ones: a resumed run would compile anew, or the second step would."""
     return jax.device_put(state, jax.devices()[0])
-
-
-@functools.lru_cache(maxsize=8)
-def init_fn(unet: UnetConfig) -> Callable:
-    """key -> fresh parameters. It runs once, so on a CPU XLA need not optimise it: half the time
-    to compile, the same numbers."""
-    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    return jax.jit(lambda key: nn.init_params(unet, key), compiler_options=options)
 
 
 def _weights_of(run: Path, unet_number: int, unet: UnetConfig) -> Params:

@@ -153,7 +153,7 @@ def to_jax(state_dict: Mapping[str, Any], target: Params) -> Params:
     """The parameters of a U-Net from the state dict of the reference's, as NumPy arrays.
 
     `target` says what must come out: the pure dict of arrays or `jax.ShapeDtypeStruct`s that
-    `nn.unet.abstract(config)` gives. Raises ValueError that lists, at once, every name that is
+    `nn.abstract(config)` gives. Raises ValueError that lists, at once, every name that is
     unknown or missing and every array of another shape.
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(target)

@@ -43,7 +43,6 @@ from imagen_jax.types import (
     Image,
     KeepMask,
     LogSNR,
-    Params,
     PRNGKey,
     TextEmbeds,
     TextMask,
@@ -477,23 +476,3 @@ def _keep_mask(
     if key is None:
         raise ValueError(f"cond_drop_prob = {cond_drop_prob} needs a key or a keep_mask.")
     return jax.random.bernoulli(jax.random.fold_in(key, 0), 1 - cond_drop_prob, (b,))
-
-
-@functools.lru_cache(maxsize=64)
-def abstract(config: UnetConfig, dtype=jnp.float32, remat: str | None = None):
-    """(graph, parameters as ShapeDtypeStructs in a pure dict) of a U-Net, nothing allocated."""
-    module = nnx.eval_shape(lambda: Unet(config, dtype=dtype, remat=remat, rngs=nnx.Rngs(0)))
-    graph, state = nnx.split(module)
-    return graph, nnx.to_pure_dict(state)
-
-
-def init_params(config: UnetConfig, key: PRNGKey) -> Params:
-    """Fresh parameters as a pure dict. Run it under `jax.jit`, with shardings where there are."""
-    return nnx.to_pure_dict(nnx.split(Unet(config, rngs=nnx.Rngs(params=key)))[1])
-
-
-def bind(
-    config: UnetConfig, params: Params, *, dtype: DTypeLike = jnp.float32, remat: str | None = None
-) -> Unet:
-    """The U-Net of these parameters, as a callable; cheap, also inside a traced function."""
-    return nnx.merge(abstract(config, dtype, remat)[0], params)

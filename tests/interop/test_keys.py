@@ -5,7 +5,7 @@ import pytest
 
 from imagen_jax.config import UnetConfig
 from imagen_jax.interop import keys
-from imagen_jax.nn.unet import abstract
+from imagen_jax.nn import abstract
 from tests import parity
 
 BASE = dict(

@@ -10,7 +10,7 @@ import pytest
 
 from imagen_jax import presets
 from imagen_jax.config import UnetConfig
-from imagen_jax.nn.unet import abstract, bind, init_params
+from imagen_jax.nn import abstract, bind, init_params
 from tests import RUN_ONCE
 
 CONFIG = UnetConfig(

@@ -15,7 +15,7 @@ import torch
 from imagen_jax import config as config_module
 from imagen_jax.config import UnetConfig
 from imagen_jax.interop import keys
-from imagen_jax.nn.unet import abstract, bind
+from imagen_jax.nn import abstract, bind
 from tests import RUN_ONCE, parity
 
 SMALL = dict(
