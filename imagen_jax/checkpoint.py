@@ -1,6 +1,7 @@
 """A run directory: the configuration, and the parameters of each U-Net, through Orbax.
 
-    RUN/config.json          {"imagen": ImagenConfig, "training": {"unet1": ..., ...}}
+    RUN/config.json          {"imagen": ImagenConfig, "training": {"unet1": ..., ...}}, and "origin"
+                             where the weights were converted (interop.imagen_pytorch)
     RUN/unet1/STEP/params    online parameters
     RUN/unet1/STEP/ema       their running average, where training keeps one
     RUN/unet1/STEP/opt_state, meta    what `--resume` needs besides
@@ -40,19 +41,29 @@ def read_config(run: str | os.PathLike) -> ImagenConfig:
     return ImagenConfig.from_dict(_read_json(run)["imagen"])
 
 
+def read_origin(run: str | os.PathLike) -> dict[str, Any] | None:
+    """What converted weights remember of the file they came from."""
+    return _read_json(run).get("origin")
+
+
 def write_config(
-    run: str | os.PathLike, config: ImagenConfig, training: Mapping[str, Any] | None = None
+    run: str | os.PathLike,
+    config: ImagenConfig,
+    training: Mapping[str, Any] | None = None,
+    *,
+    origin: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes `config.json`, adding `training` (`{"unet1": settings}`) to what stands there.
 
     A run directory holds one cascade. Raises ValueError, and writes nothing, if it holds another.
     """
     path = Path(run) / "config.json"
-    data = {"imagen": config.to_dict(), "training": {}}
     check_config(run, config)
-    if path.exists():
-        data["training"] = _read_json(run).get("training", {})
-    data["training"] |= training or {}
+    data = _read_json(run) if path.exists() else {}
+    data["imagen"] = config.to_dict()
+    data["training"] = data.get("training", {}) | dict(training or {})
+    if origin is not None:
+        data["origin"] = dict(origin)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(data, indent=2) + "\n")

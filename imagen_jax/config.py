@@ -7,13 +7,11 @@ was given in, one value or a tuple; `UnetConfig.levels` and `ImagenConfig.stage`
 """
 
 import dataclasses
-import difflib
-import json
-import types
-import typing
 import warnings
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
+
+from imagen_jax.fields import Config
 
 Schedule = Literal["cosine", "linear"]
 Objective = Literal["noise", "v", "x_start"]
@@ -36,33 +34,8 @@ T5_WIDTHS = {
 """Width of the embeddings of the encoders that are known by name."""
 
 
-class _Config:
-    """JSON and checks shared by the configurations."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Nested plain data, as JSON holds it."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
-
-    @classmethod
-    def from_dict(cls: type[T], data: Mapping[str, Any]) -> T:
-        """Raises ValueError that names an unknown key and the nearest known one."""
-        check_keys(cls.__name__, data, [field.name for field in dataclasses.fields(cls)])
-        return cls(**{name: _freeze(value) for name, value in data.items()})
-
-    def _check_types(self) -> None:
-        hints = typing.get_type_hints(type(self))
-        for field in dataclasses.fields(self):
-            value = _freeze(getattr(self, field.name))
-            if not _fits(value, hints[field.name]):
-                raise ValueError(
-                    f"{type(self).__name__}.{field.name} = {value!r} is not "
-                    f"{_spell(hints[field.name])}."
-                )
-            object.__setattr__(self, field.name, value)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class UnetConfig(_Config):
+class UnetConfig(Config):
     """One U-Net. Fields are those of the reference's `Unet`; tuples run from fine to coarse.
 
     `norm` is the only field of ours: `"rms"` is the reference from 2.0 on, `"group"` (8 groups)
@@ -207,7 +180,7 @@ class UnetConfig(_Config):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NullUnetConfig(_Config):
+class NullUnetConfig(Config):
     """The reference's `NullUnet`: holds the base's place in a cascade that only enlarges."""
 
     is_null: Literal[True] = True
@@ -217,9 +190,33 @@ class NullUnetConfig(_Config):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ImagenConfig(_Config):
+class ElucidatedConfig(Config):
+    """Hyper-parameters of the reference's `ElucidatedImagen` (Karras et al., 2022).
+
+    One value, or one per U-Net. They convert both ways; no loss or sampler uses them yet.
+    """
+
+    num_sample_steps: int | tuple[int, ...] = 32
+    sigma_min: float | tuple[float, ...] = 0.002
+    sigma_max: float | tuple[float, ...] = 80
+    sigma_data: float | tuple[float, ...] = 0.5
+    rho: float | tuple[float, ...] = 7
+    P_mean: float | tuple[float, ...] = -1.2
+    P_std: float | tuple[float, ...] = 1.2
+    S_churn: float | tuple[float, ...] = 80
+    S_tmin: float | tuple[float, ...] = 0.05
+    S_tmax: float | tuple[float, ...] = 50
+    S_noise: float | tuple[float, ...] = 1.003
+
+    def __post_init__(self):
+        self._check_types()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImagenConfig(Config):
     """A cascade. Fields are those of the reference's `Imagen`, the video ones left out.
 
+    `elucidated` is ours: the hyper-parameters of an `ElucidatedImagen`, None for an `Imagen`.
     The U-Nets are adapted as the reference does: the first has no low-resolution input, all
     others have one, and text width and channels are the cascade's. `unets` and `image_sizes` are
     tuples once constructed.
@@ -247,6 +244,7 @@ class ImagenConfig(_Config):
     resize_mode: ResizeMode = "nearest"
     min_snr_loss_weight: bool | tuple[bool, ...] = True
     min_snr_gamma: float | tuple[float, ...] = 5.0
+    elucidated: ElucidatedConfig | None = None
 
     def __post_init__(self):
         for name, one in (("unets", (UnetConfig, NullUnetConfig)), ("image_sizes", int)):
@@ -288,6 +286,11 @@ class ImagenConfig(_Config):
             value = getattr(self, name)
             if isinstance(value, tuple) and len(value) != count:
                 raise ValueError(f"{name} = {value} has {len(value)} entries for {count} unets.")
+        schedules = self.noise_schedules
+        if isinstance(schedules, tuple) and len(schedules) > count:
+            raise ValueError(
+                f"noise_schedules = {schedules} has {len(schedules)} entries for {count} unets."
+            )
         if any(isinstance(unet, NullUnetConfig) for unet in self.unets[1:]):
             raise ValueError("a NullUnet can only be the first of the unets.")
         if self._per_stage("random_crop_sizes")[0] is not None:
@@ -359,6 +362,8 @@ class ImagenConfig(_Config):
             unets = data["unets"]
             unets = [unets] if isinstance(unets, Mapping) else unets
             data = {**data, "unets": tuple(_unet_from(unet) for unet in unets)}
+        if isinstance(data.get("elucidated"), Mapping):
+            data = {**data, "elucidated": ElucidatedConfig.from_dict(data["elucidated"])}
         return super().from_dict(data)
 
 
@@ -378,51 +383,10 @@ class StageConfig:
     min_snr_gamma: float | None
 
 
-def check_keys(where: str, data: Mapping[str, Any], known: list[str]) -> None:
-    """Raises ValueError for the first key of `data` that is not `known`."""
-    for key in data:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else "."
-            raise ValueError(f"{where} has no field {key!r}{hint}")
-
-
 def _unet_from(data: Any) -> UnetConfig | NullUnetConfig:
     if not isinstance(data, Mapping):
         return data
     return (NullUnetConfig if "is_null" in data else UnetConfig).from_dict(data)
-
-
-def _freeze(value: Any) -> Any:
-    return tuple(_freeze(v) for v in value) if isinstance(value, (list, tuple)) else value
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether plain data has the type of an annotation; an int will do for a float."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, arg) for arg in args)
-    if origin is Literal:
-        return value in args and type(value) in {type(arg) for arg in args}
-    if origin is tuple:
-        return isinstance(value, tuple) and all(_fits(v, args[0]) for v in value)
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
-
-
-def _spell(hint: Any) -> str:
-    """An annotation as a person says it: `one of 'cosine', 'linear', or a tuple of such`."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(_spell(arg) for arg in args)
-    if origin is Literal:
-        return "one of " + ", ".join(map(repr, args))
-    if origin is tuple:
-        return f"a tuple of {_spell(args[0])}"
-    return "null" if hint is type(None) else f"{hint.__name__}"
 
 
 _IGNORED = ("num_image_tokens", "out_dim", "layer_attns_add_text_cond", "dropout")

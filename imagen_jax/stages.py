@@ -92,6 +92,7 @@ def stage_losses(
     target alone (there it replaces x_0 by the prediction), and conditions on x_0 whatever the
     objective. `cond_images` are cropped with the picture.
     """
+    check_kind(config)
     stage = config.stage(unet_number)
     images = to_float(images)
     check_images(config, stage, images)
@@ -181,6 +182,15 @@ def complete_draws(
             raise ValueError(f"the loss needs a key, or draws with {field.name}.")
         drawn[field.name] = wanted[field.name](jax.random.fold_in(key, i))
     return dataclasses.replace(draws, **drawn)
+
+
+def check_kind(config: ImagenConfig) -> None:
+    """Raises ValueError for an elucidated cascade: its networks convert, and run on their own."""
+    if config.elucidated is not None:
+        raise ValueError(
+            "this is an elucidated cascade (ElucidatedImagen): its loss and its sampler are not "
+            "here yet."
+        )
 
 
 def check_images(config: ImagenConfig, stage: StageConfig, images: Array) -> None:
@@ -292,6 +302,7 @@ def start(
     With guidance the text conditioning has two rows a picture: with the text and without.
     """
     config, stage = program.config, program.stage
+    check_kind(config)
     size, b = stage.image_size, batch_size
     shape = (b, size, size, config.channels)
     lowres_key, init_key = (None, None) if key is None else _stage_keys(key)[:2]

@@ -47,7 +47,7 @@ def ours(config: ImagenConfig) -> Imagen:
 
 def theirs(config: ImagenConfig) -> torch.nn.Module:
     arguments = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    del arguments["unets"], arguments["text_encoder_name"]
+    del arguments["unets"], arguments["text_encoder_name"], arguments["elucidated"]
     unets = [_networks(unet, i)[0] for i, unet in enumerate(config.unets)]
     return import_imagen_pytorch().imagen_pytorch.Imagen(unets, **arguments).eval()
 

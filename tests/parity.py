@@ -1,18 +1,16 @@
 """imagen-pytorch's U-Net and ours with the same weights and the same inputs."""
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from imagen_jax.config import UnetConfig
 from imagen_jax.interop import keys
-from imagen_jax.interop.reference import import_imagen_pytorch
+from imagen_jax.interop.reference import build_unet, import_imagen_pytorch
 from imagen_jax.nn import abstract
 from imagen_jax.types import Params
 
@@ -21,44 +19,13 @@ torch.set_num_threads(1)  # the workers of the test run share the processor
 IMAGES = ("x", "lowres_cond_img", "cond_images", "self_cond")
 
 
-class GroupNormBlock(torch.nn.Module):
-    """The convolution block of the reference before 2.0."""
-
-    def __init__(self, dim, dim_out):
-        super().__init__()
-        self.groupnorm = torch.nn.GroupNorm(8, dim)
-        self.project = torch.nn.Conv2d(dim, dim_out, 3, padding=1)
-
-    def forward(self, x, scale_shift=None):
-        x = self.groupnorm(x)
-        if scale_shift is not None:
-            x = x * (scale_shift[0] + 1) + scale_shift[1]
-        return self.project(F.silu(x))
-
-
 def reference_unet(config: UnetConfig, seed: int = 3) -> torch.nn.Module:
     """The reference's U-Net of a configuration, in eval mode, no parameter at its initial value.
-
-    Two things that it cannot build are made possible: `cross_embed_downsample`, whose output
-    width it passes as the kernel sizes, and `norm="group"`, which it had until 1.26.
 
     Another seed may draw a badly conditioned network: with 0 and 1 the reference's own float32
     differs from its float64 by up to 2e-4 in outputs and 8e-4 in gradients, more than ours does.
     """
-    module = import_imagen_pytorch().imagen_pytorch
-    original = module.CrossEmbedLayer
-
-    def cross_embed(dim_in, dim_out=None, *, kernel_sizes, stride=2):
-        return original(dim_in, kernel_sizes, dim_out, stride)
-
-    with contextlib.ExitStack() as patches:
-        patches.enter_context(contextlib.redirect_stdout(None))  # its advice on the width
-        patches.enter_context(mock.patch.object(module, "CrossEmbedLayer", cross_embed))
-        if config.norm == "group":
-            patches.enter_context(mock.patch.object(module, "Block", GroupNormBlock))
-        arguments = dataclasses.asdict(config)
-        del arguments["norm"]
-        unet = module.Unet(**arguments)
+    unet = build_unet(config)
     randomise(unet, seed)
     return unet.eval()
 

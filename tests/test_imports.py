@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LEAVES = {"types", "config", "presets", "resize", "sharding"}
+LEAVES = {"types", "fields", "config", "presets", "resize", "sharding"}
 THEORY = LEAVES | {"diffusion", "nn", "text", "stages", "imagen"}
-ALL = THEORY | {"checkpoint", "interop", "data", "commands", "imagen_jax"}
+ALL = THEORY | {"checkpoint", "interop", "data", "commands", "distributed", "flops", "imagen_jax"}
 MAY_IMPORT = {
     "types": set(),
-    "config": {"types"},
+    "fields": set(),
+    "config": {"types", "fields"},
     "presets": {"config"},
     "resize": {"types"},
     "sharding": {"types"},
@@ -25,10 +26,12 @@ MAY_IMPORT = {
     "stages": LEAVES | {"diffusion", "nn"},
     "imagen": LEAVES | {"diffusion", "nn", "text", "stages"},
     "checkpoint": THEORY,
-    "interop": THEORY | {"checkpoint", "commands"},
+    "interop": THEORY | {"checkpoint", "commands", "interop.torch_file"},
     "interop.torch_file": set(),
     "data": LEAVES | {"text"},
     "commands": set(),
+    "distributed": set(),
+    "flops": set(),
     "imagen_jax": ALL,
     "train": ALL,
     "sample": ALL,

@@ -6,14 +6,16 @@ the reference looks up the configuration of a T5 on a model hub while it is bein
 """
 
 import contextlib
+import dataclasses
 import functools
 import sys
 import warnings
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
-from imagen_jax.config import T5_WIDTHS
+from imagen_jax.config import T5_WIDTHS, UnetConfig
 
 _NEEDED = (
     "imagen-pytorch cannot be imported ({}): `make test-env` installs it, or see REFERENCE in the "
@@ -38,6 +40,48 @@ def import_imagen_pytorch() -> ModuleType:
         except ImportError as error:
             raise ImportError(_NEEDED.format(error)) from error
     return imagen_pytorch
+
+
+def build_unet(config: UnetConfig) -> Any:
+    """The reference's `Unet` of a configuration, a `torch.nn.Module`, freshly initialised.
+
+    Two things that it cannot build are made possible: `cross_embed_downsample`, whose output
+    width it passes as the kernel sizes, and `norm="group"`, which it had until 1.26.
+    """
+    module = import_imagen_pytorch().imagen_pytorch
+    original = module.CrossEmbedLayer
+
+    def cross_embed(dim_in, dim_out=None, *, kernel_sizes, stride=2):
+        return original(dim_in, kernel_sizes, dim_out, stride)
+
+    with contextlib.ExitStack() as patches:
+        patches.enter_context(contextlib.redirect_stdout(None))  # its advice on the width
+        patches.enter_context(mock.patch.object(module, "CrossEmbedLayer", cross_embed))
+        if config.norm == "group":
+            patches.enter_context(mock.patch.object(module, "Block", _group_norm_block()))
+        arguments = dataclasses.asdict(config)
+        del arguments["norm"]
+        return module.Unet(**arguments)
+
+
+@functools.cache
+def _group_norm_block() -> type:
+    """The convolution block of the reference before 2.0."""
+    import torch
+
+    class GroupNormBlock(torch.nn.Module):
+        def __init__(self, dim, dim_out):
+            super().__init__()
+            self.groupnorm = torch.nn.GroupNorm(8, dim)
+            self.project = torch.nn.Conv2d(dim, dim_out, 3, padding=1)
+
+        def forward(self, x, scale_shift=None):
+            x = self.groupnorm(x)
+            if scale_shift is not None:
+                x = x * (scale_shift[0] + 1) + scale_shift[1]
+            return self.project(torch.nn.functional.silu(x))
+
+    return GroupNormBlock
 
 
 def _import_torchvision() -> None:

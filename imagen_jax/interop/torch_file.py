@@ -1,13 +1,17 @@
-"""A file of `torch.save` as numpy arrays. The only place of the library that reads one."""
+"""A file of `torch.save` as numpy arrays, and back. The only place of the library for either."""
 
+import os
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
+import numpy as np
+
+_NEEDED = "needs torch (pip install 'imagen-jax[torch]')"
 
 
-def read_torch_file(path: str | Path) -> Any:
+def read_torch_file(path: str | os.PathLike) -> Any:
     """What the file holds, dictionaries and lists kept, each tensor a numpy array.
 
     The arrays are views of the file (mapped into memory), so that reading one costs one and not
@@ -21,34 +25,81 @@ def read_torch_file(path: str | Path) -> Any:
         import torch
     except ImportError as error:
         raise ValueError(
-            f"{path} is a PyTorch file: reading it needs torch (pip install 'imagen-jax[torch]'), "
-            "or convert it to safetensors."
+            f"{path} is a PyTorch file: reading it {_NEEDED}, or convert it to safetensors."
         ) from error
-
-    # Files from before torch 1.6 are no zip archives and cannot be mapped.
+    if not path.exists():
+        raise ValueError(f"{path} does not exist.")
+    if not path.is_file():
+        raise ValueError(f"{path} is a directory, not a file of torch.save.")
+    size = path.stat().st_size
+    is_zip = zipfile.is_zipfile(path)
+    if is_zip:
+        _check_archive(path, size)
     try:
-        data = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
-    except FileNotFoundError as error:
-        raise ValueError(f"{path} does not exist.") from error
+        # Files from before torch 1.6 are no zip archives and cannot be mapped.
+        data = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # pickle, zip and torch raise a dozen kinds for a bad file
         reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
             f"{path} could not be read as weights alone (damaged, or it holds Python objects, "
             f"which are never executed): {reason}"
         ) from error
-    return _to_numpy(data, torch)
+    return _to_numpy(data, torch, path, size)
 
 
-def _to_numpy(data: Any, torch: Any) -> Any:
+def write_torch_file(path: str | os.PathLike, content: dict[str, Any]) -> None:
+    """Writes nested dictionaries; numpy arrays in them become tensors, equal ones one storage.
+
+    Raises ValueError if torch is missing.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise ValueError(f"writing {path} {_NEEDED}.") from error
+    torch.save(_to_tensors(content, torch, {}), path)
+
+
+def _check_archive(path: Path, size: int) -> None:
+    """torch stores tensors as they are. A compressed entry, or one that claims more bytes than
+    the file has, is damage or a bomb."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path} is damaged: {error}.") from error
+    for entry in entries:
+        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > size:
+            raise ValueError(
+                f"{path} is no file of torch.save, or damaged: its entry {entry.filename} claims "
+                f"{entry.file_size:,} bytes out of {entry.compress_size:,} in a file of {size:,}."
+            )
+
+
+def _to_numpy(data: Any, torch: Any, path: Path, size: int) -> Any:
     if isinstance(data, torch.Tensor):
+        if data.numel() * data.element_size() > size:
+            raise ValueError(
+                f"{path}: a tensor of shape {tuple(data.shape)} is more than the file."
+            )
         data = data.detach()
         if data.dtype == torch.bfloat16:
             return data.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
         return data.numpy()
     if isinstance(data, dict):
-        return {key: _to_numpy(value, torch) for key, value in data.items()}
+        return {key: _to_numpy(value, torch, path, size) for key, value in data.items()}
     if isinstance(data, (list, tuple)):
-        return [_to_numpy(value, torch) for value in data]
+        return [_to_numpy(value, torch, path, size) for value in data]
     return data
+
+
+def _to_tensors(data: Any, torch: Any, seen: dict[int, Any]) -> Any:
+    if isinstance(data, dict):
+        return {key: _to_tensors(value, torch, seen) for key, value in data.items()}
+    if not isinstance(data, np.ndarray):
+        return data
+    if id(data) not in seen:
+        if data.dtype == ml_dtypes.bfloat16:
+            seen[id(data)] = torch.from_numpy(data.view(np.int16)).view(torch.bfloat16)
+        else:
+            seen[id(data)] = torch.from_numpy(data)
+    return seen[id(data)]

@@ -58,19 +58,28 @@ def test_everything_that_does_not_fit_is_named_at_once():
     )
     del state_dict["downs.1.3.layers.0.1.4.weight"]
     state_dict["ups.7.0.nonsense"] = np.zeros(1)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(keys.MisfitError, match="^3 of 273 tensors do not fit") as error:
+        keys.to_jax(state_dict, target, prefix="unets.0.")
+    assert error.value.problems == [
+        keys.Problem("unknown", "unets.0.ups.7.0.nonsense", (1,), "none"),
+        keys.Problem("missing", "unets.0.downs.1.3.layers.0.1.4.weight", (16, 32), "none"),
+        keys.Problem("shape", "unets.0.final_conv.weight", (4, 16, 3, 3), "(3, 16, 3, 3)"),
+    ]
+    assert "unets.0.final_conv.weight" in str(error.value)
+
+
+def test_the_nearest_name_is_shown():
+    target = abstract(UnetConfig(**BASE))[1]
+    state_dict = keys.to_torch(_zeros(target))
+    state_dict["mid_block1.time_mlp.2.bias"] = state_dict.pop("mid_block1.time_mlp.1.bias")
+    with pytest.raises(keys.MisfitError) as error:
         keys.to_jax(state_dict, target)
-    for part in (
-        "3 parameters",
-        "missing downs.1.3.layers.0.1.4.weight",
-        "unknown ups.7.0.nonsense",
-        "final_conv.weight has shape (4, 16, 3, 3) and not (3, 16, 3, 3)",
-    ):
-        assert part in str(error.value)
+    unknown, missing = error.value.problems
+    assert unknown.nearest == missing.name and missing.nearest == unknown.name
 
 
 def test_a_parameter_outside_the_table_is_named():
-    with pytest.raises(ValueError, match="unknown final_conv.colour"):
+    with pytest.raises(ValueError, match="not in the table: final_conv.colour"):
         keys.to_torch({"final_conv": {"colour": np.zeros(3)}})
 
 

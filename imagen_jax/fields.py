@@ -1,0 +1,81 @@
+"""Configurations as frozen dataclasses: JSON in, JSON out, every mistake named at construction."""
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
+
+T = TypeVar("T")
+
+
+class Config:
+    """What the configurations share. A subclass calls `_check_types` when constructed."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain data, as JSON holds it."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_dict(cls: type[T], data: Mapping[str, Any]) -> T:
+        """Raises ValueError that names an unknown key, with the nearest known one, or a missing."""
+        fields = dataclasses.fields(cls)
+        _check_keys(cls.__name__, data, [field.name for field in fields])
+        for field in fields:
+            if field.default is dataclasses.MISSING and field.name not in data:
+                raise ValueError(f"{cls.__name__} needs the field {field.name!r}.")
+        return cls(**{name: _freeze(value) for name, value in data.items()})
+
+    def _check_types(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value = _freeze(getattr(self, field.name))
+            if not _fits(value, hints[field.name]):
+                raise ValueError(
+                    f"{type(self).__name__}.{field.name} = {value!r} is not "
+                    f"{_spell(hints[field.name])}."
+                )
+            object.__setattr__(self, field.name, value)
+
+
+def _check_keys(where: str, data: Mapping[str, Any], known: list[str]) -> None:
+    """Raises ValueError for the first key of `data` that is not `known`."""
+    for key in data:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            raise ValueError(f"{where} has no field {key!r}{hint}")
+
+
+def _freeze(value: Any) -> Any:
+    return tuple(_freeze(v) for v in value) if isinstance(value, (list, tuple)) else value
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether plain data has the type of an annotation; an int will do for a float."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, arg) for arg in args)
+    if origin is Literal:
+        return value in args and type(value) in {type(arg) for arg in args}
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(v, args[0]) for v in value)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _spell(hint: Any) -> str:
+    """An annotation as a person says it: `one of 'cosine', 'linear', or a tuple of such`."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_spell(arg) for arg in args)
+    if origin is Literal:
+        return "one of " + ", ".join(map(repr, args))
+    if origin is tuple:
+        return f"a tuple of {_spell(args[0])}"
+    return "null" if hint is type(None) else f"{hint.__name__}"

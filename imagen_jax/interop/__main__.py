@@ -1,0 +1,257 @@
+"""Weights to and from imagen-pytorch and safetensors.
+
+    python -m imagen_jax.interop from-torch imagen.pt runs/imagen --verify
+    python -m imagen_jax.interop to-torch runs/imagen imagen.pt --verify
+    python -m imagen_jax.interop inspect imagen.pt
+
+A run directory made this way is sampled from like any other (`python -m sample.text_to_image
+--checkpoint DIR`), and trained on with `python -m train.base --init-from DIR --workdir NEW`.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from tyro.conf import Positional, arg, subcommand
+
+from imagen_jax import commands
+from imagen_jax.checkpoint import Weights
+from imagen_jax.interop import imagen_pytorch, inspect, run_dir, safetensors_file, verify
+from imagen_jax.interop.imagen_pytorch import Checkpoint
+from imagen_jax.interop.run_dir import RunDir
+from imagen_jax.interop.target import replacing
+from imagen_jax.types import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class FromTorch:
+    """A file of imagen-pytorch (1.22 to 2.1) to a run directory."""
+
+    checkpoint: Annotated[Positional[Path], arg(metavar="CKPT.pt")]
+    """File of ImagenTrainer.save, torch.save(imagen.state_dict()) or Unet.persist_to_file."""
+    out: Annotated[Positional[Path], arg(metavar="OUT_DIR")]
+    """The run directory to write."""
+    weights: Weights | None = None
+    """Keep only the averaged (ema) or the online weights. Default: both where the file has both;
+    what loads the directory takes the average."""
+    config: Path | None = None
+    """JSON for a file without configuration: the CLI's imagen_config.json, or only the fields that
+    the tensors leave open (the error message lists them)."""
+    verify: bool = False
+    """Prove the result before it takes its place: see `verify`."""
+    overwrite: bool = False
+    """Replace a run directory that stands there."""
+
+    def run(self) -> None:
+        source = imagen_pytorch.read(self.checkpoint, self.config)
+        kept: list[Weights] = [self.weights] if self.weights else held_by(source)
+        numbers = range(1, len(source.config.unets) + 1)
+        trees: dict[Weights, list[Params]] = {which: source.trees(which) for which in kept}
+        with replacing(self.out, overwrite=self.overwrite) as partial:
+            run_dir.write(
+                partial,
+                source.config,
+                {n: {which: trees[which][n - 1] for which in kept} for n in numbers},
+                dict(zip(numbers, source.origin["steps"], strict=True)),
+                source.origin,
+            )
+            if self.verify:
+                prove(source, RunDir.open(partial), kept)
+        print(f"{self.out}: {inspect.summary(source.config)}, weights {' and '.join(kept)}")
+        for note in source.notes:
+            print(f"note: {note}")
+        if source.config.elucidated is not None:
+            print(
+                "note: this is an elucidated cascade. Its networks and hyper-parameters are "
+                "converted; its loss and its sampler are not here yet."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class ToTorch:
+    """A run directory to a file that imagen-pytorch 2.1.0 loads."""
+
+    checkpoint: Annotated[Positional[Path], arg(metavar="RUN_DIR")]
+    """A run directory: what training calls --workdir."""
+    out: Annotated[Positional[Path], arg(metavar="OUT.pt")]
+    """The file to write: `imagen_pytorch.load_imagen_from_checkpoint` and `ImagenTrainer.load`
+    take it."""
+    weights: Literal["ema", "online", "both"] = "both"
+    """Which weights: `ema` or `online` stand for both, as the model and as its average. A run
+    that holds only one of them gives that one."""
+    verify: bool = False
+    """Read the file back and prove it before it takes its place: see `verify`."""
+    overwrite: bool = False
+    """Replace a file that stands there."""
+
+    def run(self) -> None:
+        run = RunDir.open(self.checkpoint)
+        kept = chosen(run, self.weights)
+        with replacing(self.out, overwrite=self.overwrite) as partial:
+            write_torch(partial, run, kept)
+            if self.verify:
+                source = imagen_pytorch.read(partial)
+                for which in kept:
+                    prove(source, run, [which])
+        print(f"{self.out}: {inspect.summary(run.config)}, weights {' and '.join(kept)}")
+        print("note: the optimiser's state is not converted: training starts with a fresh one.")
+        if any(getattr(unet, "norm", "rms") == "group" for unet in run.config.unets):
+            print(
+                "note: these networks have the GroupNorm of imagen-pytorch 1.22 to 1.26; 2.x "
+                "loads them in part and without an error. Load the file with 1.26."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class ToSafetensors:
+    """A run directory to one safetensors file, configuration included; needs no torch."""
+
+    checkpoint: Annotated[Positional[Path], arg(metavar="RUN_DIR")]
+    """A run directory."""
+    out: Annotated[Positional[Path], arg(metavar="OUT.safetensors")]
+    """The file to write."""
+    weights: Weights = "ema"
+    """The averaged weights where there are any, or the online ones."""
+    overwrite: bool = False
+    """Replace a file that stands there."""
+
+    def run(self) -> None:
+        run = RunDir.open(self.checkpoint)
+        which = chosen(run, self.weights)[0]
+        params = {number: run.params(number, which) for number in run.steps}
+        with replacing(self.out, overwrite=self.overwrite) as partial:
+            contents = safetensors_file.Contents(
+                config=run.config, params=params, steps=run.steps, weights=which, origin=run.origin
+            )
+            safetensors_file.write(partial, contents)
+        print(f"{self.out}: {inspect.summary(run.config)}, weights {which}")
+
+
+@dataclasses.dataclass(frozen=True)
+class FromSafetensors:
+    """A file of to-safetensors to a run directory; needs no torch."""
+
+    file: Annotated[Positional[Path], arg(metavar="FILE.safetensors")]
+    """The safetensors file."""
+    out: Annotated[Positional[Path], arg(metavar="OUT_DIR")]
+    """The run directory to write."""
+    overwrite: bool = False
+    """Replace a run directory that stands there."""
+
+    def run(self) -> None:
+        contents = safetensors_file.read(self.file)
+        trees = {n: {contents.weights: params} for n, params in contents.params.items()}
+        with replacing(self.out, overwrite=self.overwrite) as partial:
+            run_dir.write(partial, contents.config, trees, contents.steps, contents.origin)
+        print(f"{self.out}: {inspect.summary(contents.config)}, weights {contents.weights}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspect:
+    """What a file or a run directory holds: networks, sizes, dtypes, steps, configuration."""
+
+    path: Annotated[Positional[Path], arg(metavar="FILE_OR_DIR")]
+    """A file of imagen-pytorch, a safetensors file or a run directory."""
+    config: Path | None = None
+    """JSON for a file without configuration, as for from-torch."""
+
+    def run(self) -> None:
+        print(inspect.describe(self.path, self.config))
+
+
+@dataclasses.dataclass(frozen=True)
+class Verify:
+    """Proves that a run directory holds the weights of a file of imagen-pytorch: (a) the inverse
+    table gives every tensor back, bit for bit; (b) every stage gives the same output in both
+    frameworks, with its text and without, to 1e-4. (b) needs imagen-pytorch."""
+
+    checkpoint: Annotated[Positional[Path], arg(metavar="CKPT.pt")]
+    """The file of imagen-pytorch."""
+    run_dir: Annotated[Positional[Path], arg(metavar="RUN_DIR")]
+    """The run directory."""
+    config: Path | None = None
+    """JSON for a file without configuration, as for from-torch."""
+
+    def run(self) -> None:
+        source, run = imagen_pytorch.read(self.checkpoint, self.config), RunDir.open(self.run_dir)
+        kept = [which for which in held_by(source) if all(run.has(n, which) for n in run.steps)]
+        if not kept or not run.steps:
+            raise ValueError(f"{self.run_dir} holds none of the weights of {self.checkpoint}.")
+        prove(source, run, kept)
+
+
+def held_by(source: Checkpoint) -> list[Weights]:
+    """The weights in a file of imagen-pytorch."""
+    return ["online"] if source.ema is None else ["ema", "online"]
+
+
+def chosen(run: RunDir, weights: Literal["ema", "online", "both"]) -> list[Weights]:
+    """The weights that a run holds of those asked for; never none. Raises ValueError if a U-Net
+    has none at all."""
+    for number, unet in enumerate(run.config.unets, 1):
+        if number not in run.steps and not hasattr(unet, "is_null"):
+            raise ValueError(f"{run.path} has no weights of U-Net {number}: train it first.")
+    has: list[Weights] = [
+        which for which in ("ema", "online") if all(run.has(n, which) for n in run.steps)
+    ]
+    found = [which for which in has if weights in (which, "both")] or has
+    if not found:
+        raise ValueError(f"{run.path}: some U-Nets have only averaged weights, others only online.")
+    return found
+
+
+def write_torch(path: Path, run: RunDir, kept: list[Weights]) -> None:
+    """The weights of a run as a trainer's file; one set stands for both where only one is kept."""
+    numbers = range(1, len(run.config.unets) + 1)
+    model = "online" if "online" in kept else "ema"
+    online = [run.params_or_null(number, model) for number in numbers]
+    ema = None
+    if set(kept) == {"ema", "online"}:
+        ema = [run.params_or_null(number, "ema") for number in numbers]
+    origin = dict(run.origin or {})
+    origin["steps"] = [run.steps.get(number, 0) for number in numbers]
+    imagen_pytorch.write(path, run.config, online, ema, origin)
+
+
+def prove(source: Checkpoint, run: RunDir, kept: list[Weights]) -> None:
+    """Prints what was compared. Raises ValueError for the first comparison that fails."""
+    for which in kept:
+        wrong = verify.differences(source, run, which)
+        count = sum(map(len, source.weights(which)))
+        if wrong:
+            shown = ", ".join(wrong[:10]) + (", ..." if len(wrong) > 10 else "")
+            raise ValueError(f"verify (a), {which}: {len(wrong)} of {count} differ: {shown}")
+        print(f"verify (a), {which}: all {count} tensors come back bit for bit")
+    try:
+        for which in kept:
+            for found in verify.forwards(source, run, which):
+                errors = f"{found.with_text:.1e} with text, {found.without:.1e} without"
+                line = f"verify (b), {which}, U-Net {found.unet_number}: {errors}"
+                if not found.agrees:
+                    raise ValueError(f"{line}; allowed are {verify.TOLERANCE} of the output.")
+                print(line)
+    except ImportError as error:
+        print(f"verify (b) did not run: {error}")
+
+
+Command = (
+    Annotated[FromTorch, subcommand("from-torch")]
+    | Annotated[ToTorch, subcommand("to-torch")]
+    | Annotated[ToSafetensors, subcommand("to-safetensors")]
+    | Annotated[FromSafetensors, subcommand("from-safetensors")]
+    | Annotated[Inspect, subcommand("inspect")]
+    | Annotated[Verify, subcommand("verify")]
+)
+
+
+def main() -> None:
+    config = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)
+    command = tyro.cli(
+        Command, prog="python -m imagen_jax.interop", description=__doc__, config=config
+    )
+    command.run()
+
+
+if __name__ == "__main__":
+    commands.run(main)

@@ -1,0 +1,102 @@
+"""A cascade as one safetensors file, without torch.
+
+Tensors are named `unets.{i}.` and the dotted path of the parameter here (`unets.0.final_conv.
+kernel`), in this project's layouts; the metadata holds `format` (imagen-jax), and as JSON `config`
+(ImagenConfig), `steps`, `weights` (ema or online) and `origin`, what a run directory remembers of a
+file of imagen-pytorch.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from imagen_jax.checkpoint import Weights
+from imagen_jax.config import ImagenConfig
+from imagen_jax.interop import keys
+from imagen_jax.types import Params
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Contents:
+    """What a file holds; `params` has an entry for each U-Net, by its number from 1."""
+
+    config: ImagenConfig
+    params: Mapping[int, Params]
+    steps: Mapping[int, int]
+    weights: Weights
+    origin: Mapping[str, Any] | None = None
+
+
+def write(path: str | os.PathLike, contents: Contents) -> None:
+    """Writes the file."""
+    tensors = {
+        f"unets.{number - 1}.{name}": np.ascontiguousarray(array)
+        for number, params in contents.params.items()
+        for name, array in keys.flatten(params).items()
+    }
+    metadata = {
+        "format": "imagen-jax",
+        "config": json.dumps(contents.config.to_dict()),
+        "steps": json.dumps(contents.steps),
+        "weights": json.dumps(contents.weights),
+        "origin": json.dumps(contents.origin),
+    }
+    safetensors.numpy.save_file(tensors, path, metadata)
+
+
+def read(path: str | os.PathLike) -> Contents:
+    """Reads the file. Raises ValueError if it is damaged or was not written by `write`, and
+    MisfitError for tensors that do not fit its configuration."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file.")
+    try:
+        with safetensors.safe_open(path, "np") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is damaged, or no safetensors file: {error}") from error
+    if metadata.get("format") != "imagen-jax":
+        raise ValueError(f"{path} was not written by imagen-jax: its metadata hold no cascade.")
+    try:
+        told = {
+            name: json.loads(metadata[name]) for name in ("config", "steps", "weights", "origin")
+        }
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{path}: its metadata are damaged: {error}") from error
+    config = ImagenConfig.from_dict(told["config"])
+    steps = {int(number): step for number, step in told["steps"].items()}
+    return Contents(
+        config=config,
+        params=_params(config, tensors, steps),
+        steps=steps,
+        weights=told["weights"],
+        origin=told["origin"],
+    )
+
+
+def _params(
+    config: ImagenConfig, tensors: Mapping[str, np.ndarray], steps: Mapping[int, Any]
+) -> dict[int, Params]:
+    targets = {number: keys.target(config.stage(number).unet) for number in steps}
+    expected = {
+        f"unets.{number - 1}.{name}": leaf.shape
+        for number, target in targets.items()
+        for name, leaf in keys.flatten(target).items()
+    }
+    keys.check({name: array.shape for name, array in tensors.items()}, expected)
+    return {
+        number: jax.tree.unflatten(
+            jax.tree.structure(target),
+            [tensors[f"unets.{number - 1}.{name}"] for name in keys.flatten(target)],
+        )
+        for number, target in targets.items()
+    }

@@ -1,0 +1,51 @@
+"""Writing in place of something that exists: all or nothing."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike, *, overwrite: bool) -> Iterator[Path]:
+    """A path beside `path` to write a file or a run directory to; at the end it takes its place.
+
+    What was there stays whole until then, and for good if the body raises. Raises ValueError if
+    `path` exists and `overwrite` is not set, if it is a symbolic link (what it points to is never
+    touched), or a directory that holds no run.
+    """
+    path = Path(path)
+    if path.is_symlink():
+        raise ValueError(f"{path} is a symbolic link: give the place itself.")
+    if path.exists() and not overwrite:
+        raise ValueError(f"{path} exists: choose another name, or replace it with --overwrite.")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ValueError(f"{path} is a directory without a config.json: it is not replaced.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial, old = (
+        path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("partial", "old")
+    )
+    try:
+        yield partial
+        if partial.is_dir() or path.is_dir():  # directories do not replace each other at once
+            if path.exists():
+                path.rename(old)
+            try:
+                partial.rename(path)
+            except OSError:
+                if old.exists():
+                    old.rename(path)
+                raise
+        else:
+            partial.replace(path)
+    finally:
+        _remove(partial)
+        _remove(old)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,143 @@
+"""Proof that a run directory holds the weights of a file of imagen-pytorch.
+
+(a) The inverse table gives every tensor of the file back, bit for bit.
+(b) Every stage gives the same output in both frameworks, with its text and without.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from imagen_jax import nn
+from imagen_jax.checkpoint import Weights
+from imagen_jax.config import NullUnetConfig, UnetConfig
+from imagen_jax.interop import keys, reference
+from imagen_jax.interop.imagen_pytorch import Checkpoint, StateDict, same_bits
+from imagen_jax.interop.run_dir import RunDir
+from imagen_jax.types import Params
+
+TOLERANCE = 1e-4  # of the output's largest value
+FINAL = ("final_conv.weight", "final_conv.bias")
+
+
+@dataclasses.dataclass(frozen=True)
+class Forward:
+    """One stage compared: the largest difference over the largest value of the reference's."""
+
+    unet_number: int
+    weights: Weights
+    with_text: float
+    without: float
+
+    @property
+    def agrees(self) -> bool:
+        return max(self.with_text, self.without) <= TOLERANCE  # False for NaN
+
+
+def differences(source: Checkpoint, run: RunDir, which: Weights) -> list[str]:
+    """(a): the tensors of the file that the run does not give back bit for bit, by name.
+
+    Raises ValueError if the run does not hold these weights of every U-Net.
+    """
+    wrong = []
+    for i, state in enumerate(source.weights(which)):
+        back = keys.to_torch(run.params(i + 1, which))
+        for name in sorted(state.keys() | back.keys()):
+            if name not in state or name not in back or not same_bits(state[name], back[name]):
+                wrong.append(f"unets.{i}.{name}")
+    return wrong
+
+
+def forwards(source: Checkpoint, run: RunDir, which: Weights) -> Iterator[Forward]:
+    """(b): the stages compared, one after another. Raises ImportError without imagen-pytorch."""
+    for number, state in enumerate(source.weights(which), 1):
+        unet = source.config.stage(number).unet
+        if isinstance(unet, NullUnetConfig):
+            continue
+        theirs = reference_outputs(unet, state)
+        params = run.params(number, which)
+        errors = compare(theirs, outputs(unet, params))
+        yield Forward(number, which, *errors)
+
+
+def compare(theirs: np.ndarray, ours: np.ndarray) -> list[float]:
+    """The largest difference of each output, over the reference's largest value."""
+    return [float(np.abs(a - b).max() / np.abs(a).max()) for a, b in zip(theirs, ours, strict=True)]
+
+
+def outputs(unet: UnetConfig, params: Params) -> np.ndarray:
+    """Our outputs (2, b, h, w, c), with text and without, for the inputs of `make_inputs`."""
+    params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
+    final = params["final_conv"]
+    if not any(np.any(leaf) for leaf in final.values()):
+        weight, bias = _random_final(unet)
+        params = params | {
+            "final_conv": {"kernel": jnp.asarray(weight.transpose(2, 3, 1, 0)), "bias": bias}
+        }
+    with jax.default_matmul_precision("highest"):
+        return np.asarray(_forward(unet)(params, make_inputs(unet)))
+
+
+def reference_outputs(unet: UnetConfig, state: StateDict) -> np.ndarray:
+    """The reference's outputs, NHWC, for the same inputs and the tensors of a state dict."""
+    import torch
+
+    module = reference.build_unet(unet)
+    tensors = {name: np.ascontiguousarray(a, np.float32) for name, a in state.items()}
+    if not any(np.any(tensors[name]) for name in FINAL):
+        tensors |= dict(zip(FINAL, _random_final(unet), strict=True))
+    module.load_state_dict({name: torch.from_numpy(a.copy()) for name, a in tensors.items()})
+    inputs = {
+        name: torch.from_numpy(np.moveaxis(a, -1, 1).copy() if a.ndim == 4 else a)
+        for name, a in make_inputs(unet).items()
+    }
+    with torch.no_grad():
+        pair = [module.eval()(**inputs, cond_drop_prob=drop).numpy() for drop in (0.0, 1.0)]
+    return np.moveaxis(np.stack(pair), 2, -1)
+
+
+def make_inputs(unet: UnetConfig) -> dict[str, np.ndarray]:
+    """Fixed inputs that reach every part: two small pictures, two texts of different lengths."""
+    random = np.random.default_rng(0)
+    size = 2 * unet.downsampling
+
+    def picture(channels: int) -> np.ndarray:
+        return random.standard_normal((2, size, size, channels), np.float32)
+
+    inputs: dict[str, Any] = dict(x=picture(unet.channels), time=np.float32([-3.0, 1.5]))
+    if unet.lowres_cond:
+        inputs["lowres_cond_img"] = picture(unet.channels)
+        inputs["lowres_noise_times"] = np.float32([0.7, 2.0])
+    if unet.cond_images_channels:
+        inputs["cond_images"] = picture(unet.cond_images_channels)
+    if unet.self_cond:
+        inputs["self_cond"] = picture(unet.channels)
+    if unet.cond_on_text:
+        length = max(2, unet.max_text_len - 1)
+        inputs["text_embeds"] = random.standard_normal((2, length, unet.text_embed_dim), np.float32)
+        inputs["text_mask"] = np.arange(length) < np.array([[length], [(length + 1) // 2]])
+    return inputs
+
+
+@functools.lru_cache(maxsize=4)
+def _forward(unet: UnetConfig) -> Any:
+    @jax.jit
+    def forward(params: Params, inputs: Mapping[str, jax.Array]) -> jax.Array:
+        network = nn.bind(unet, params)
+        return jnp.stack([network(**inputs, cond_drop_prob=drop) for drop in (0.0, 1.0)])
+
+    return forward
+
+
+def _random_final(unet: UnetConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Weights for a last convolution that is all zeros, as it is before training."""
+    *_, c_in, c_out = nn.abstract(unet)[1]["final_conv"]["kernel"].shape
+    size = unet.final_conv_kernel_size
+    random = np.random.default_rng(1)
+    weight = random.standard_normal((c_out, c_in, size, size), np.float32) / np.sqrt(c_in * size**2)
+    return weight.astype(np.float32), random.standard_normal(c_out, np.float32)
