@@ -48,7 +48,7 @@ class FromTorch:
         kept: list[Weights] = [self.weights] if self.weights else held_by(source)
         numbers = range(1, len(source.config.unets) + 1)
         trees: dict[Weights, list[Params]] = {which: source.trees(which) for which in kept}
-        with replacing(self.out, overwrite=self.overwrite) as partial:
+        with replacing(self.out, overwrite=self.overwrite, source=self.checkpoint) as partial:
             run_dir.write(
                 partial,
                 source.config,
@@ -88,7 +88,7 @@ class ToTorch:
     def run(self) -> None:
         run = RunDir.open(self.checkpoint)
         kept = chosen(run, self.weights)
-        with replacing(self.out, overwrite=self.overwrite) as partial:
+        with replacing(self.out, overwrite=self.overwrite, source=self.checkpoint) as partial:
             write_torch(partial, run, kept)
             if self.verify:
                 source = imagen_pytorch.read(partial)
@@ -120,7 +120,7 @@ class ToSafetensors:
         run = RunDir.open(self.checkpoint)
         which = chosen(run, self.weights)[0]
         params = {number: run.params(number, which) for number in run.steps}
-        with replacing(self.out, overwrite=self.overwrite) as partial:
+        with replacing(self.out, overwrite=self.overwrite, source=self.checkpoint) as partial:
             contents = safetensors_file.Contents(
                 config=run.config, params=params, steps=run.steps, weights=which, origin=run.origin
             )
@@ -142,7 +142,7 @@ class FromSafetensors:
     def run(self) -> None:
         contents = safetensors_file.read(self.file)
         trees = {n: {contents.weights: params} for n, params in contents.params.items()}
-        with replacing(self.out, overwrite=self.overwrite) as partial:
+        with replacing(self.out, overwrite=self.overwrite, source=self.file) as partial:
             run_dir.write(partial, contents.config, trees, contents.steps, contents.origin)
         print(f"{self.out}: {inspect.summary(contents.config)}, weights {contents.weights}")
 

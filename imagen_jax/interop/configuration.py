@@ -62,8 +62,14 @@ def is_complete(params: Mapping[str, Any]) -> bool:
     )
 
 
-def to_ours(params: Mapping[str, Any], kind: Kind, norms: Sequence[str]) -> ImagenConfig:
-    """A cascade of the reference's config classes. `norms` are those that the weights show.
+def to_ours(
+    params: Mapping[str, Any],
+    kind: Kind,
+    norms: Sequence[str],
+    known: Sequence[Mapping[str, Any]] | None = None,
+) -> ImagenConfig:
+    """A cascade of the reference's config classes. `norms` are those that the weights show, and
+    `known` are fields of each U-Net that its file tells where `params` does not.
 
     Raises ValueError for what does not exist here, video above all.
     """
@@ -72,8 +78,8 @@ def to_ours(params: Mapping[str, Any], kind: Kind, norms: Sequence[str]) -> Imag
     if len(unets) != len(norms):
         raise ValueError(f"the configuration has {len(unets)} unets, the weights {len(norms)}.")
     described = [
-        unet if "is_null" in unet else UNET_CLASS_DEFAULTS | unet | {"norm": norm}
-        for unet, norm in zip(unets, norms, strict=True)
+        unet if "is_null" in unet else UNET_CLASS_DEFAULTS | dict(sure) | unet | {"norm": norm}
+        for unet, norm, sure in zip(unets, norms, known or [{}] * len(unets), strict=True)
     ]
     return cascade(CLASS_DEFAULTS | dict(params) | {"unets": described}, kind)
 
@@ -88,6 +94,7 @@ def cascade(fields: Mapping[str, Any], kind: Kind) -> ImagenConfig:
     if kind == "elucidated" and fields.get("elucidated") is None:
         own = {name: fields.pop(name) for name in HYPER_PARAMETERS if name in fields}
         fields["elucidated"] = own
+    fields["unets"] = [_with_eight_groups(unet) for unet in fields["unets"]]
     schedules = fields.get("noise_schedules")
     if isinstance(schedules, (list, tuple)):  # the reference ignores what is too many
         fields["noise_schedules"] = list(schedules)[: len(fields["unets"])]
@@ -127,7 +134,8 @@ def complete(
             unets.append({"is_null": True})
             missing.append({})
             continue
-        inferred, left = ({}, {}) if sure else infer.unet_fields(tensors, more)
+        known_norm = {"norm": infer.norm(tensors)}
+        inferred, left = (known_norm, {}) if sure else infer.unet_fields(tensors, more)
         unets.append({**inferred, **sure, **more})
         missing.append(left)
     networks = [unet for unet in unets if "is_null" not in unet]
@@ -155,6 +163,14 @@ def complete(
     if text:
         found["text_embed_dim"] = widths.pop()
     return found | dict(given) | {"unets": unets}
+
+
+def _with_eight_groups(unet: Mapping[str, Any]) -> dict[str, Any]:
+    """Versions 1.22 to 1.26 let `resnet_groups` be chosen; here `norm="group"` has their 8."""
+    groups = unet.get("resnet_groups", 8)
+    if set(_tuple(groups)) != {8}:
+        raise ValueError(f"resnet_groups = {groups}: only the default, 8, is implemented.")
+    return {name: value for name, value in unet.items() if name != "resnet_groups"}
 
 
 def _tuple(value: Any) -> tuple:

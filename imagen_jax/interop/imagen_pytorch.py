@@ -25,7 +25,7 @@ from imagen_jax import nn
 from imagen_jax.checkpoint import Weights
 from imagen_jax.config import ImagenConfig, NullUnetConfig
 from imagen_jax.imagen import Imagen
-from imagen_jax.interop import configuration, keys
+from imagen_jax.interop import configuration, infer, keys
 from imagen_jax.interop.target import replacing
 from imagen_jax.interop.torch_file import read_torch_file, write_torch_file
 from imagen_jax.types import Params
@@ -214,11 +214,8 @@ def _configuration(
         kind, params = given["type"] or kind, given["imagen"]
     shapes = [{name: np.shape(a) for name, a in state.items()} for state in online]
     if params is not None and configuration.is_complete(params):
-        norms = [
-            "group" if any(".groupnorm." in name for name in tensors) else "rms"
-            for tensors in shapes
-        ]
-        return configuration.to_ours(params, kind, norms)
+        norms = [infer.norm(tensors) for tensors in shapes]
+        return configuration.to_ours(params, kind, norms, known)
     return configuration.cascade(configuration.complete(shapes, known, params or {}), kind)
 
 

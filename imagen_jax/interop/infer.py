@@ -30,12 +30,19 @@ def unet_fields(shapes: Shapes, given: Mapping[str, Any]) -> tuple[dict[str, Any
     heads, unknown = _heads(shapes)
     fields |= heads
     maybe = {"scale_skip_connection": True} | unknown
+    if fields["norm"] == "group":
+        maybe["resnet_groups"] = 8
     if any(re.fullmatch(r"downs\.\d+\.1\.cross_attn\.to_q\.weight", name) for name in shapes):
         maybe["use_linear_cross_attn"] = False
     inputs, unknown = _inputs(shapes, fields, given)
     return fields | inputs, {
         name: default for name, default in (maybe | unknown).items() if name not in given
     }
+
+
+def norm(shapes: Shapes) -> str:
+    """`UnetConfig.norm` of these tensors."""
+    return "group" if any(".groupnorm." in name for name in shapes) else "rms"
 
 
 def _core(shapes: Shapes) -> dict[str, Any]:
@@ -51,7 +58,7 @@ def _core(shapes: Shapes) -> dict[str, Any]:
         use_global_context_attn=any(
             re.match(r"(downs\.\d+\.2\.\d+|init_resnet_block)\.gca\.", name) for name in shapes
         ),
-        norm="group" if any(".groupnorm." in name for name in shapes) else "rms",
+        norm=norm(shapes),
     )
     if "init_conv.weight" in shapes:
         init_dim, _, size, _ = shapes["init_conv.weight"]

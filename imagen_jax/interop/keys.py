@@ -59,7 +59,7 @@ def to_jax(state_dict: Mapping[str, Any], target: Params, *, prefix: str = "") -
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(target)
     wanted = {_join(path): leaf.shape for path, leaf in leaves}
-    counterparts = _counterparts(wanted)
+    counterparts = _counterparts(tuple(wanted))
     expected = {
         theirs: change.to_torch(np.broadcast_to(0, wanted[ours])).shape
         for ours, (theirs, change) in counterparts.items()
@@ -79,7 +79,7 @@ def to_torch(params: Params) -> dict[str, np.ndarray]:
     leaves = flatten(params)
     return {
         theirs: change.to_torch(np.asarray(leaves[ours]))
-        for ours, (theirs, change) in _counterparts(leaves).items()
+        for ours, (theirs, change) in _counterparts(tuple(leaves)).items()
     }
 
 
@@ -127,7 +127,8 @@ def _entries(table: Iterable, prefix: tuple[str, str] = ("", "")) -> Iterator[tu
             yield from _entries(entry, (names[0] + ".", names[1] + "."))
 
 
-def _counterparts(names: Iterable[str]) -> dict[str, tuple[str, Change]]:
+@functools.lru_cache(maxsize=16)
+def _counterparts(names: tuple[str, ...]) -> dict[str, tuple[str, Change]]:
     """Our name -> the reference's, and how the array changes; for all of a U-Net's names.
 
     Raises ValueError for names that are not in the table.

@@ -8,12 +8,15 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike, *, overwrite: bool) -> Iterator[Path]:
+def replacing(
+    path: str | os.PathLike, *, overwrite: bool, source: Path | None = None
+) -> Iterator[Path]:
     """A path beside `path` to write a file or a run directory to; at the end it takes its place.
 
     What was there stays whole until then, and for good if the body raises. Raises ValueError if
     `path` exists and `overwrite` is not set, if it is a symbolic link (what it points to is never
-    touched), or a directory that holds no run.
+    touched), a directory that holds no run, or one that holds `source`, what is being converted;
+    and at the end, if a file would replace a directory, or a directory a file.
     """
     path = Path(path)
     if path.is_symlink():
@@ -22,12 +25,17 @@ def replacing(path: str | os.PathLike, *, overwrite: bool) -> Iterator[Path]:
         raise ValueError(f"{path} exists: choose another name, or replace it with --overwrite.")
     if path.is_dir() and not (path / "config.json").is_file():
         raise ValueError(f"{path} is a directory without a config.json: it is not replaced.")
+    if source is not None and path.resolve() in (source.resolve(), *source.resolve().parents):
+        raise ValueError(f"{path} holds what is to be converted: choose another place.")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial, old = (
         path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("partial", "old")
     )
     try:
         yield partial
+        if path.exists() and path.is_dir() != partial.is_dir():
+            there, new = ("a directory", "a file") if path.is_dir() else ("a file", "a directory")
+            raise ValueError(f"{path} is {there}: {new} does not replace it.")
         if partial.is_dir() or path.is_dir():  # directories do not replace each other at once
             if path.exists():
                 path.rename(old)

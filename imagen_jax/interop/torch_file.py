@@ -44,7 +44,10 @@ def read_torch_file(path: str | os.PathLike) -> Any:
             f"{path} could not be read as weights alone (damaged, or it holds Python objects, "
             f"which are never executed): {reason}"
         ) from error
-    return _to_numpy(data, torch, path, size)
+    try:
+        return _to_numpy(data, torch, path)
+    except RecursionError as error:
+        raise ValueError(f"{path} is damaged: its containers hold themselves.") from error
 
 
 def write_torch_file(path: str | os.PathLike, content: dict[str, Any]) -> None:
@@ -75,20 +78,24 @@ def _check_archive(path: Path, size: int) -> None:
             )
 
 
-def _to_numpy(data: Any, torch: Any, path: Path, size: int) -> Any:
+def _to_numpy(data: Any, torch: Any, path: Path) -> Any:
     if isinstance(data, torch.Tensor):
-        if data.numel() * data.element_size() > size:
-            raise ValueError(
-                f"{path}: a tensor of shape {tuple(data.shape)} is more than the file."
-            )
+        kind = f"{path}: a tensor of shape {tuple(data.shape)} and type {data.dtype}"
+        if data.layout != torch.strided or data.device.type != "cpu" or data.is_quantized:
+            raise ValueError(f"{kind} is no plain array: it is sparse, quantized or without data.")
+        if data.numel() * data.element_size() > data.untyped_storage().nbytes():
+            raise ValueError(f"{kind} claims more bytes than are stored of it.")
         data = data.detach()
         if data.dtype == torch.bfloat16:
             return data.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-        return data.numpy()
+        try:
+            return data.numpy()
+        except (TypeError, RuntimeError) as error:  # 8-bit floats, and conjugates not yet taken
+            raise ValueError(f"{kind} cannot be converted: {error}.") from error
     if isinstance(data, dict):
-        return {key: _to_numpy(value, torch, path, size) for key, value in data.items()}
+        return {key: _to_numpy(value, torch, path) for key, value in data.items()}
     if isinstance(data, (list, tuple)):
-        return [_to_numpy(value, torch, path, size) for value in data]
+        return [_to_numpy(value, torch, path) for value in data]
     return data
 
 

@@ -44,13 +44,21 @@ def differences(source: Checkpoint, run: RunDir, which: Weights) -> list[str]:
 
     Raises ValueError if the run does not hold these weights of every U-Net.
     """
-    wrong = []
-    for i, state in enumerate(source.weights(which)):
-        back = keys.to_torch(run.params(i + 1, which))
-        for name in sorted(state.keys() | back.keys()):
-            if name not in state or name not in back or not same_bits(state[name], back[name]):
-                wrong.append(f"unets.{i}.{name}")
-    return wrong
+    return [
+        f"unets.{i}.{name}"
+        for i, state in enumerate(source.weights(which))
+        for name in differing(state, run.params(i + 1, which))
+    ]
+
+
+def differing(state: StateDict, params: Params) -> list[str]:
+    """The tensors of a state dict that parameters of ours do not give back bit for bit."""
+    back = keys.to_torch(params)
+    return [
+        name
+        for name in sorted(state.keys() | back.keys())
+        if name not in state or name not in back or not same_bits(state[name], back[name])
+    ]
 
 
 def forwards(source: Checkpoint, run: RunDir, which: Weights) -> Iterator[Forward]:
@@ -79,8 +87,9 @@ def outputs(unet: UnetConfig, params: Params) -> np.ndarray:
         params = params | {
             "final_conv": {"kernel": jnp.asarray(weight.transpose(2, 3, 1, 0)), "bias": bias}
         }
+    inputs, keep_masks = make_inputs(unet), np.array([[True, True], [False, False]])
     with jax.default_matmul_precision("highest"):
-        return np.asarray(_forward(unet)(params, make_inputs(unet)))
+        return np.stack([_forward(params, inputs, keep, unet=unet) for keep in keep_masks])
 
 
 def reference_outputs(unet: UnetConfig, state: StateDict) -> np.ndarray:
@@ -124,14 +133,11 @@ def make_inputs(unet: UnetConfig) -> dict[str, np.ndarray]:
     return inputs
 
 
-@functools.lru_cache(maxsize=4)
-def _forward(unet: UnetConfig) -> Any:
-    @jax.jit
-    def forward(params: Params, inputs: Mapping[str, jax.Array]) -> jax.Array:
-        network = nn.bind(unet, params)
-        return jnp.stack([network(**inputs, cond_drop_prob=drop) for drop in (0.0, 1.0)])
-
-    return forward
+@functools.partial(jax.jit, static_argnames="unet")
+def _forward(
+    params: Params, inputs: Mapping[str, jax.Array], keep_mask: jax.Array, *, unet: UnetConfig
+) -> jax.Array:
+    return nn.bind(unet, params)(**inputs, keep_mask=keep_mask)
 
 
 def _random_final(unet: UnetConfig) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,124 @@
+"""`verify` sees every mistake a conversion could make: two tensors swapped, a kernel transposed.
+
+All pairs of same-shaped tensors and all square kernels of small U-Nets are tried, no weight at its
+initial value. (a), the inverse table, must see each mutation. (b), the forward, must see all but
+those that change no output: CANNOT_MATTER lists them, and they must go unseen.
+"""
+
+import functools
+import itertools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from imagen_jax import nn
+from imagen_jax.config import UnetConfig
+from imagen_jax.interop import keys, verify
+from tests import parity
+
+SMALL = dict(
+    dim=8,
+    dim_mults=(1, 2),
+    attn_dim_head=4,
+    attn_heads=2,
+    cond_dim=8,
+    text_embed_dim=6,
+    max_text_len=5,
+    attn_pool_num_latents=3,
+    layer_attns=(False, True),
+    layer_cross_attns=(False, True),
+)
+CONFIGS = {
+    "super-resolution": UnetConfig(
+        **SMALL | dict(dim_mults=(1,), layer_attns=True, layer_cross_attns=True),
+        lowres_cond=True,
+        memory_efficient=True,
+    ),
+    "base": UnetConfig(**SMALL),
+}
+EACH = [
+    "super-resolution",
+    pytest.param("base", marks=pytest.mark.long),
+]
+CANNOT_MATTER = (
+    (r"(.*)qk_norm.k_scale", r"(.*)qk_norm.q_scale"),  # their product scales each logit's terms
+    (r".*gca.to_k.bias()", r".*gca.to_k.bias()"),  # a softmax is blind to a constant
+    (r"(.*)after.point.bias", r"(.*)after.wide.bias"),  # summed, as the following are
+    (r"(.*init_block.)block2.project.bias", r"(.*init_block.)res_conv.bias"),
+    (r"()lowres_time.to_cond.bias", r"()time.to_cond.bias"),
+)
+
+
+@functools.cache
+def converted(name: str):
+    """(configuration, the reference's tensors, ours by dotted name, the structure of the tree)."""
+    config = CONFIGS[name]
+    state = parity.state_dict(parity.reference_unet(config))
+    params = keys.to_jax(state, nn.abstract(config)[1])
+    return config, state, keys.flatten(params), jax.tree.structure(params)
+
+
+def mutations(leaves) -> list[tuple[str, ...]]:
+    """The names of every two leaves to swap, and of every square kernel to transpose."""
+    swaps = [
+        (a, b)
+        for a, b in itertools.combinations(leaves, 2)
+        if leaves[a].shape == leaves[b].shape and not np.array_equal(leaves[a], leaves[b])
+    ]
+    square = [a for a, x in leaves.items() if x.ndim >= 2 and x.shape[-1] == x.shape[-2]]
+    return swaps + [(name,) for name in square]
+
+
+def mutate(leaves, names: tuple[str, ...]):
+    if len(names) == 1:
+        return leaves | {names[0]: leaves[names[0]].swapaxes(-1, -2)}
+    return leaves | {names[0]: leaves[names[1]], names[1]: leaves[names[0]]}
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_the_inverse_table_sees_every_mutation(name):
+    _, state, leaves, structure = converted(name)
+    theirs = {ours: their for their, ours in pairs_of_names(state, leaves, structure)}
+    tried = mutations(leaves)
+    assert len(tried) > 500
+    for names in tried:
+        found = verify.differing(state, structure.unflatten(mutate(leaves, names).values()))
+        assert sorted(found) == sorted(theirs[n] for n in names)
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_the_forward_sees_every_mutation_that_can_matter(name):
+    config, state, leaves, structure = converted(name)
+    reference = verify.reference_outputs(config, state)
+
+    def agrees(leaves) -> bool:
+        ours = verify.outputs(config, structure.unflatten(leaves.values()))
+        return max(verify.compare(reference, ours)) <= verify.TOLERANCE
+
+    tried = mutations(leaves)
+    leaves = {ours: jnp.asarray(leaf) for ours, leaf in leaves.items()}
+    assert agrees(leaves)
+    unseen = {names for names in tried if agrees(mutate(leaves, names))}
+    assert unseen == {names for names in tried if cannot_matter(names)}
+
+
+def cannot_matter(names: tuple[str, ...]) -> bool:
+    """Whether these two are a pair of CANNOT_MATTER, of the same place."""
+    if len(names) == 1:
+        return False
+    for patterns in CANNOT_MATTER:
+        places = [re.fullmatch(p, n) for p, n in zip(patterns, sorted(names), strict=True)]
+        if all(places) and places[0][1] == places[1][1]:
+            return True
+    return False
+
+
+def pairs_of_names(state, leaves, structure):
+    """(theirs, ours) of every tensor, by telling the tensors apart by a number in each."""
+    numbered = {ours: np.full(leaf.shape, i) for i, (ours, leaf) in enumerate(leaves.items())}
+    back = keys.to_torch(structure.unflatten(numbered.values()))
+    names = list(leaves)
+    return [(theirs, names[array.flat[0]]) for theirs, array in back.items()]
