@@ -21,7 +21,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from imagen_jax import nn
+from imagen_jax import nn, sharding
 from imagen_jax.checkpoint import Weights
 from imagen_jax.config import ImagenConfig, NullUnetConfig
 from imagen_jax.imagen import Imagen
@@ -115,20 +115,23 @@ def load(
     config: str | os.PathLike | None = None,
     weights: Weights | None = None,
     dtype: DTypeLike = jnp.float32,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Imagen:
     """The cascade of a file of imagen-pytorch, its parameters in float32.
 
-    `weights` are the averaged ones where there are any. `config` and errors: see `read`.
+    `weights` are the averaged ones where there are any. On a `mesh` (DATA x MODEL, see `sharding`)
+    every device gets its part of a tensor from the file; no more than that is ever in memory.
+    `config` and errors: see `read`.
     """
     source = read(path, config)
     weights = weights or ("online" if source.ema is None else "ema")
+    layout = sharding.single() if mesh is None else sharding.Layout(mesh)
     unets = []
     for unet, params in zip(source.config.unets, source.trees(weights), strict=True):
         if isinstance(unet, NullUnetConfig):
             unets.append(nn.NullUnet())
             continue
-        placed = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
-        unets.append(nn.bind(unet, placed, dtype=dtype))
+        unets.append(nn.bind(unet, jax.tree.map(_place, params, layout.place(params)), dtype=dtype))
     return Imagen(source.config, unets=unets)
 
 
@@ -172,7 +175,7 @@ def write(
         state = _take(tree)
         mean = state if ema is None else _take(ema[i])
         model |= {f"unets.{i}.{name}": array for name, array in state.items()}
-        averages[f"{i}.initted"] = np.asarray(counters[i]["initted"])
+        averages[f"{i}.initted"] = _flag(counters[i]["initted"])
         averages[f"{i}.step"] = np.asarray(counters[i]["step"], np.int64)
         averages |= {f"{i}.online_model.{name}": array for name, array in state.items()}
         averages |= {f"{i}.ema_model.{name}": array for name, array in mean.items()}
@@ -281,6 +284,12 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     return np.array_equal(a, b)
 
 
+def _flag(value: bool | list[float]) -> np.ndarray:
+    """ema-pytorch's `initted`: a truth value today, an array of one float32 in old files."""
+    array = np.asarray(value)
+    return array.astype(np.float32) if array.dtype == np.float64 else array
+
+
 def _under(tensors: StateDict, prefix: str) -> StateDict:
     names = [name for name in tensors if name.startswith(prefix)]
     return {name.removeprefix(prefix): tensors.pop(name) for name in names}
@@ -293,6 +302,13 @@ def _tensors(state: Any, path: Any) -> StateDict:
         if not isinstance(name, str) or not isinstance(array, np.ndarray):
             raise ValueError(f"{path}: {name!r} is no tensor; this is no state dict.")
     return dict(state)
+
+
+def _place(array: np.ndarray, where: jax.sharding.Sharding) -> jax.Array:
+    """A float32 array, of which each device reads its part."""
+    return jax.make_array_from_callback(
+        array.shape, where, lambda index: np.asarray(array[index], np.float32)
+    )
 
 
 def _params_of(unet: nnx.Module) -> Params:

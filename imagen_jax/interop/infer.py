@@ -89,9 +89,13 @@ def _levels(shapes: Shapes) -> dict[str, Any]:
         if _has(shapes, f"{resample}.convs."):
             sizes = tuple(shape[2] for shape in _convs(shapes, resample))
             fields |= dict(cross_embed_downsample=True, cross_embed_downsample_kernel_sizes=sizes)
-        feed_forward = shapes.get(f"downs.{i}.3.layers.0.1.1.weight")
-        if feed_forward is not None:
-            fields["ff_mult"] = _multiple(*feed_forward[:2])
+    multiples = [
+        _multiple(*shape[:2])
+        for name, shape in shapes.items()
+        if re.fullmatch(r"(downs\.\d+\.3|ups\.\d+\.2)\.layers\.0\.1\.1\.weight", name)
+    ]
+    if multiples:  # each was rounded down
+        fields["ff_mult"] = max(multiples)
     return {
         name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
     }
@@ -152,6 +156,11 @@ def _inputs(
     else:
         c_in = _convs(shapes, "init_conv")[0][1]
     rest = c_in - channels * (1 + fields["lowres_cond"])
+    if rest < 0:
+        raise ValueError(
+            f"a U-Net of a cascade gives as many channels as it takes; this one gives {channels}, "
+            f"and its first convolution takes {c_in}."
+        )
     self_cond = given.get("self_cond", False) and rest >= channels
     cond = rest - channels * self_cond
     unknown = {"self_cond": False} if rest >= channels else {}

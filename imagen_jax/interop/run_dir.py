@@ -17,7 +17,7 @@ from imagen_jax.interop import keys
 from imagen_jax.types import Params
 
 ITEMS: dict[Weights, str] = {"online": "params", "ema": "ema"}
-CONCURRENT_GB = 1  # arrays on their way to the disk
+CONCURRENT_GB = 1  # arrays on their way to the disk or from it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,8 @@ class RunDir:
         if not path.is_dir():
             raise ValueError(f"{self.path} holds no {weights} weights of U-Net {number}.")
         target = keys.target(self.config.stage(number).unet)
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=CONCURRENT_GB)
+        with ocp.Checkpointer(handler) as checkpointer:
             try:
                 stored = checkpointer.metadata(path).item_metadata.tree
                 shapes = {name: leaf.shape for name, leaf in keys.flatten(stored).items()}

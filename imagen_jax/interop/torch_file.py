@@ -1,6 +1,7 @@
 """A file of `torch.save` as numpy arrays, and back. The only place of the library for either."""
 
 import os
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,9 @@ def write_torch_file(path: str | os.PathLike, content: dict[str, Any]) -> None:
         import torch
     except ImportError as error:
         raise ValueError(f"writing {path} {_NEEDED}.") from error
-    torch.save(_to_tensors(content, torch, {}), path)
+    with warnings.catch_warnings():  # arrays of JAX are read-only, and are only read here
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
+        torch.save(_to_tensors(content, torch, {}), path)
 
 
 def _check_archive(path: Path, size: int) -> None:

@@ -1,0 +1,486 @@
+"""Hostile and damaged input is refused in one line, and what stands at the target stays whole."""
+
+import json
+import os
+import pickle
+import re
+import struct
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+
+from imagen_jax import checkpoint, commands
+from imagen_jax.interop import imagen_pytorch, keys, run_dir, target, verify
+from imagen_jax.interop.torch_file import read_torch_file
+from tests.interop import states
+from tests.interop.states import contents, saved
+from tests.interop.support import interop
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory) -> Path:
+    """A folder with `imagen.pt`, the run directory `run` made of it, and `imagen.safetensors`."""
+    folder = tmp_path_factory.mktemp("converted")
+    saved(folder / "imagen.pt", states.trainers_file())
+    interop("from-torch", folder / "imagen.pt", folder / "run")
+    interop("to-safetensors", folder / "run", folder / "imagen.safetensors")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    """As `commands.run` does for a user; the hook is put back."""
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    commands.quiet_writers()
+
+
+def refused(match: str, *arguments) -> str:
+    """The command fails with one line."""
+    with pytest.raises(ValueError, match=match) as caught:
+        interop(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+class Hostile:
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
+def test_the_code_of_a_malicious_pickle_does_not_run(tmp_path):
+    mark, out = tmp_path / "mark", tmp_path / "out"
+    file = saved(tmp_path / "evil.pt", states.trainers_file() | {"extra": Hostile(mark)})
+    pickle.loads(pickle.dumps(Hostile(mark)))  # it would run where pickle is trusted
+    mark.rmdir()
+    done = subprocess.run(
+        [sys.executable, "-m", "imagen_jax.interop", "from-torch", file, out],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {file} could not be read as weights alone")
+    assert not mark.exists() and not out.exists()
+    for arguments in (("inspect", file), ("verify", file, out)):
+        refused("never executed", *arguments)
+    assert not mark.exists()
+
+
+def test_a_bare_malicious_pickle_does_not_run_either(tmp_path):
+    mark, file = tmp_path / "mark", tmp_path / "evil.pt"
+    file.write_bytes(pickle.dumps({"model": Hostile(mark)}))
+    refused("never executed", "from-torch", file, tmp_path / "out")
+    torch.save({"model": Hostile(mark)}, file, _use_new_zipfile_serialization=False)
+    refused("never executed", "from-torch", file, tmp_path / "out")
+    assert not mark.exists() and list(tmp_path.iterdir()) == [file]
+
+
+def nothing(path: Path) -> None:
+    """A file that is not there."""
+
+
+def folder(path: Path) -> None:
+    path.mkdir()
+
+
+def text(path: Path) -> None:
+    path.write_text("weights, honestly\n")
+
+
+def pickled_list(path: Path) -> None:
+    path.write_bytes(pickle.dumps([1, 2, 3], protocol=2))
+
+
+def saved_list(path: Path) -> None:
+    torch.save([torch.zeros(2)], path)
+
+
+def half(path: Path) -> None:
+    torch.save(states.trainers_file(), path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def without_a_byte(path: Path) -> None:
+    torch.save(states.trainers_file(), path)
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def bomb(path: Path) -> None:
+    """Its tensors are zeros, compressed a thousandfold."""
+    torch.save({"model": {"unets.0.x": torch.zeros(2**22)}}, path.with_suffix(".whole"))
+    with (
+        zipfile.ZipFile(path.with_suffix(".whole")) as whole,
+        zipfile.ZipFile(path, "w") as archive,
+    ):
+        for name in whole.namelist():
+            how = zipfile.ZIP_DEFLATED if name.endswith("data/0") else zipfile.ZIP_STORED
+            archive.writestr(name, whole.read(name), how)
+    path.with_suffix(".whole").unlink()
+    assert path.stat().st_size < 100_000
+
+
+def bombs_header(path: Path) -> None:
+    """An entry, not compressed, whose header claims 3 GB."""
+    torch.save({"model": {"unets.0.x": torch.zeros(4)}}, path)
+    data = bytearray(path.read_bytes())
+    header = data.rindex(b"PK\1\2", 0, data.rindex(b"data/0"))
+    data[header + 20 : header + 28] = struct.pack("<II", 3 << 30, 3 << 30)
+    path.write_bytes(data)
+
+
+def stride_zero(path: Path) -> None:
+    torch.save({"model": {"unets.0.x": torch.zeros(1).expand(1 << 40)}}, path)
+
+
+def stride_zero_within_the_files_size(path: Path) -> None:
+    torch.save({"model": {"a": torch.zeros(9999), "unets.0.x": torch.zeros(1).expand(99)}}, path)
+
+
+def itself(path: Path) -> None:
+    inner = []
+    inner.append(inner)
+    torch.save({"model": inner}, path)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (nothing, "does not exist"),
+        (folder, "is a directory"),
+        (text, "could not be read as weights alone"),
+        (pickled_list, "could not be read as weights alone"),
+        (saved_list, "holds no dictionary"),
+        (half, "could not be read as weights alone"),
+        (without_a_byte, "could not be read as weights alone"),
+        (bomb, r"data/0 claims 16,777,216 bytes out of [\d,]+ in a file"),
+        (bombs_header, "claims 3,221,225,472 bytes"),
+        (stride_zero, "claims more bytes than are stored"),
+        (stride_zero_within_the_files_size, "claims more bytes than are stored"),
+        (itself, "hold themselves"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_file_that_is_no_checkpoint_is_refused(make, reason, tmp_path):
+    file = tmp_path / "imagen.pt"
+    make(file)
+    before = contents(tmp_path)
+    refused(reason, "from-torch", file, tmp_path / "out")
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.eye(3).to_sparse(),
+        torch.zeros(3, device="meta"),
+        torch.zeros(3).to(torch.float8_e4m3fn),
+        torch.zeros(3, dtype=torch.complex64).conj(),
+    ],
+    ids=["sparse", "without data", "8 bits", "conjugate"],
+)
+def test_a_tensor_that_is_no_plain_array_is_refused(tensor, tmp_path):
+    with pytest.raises(ValueError, match=r"x.pt: a tensor of shape \(3"):
+        read_torch_file(saved(tmp_path / "x.pt", {"a": tensor}))
+
+
+def test_all_that_does_not_fit_is_printed_together_and_nothing_is_written(tmp_path):
+    data = states.trainers_file()
+    model = data["model"]
+    model["unets.0.mid_block1.time_mlp.2.bias"] = model.pop("unets.0.mid_block1.time_mlp.1.bias")
+    model["unets.1.final_conv.weight"] = torch.zeros(4, 11, 3, 3)
+    del model["unets.1.norm_cond.bias"]
+    file = saved(tmp_path / "imagen.pt", data)
+    with pytest.raises(keys.MisfitError) as caught:
+        interop("from-torch", file, tmp_path / "out")
+    message = str(caught.value)
+    assert message.startswith(f"4 of {len(model)} tensors do not fit.\n")
+    head, unknown, missing, *others = (line.split() for line in message.splitlines()[1:])
+    assert head[:2] == ["tensor", "shape"]
+    right, wrong = "mid_block1.time_mlp.1.bias", "mid_block1.time_mlp.2.bias"
+    assert unknown == ["unknown", f"unets.0.{wrong}", "(16,)", right]
+    assert missing == ["missing", f"unets.0.{right}", "(16,)", wrong]
+    assert [row[:2] for row in others] == [
+        ["missing", "unets.1.norm_cond.bias"],
+        ["shape", "unets.1.final_conv.weight"],
+    ]
+    assert " ".join(others[1][2:]) == "(4, 11, 3, 3) (3, 11, 3, 3)"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_what_exists_is_kept_unless_told_otherwise(converted):
+    before = contents(converted)
+    run, file = converted / "run", converted / "imagen.pt"
+    stored = converted / "imagen.safetensors"
+    for arguments in (
+        ("from-torch", file, run),
+        ("to-torch", run, file),
+        ("to-safetensors", run, stored),
+        ("from-safetensors", stored, run),
+    ):
+        refused("exists: choose another name, or replace it with --overwrite", *arguments)
+    with pytest.raises(ValueError, match="exists"):
+        imagen_pytorch.save(file, checkpoint.load(run))
+    assert contents(converted) == before
+
+
+def test_overwrite_replaces_a_file_and_a_directory(converted, tmp_path):
+    run, file, stored = tmp_path / "run", tmp_path / "a.pt", tmp_path / "a.safetensors"
+    for _ in range(2):
+        flags = ["--overwrite"] if file.exists() else []
+        interop("to-torch", converted / "run", file, *flags)
+        interop("from-torch", file, run, *flags)
+        interop("to-safetensors", run, stored, *flags)
+        interop("from-safetensors", stored, run, "--overwrite")
+        assert {path.name for path in tmp_path.iterdir()} == {run.name, file.name, stored.name}
+    other = saved(tmp_path / "other.pt", states.trainers_file(seed=7))
+    old = (contents(run), file.read_bytes(), stored.read_bytes())
+    interop("from-torch", other, run, "--overwrite")
+    interop("to-torch", run, file, "--overwrite")
+    interop("to-safetensors", run, stored, "--overwrite")
+    new = (contents(run), file.read_bytes(), stored.read_bytes())
+    assert all(a != b for a, b in zip(old, new, strict=True))
+    back = torch.load(file, weights_only=True)["model"]
+    for name, tensor in torch.load(other, weights_only=True)["model"].items():
+        torch.testing.assert_close(back[name], tensor, rtol=0, atol=0)
+
+
+@pytest.fixture
+def standing(converted, tmp_path) -> Path:
+    """A run directory and a file that stand where something new is to go."""
+    interop("from-torch", converted / "imagen.pt", tmp_path / "run")
+    (tmp_path / "imagen.pt").write_bytes(b"the old one")
+    (tmp_path / "imagen.safetensors").write_bytes(b"the old one")
+    saved(tmp_path / "new.pt", states.trainers_file(seed=7))
+    return tmp_path
+
+
+def test_a_failed_proof_leaves_the_old_one_whole(standing, monkeypatch):
+    before = contents(standing)
+    monkeypatch.setattr(verify, "differences", lambda *_: ["unets.0.final_conv.bias"])
+    failure = r"verify \(a\), online: 1 of \d+ differ: unets.0.final_conv.bias"
+    refused(failure, "from-torch", standing / "new.pt", standing / "run", "--overwrite", "--verify")
+    refused(failure, "from-torch", standing / "new.pt", standing / "none", "--verify")
+    arguments = (standing / "run", standing / "imagen.pt", "--overwrite", "--verify")
+    refused(failure, "to-torch", *arguments)
+    assert contents(standing) == before
+
+
+def test_a_disk_that_fills_up_leaves_the_old_one_whole(standing, monkeypatch):
+    before = contents(standing)
+    stage_path, full = checkpoint.stage_path, OSError(28, "No space left on device")
+
+    def second_fails(path, number):
+        if number == 2 and "partial" in str(path):
+            assert any(Path(path).rglob("_METADATA"))  # the first is written
+            raise full
+        return stage_path(path, number)
+
+    def torch_save(_, path):
+        Path(path).write_bytes(b"half")
+        raise full
+
+    def safetensors_save(_, path, __):
+        Path(path).write_bytes(b"half")
+        raise full
+
+    run = standing / "run"
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(run_dir.checkpoint, "stage_path", second_fails)
+        interop("from-torch", standing / "new.pt", run, "--overwrite")
+    assert contents(standing) == before
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(torch, "save", torch_save)
+        interop("to-torch", run, standing / "imagen.pt", "--overwrite")
+    assert contents(standing) == before
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(safetensors.numpy, "save_file", safetensors_save)
+        interop("to-safetensors", run, standing / "imagen.safetensors", "--overwrite")
+    assert contents(standing) == before
+
+
+def test_a_rename_that_fails_puts_the_old_directory_back(standing, monkeypatch):
+    before = contents(standing)
+    rename = Path.rename
+
+    def fails(self, to):
+        if self.name.endswith(".partial"):
+            raise OSError("cannot rename")
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(OSError, match="cannot rename"):
+        interop("from-torch", standing / "new.pt", standing / "run", "--overwrite")
+    assert contents(standing) == before
+
+
+def test_an_interruption_leaves_the_old_one_whole(standing):
+    before = contents(standing)
+    with (
+        pytest.raises(KeyboardInterrupt),
+        target.replacing(standing / "run", overwrite=True) as partial,
+    ):
+        partial.mkdir()
+        raise KeyboardInterrupt
+    assert contents(standing) == before
+
+
+def test_a_symbolic_link_is_no_target(standing):
+    (standing / "link").symlink_to(standing / "run")
+    (standing / "dangling").symlink_to(standing / "nowhere")
+    (standing / "link.pt").symlink_to(standing / "imagen.pt")
+    before = contents(standing)
+    for arguments in (
+        ("from-torch", standing / "new.pt", standing / "link"),
+        ("from-torch", standing / "new.pt", standing / "dangling"),
+        ("to-torch", standing / "run", standing / "link.pt"),
+    ):
+        refused("is a symbolic link", *arguments)
+        refused("is a symbolic link", *arguments, "--overwrite")
+    assert contents(standing) == before
+
+
+def test_what_a_link_inside_the_target_points_to_is_untouched(standing, tmp_path_factory):
+    outside = tmp_path_factory.mktemp("outside")
+    (standing / "run" / "unet1").rename(outside / "unet1")
+    (standing / "run" / "unet1").symlink_to(outside / "unet1")
+    before = contents(outside)
+    interop("from-torch", standing / "new.pt", standing / "run", "--overwrite")
+    assert contents(outside) == before
+    assert not (standing / "run" / "unet1").is_symlink()
+
+
+def test_a_directory_that_is_no_run_is_not_replaced(standing):
+    (standing / "pictures").mkdir()
+    (standing / "pictures" / "cat.png").write_bytes(b"cat")
+    before = contents(standing)
+    arguments = ("from-torch", standing / "new.pt", standing / "pictures", "--overwrite")
+    refused("is a directory without a config.json: it is not replaced", *arguments)
+    assert contents(standing) == before
+
+
+def test_a_run_is_not_replaced_by_a_file_nor_a_file_by_a_run(standing):
+    interop("from-torch", standing / "new.pt", standing / "other")
+    before = contents(standing)
+    arguments = ("to-torch", standing / "other", standing / "run", "--overwrite")
+    refused("run is a directory: a file does not replace it", *arguments)
+    arguments = ("from-torch", standing / "new.pt", standing / "imagen.pt", "--overwrite")
+    refused("imagen.pt is a file: a directory does not replace it", *arguments)
+    assert contents(standing) == before
+
+
+def test_the_source_is_not_replaced_by_its_conversion(standing):
+    inside = standing / "run" / "imagen.pt"
+    (standing / "new.pt").rename(inside)
+    before = contents(standing)
+    for arguments in (
+        ("from-torch", inside, standing / "run"),
+        ("from-torch", inside, inside),
+        ("to-torch", standing / "run", standing / "run"),
+    ):
+        refused("holds what is to be converted", *arguments, "--overwrite")
+    assert contents(standing) == before
+
+
+@pytest.mark.parametrize("damage", [lambda a: a[:-9], lambda a: b"\xff" * 8 + a[8:], lambda a: b""])
+def test_a_damaged_safetensors_file_is_refused(damage, converted, tmp_path):
+    file = tmp_path / "a.safetensors"
+    file.write_bytes(damage((converted / "imagen.safetensors").read_bytes()))
+    refused("is damaged, or no safetensors file", "from-safetensors", file, tmp_path / "out")
+    refused("is damaged, or no safetensors file", "inspect", file)
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_the_safetensors_file_of_another_program_is_refused(tmp_path):
+    file = tmp_path / "a.safetensors"
+    for metadata in (None, {"format": "pt"}):
+        safetensors.numpy.save_file({"a": np.zeros(2)}, file, metadata)
+        refused("was not written by imagen-jax", "from-safetensors", file, tmp_path / "out")
+    safetensors.numpy.save_file({"a": np.zeros(2)}, file, {"format": "imagen-jax", "config": "{"})
+    refused("its metadata are damaged", "from-safetensors", file, tmp_path / "out")
+    refused("is not a file", "from-safetensors", tmp_path / "b.safetensors", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_safetensors_file_whose_tensors_do_not_fit_is_refused(converted, tmp_path):
+    file, path = tmp_path / "a.safetensors", converted / "imagen.safetensors"
+    with safetensors.safe_open(path, "np") as opened:
+        metadata = opened.metadata()
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    tensors["unets.0.final_conv.bias"] = np.zeros(4, np.float32)
+    del tensors["unets.1.final_conv.bias"]
+    safetensors.numpy.save_file(tensors, file, metadata)
+    with pytest.raises(keys.MisfitError, match="^2 of ") as caught:
+        interop("from-safetensors", file, tmp_path / "out")
+    assert {(p.kind, p.name) for p in caught.value.problems} == {
+        ("shape", "unets.0.final_conv.bias"),
+        ("missing", "unets.1.final_conv.bias"),
+    }
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def config_missing(run: Path) -> None:
+    (run / "config.json").unlink()
+
+
+def config_of_text(run: Path) -> None:
+    (run / "config.json").write_text("dim: 8")
+
+
+def array_truncated(run: Path) -> None:
+    chunk = max((run / "unet2").rglob("[0-9].*"), key=lambda path: path.stat().st_size)
+    os.truncate(chunk, chunk.stat().st_size // 2)
+
+
+def array_missing(run: Path) -> None:
+    """Stores of arrays take a chunk that is not there for zeros, unless told otherwise."""
+    max((run / "unet2").rglob("[0-9].*"), key=lambda path: path.stat().st_size).unlink()
+
+
+def other_architecture(run: Path) -> None:
+    data = json.loads((run / "config.json").read_text())
+    for unet in data["imagen"]["unets"]:
+        unet["dim"] = 16
+    (run / "config.json").write_text(json.dumps(data))
+
+
+def no_second_unet(run: Path) -> None:
+    (run / "unet2" / "0").rename(run / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (config_missing, "is no run directory: it has no config.json"),
+        (config_of_text, "is not JSON"),
+        (array_truncated, "unet2/0/params is damaged"),
+        (array_missing, "unet2/0/params is damaged"),
+        (other_architecture, "tensors do not fit"),
+        (no_second_unet, "has no weights of U-Net 2: train it first"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_damaged_run_directory_is_refused(damage, reason, standing):
+    damage(standing / "run")
+    before = contents(standing)
+    for command, name in (("to-torch", "imagen.pt"), ("to-safetensors", "imagen.safetensors")):
+        with pytest.raises(ValueError, match=reason) as caught:
+            interop(command, standing / "run", standing / name, "--overwrite")
+        assert "\n" not in str(caught.value) or isinstance(caught.value, keys.MisfitError)
+    assert contents(standing) == before
+
+
+def test_no_file_is_no_run_directory(converted, tmp_path):
+    for path in (converted / "imagen.pt", tmp_path / "nowhere"):
+        message = re.escape(f"{path} is no run directory")
+        refused(message, "to-torch", path, tmp_path / "out.pt")
+    refused("holds no ema weights|no averaged", "from-torch", converted / "imagen.pt",
+            tmp_path / "out", "--weights", "ema")  # fmt: skip
