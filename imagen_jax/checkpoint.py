@@ -27,6 +27,7 @@ from jax.typing import DTypeLike
 from imagen_jax import nn
 from imagen_jax.config import ImagenConfig, NullUnetConfig
 from imagen_jax.imagen import Imagen
+from imagen_jax.sharding import Layout
 from imagen_jax.types import Params
 
 Weights = Literal["ema", "online"]
@@ -163,10 +164,12 @@ def load_params(
     *,
     weights: Weights = "ema",
     step: int | None = None,
+    layout: Layout | None = None,
 ) -> Params | None:
     """One U-Net's parameters in float32, the newest or those of `step`; None if it has none.
 
-    `ema` means the online parameters where no average was kept (`imagen_jax.save`).
+    They go where `layout` says, by default to one device. `ema` means the online parameters where
+    no average was kept (`imagen_jax.save`).
     """
     config = read_config(run).stage(unet_number).unet
     step = latest_step(run, unet_number) if step is None else step
@@ -174,7 +177,9 @@ def load_params(
         return None
     has_ema = (stage_path(run, unet_number) / str(step) / "ema").is_dir()
     item = "ema" if weights == "ema" and has_ema else "params"
-    return restore(run, unet_number, step, item, placed(nn.abstract(config)[1]))
+    shapes = nn.abstract(config)[1]
+    target = placed(shapes) if layout is None else layout.targets(shapes)
+    return restore(run, unet_number, step, item, target)
 
 
 def placed(tree: Any) -> Any:

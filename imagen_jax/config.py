@@ -16,6 +16,7 @@ from imagen_jax.fields import Config
 Schedule = Literal["cosine", "linear"]
 Objective = Literal["noise", "v", "x_start"]
 ResizeMode = Literal["nearest", "bilinear", "bicubic", "area"]
+Real = int | float  # the reference's config class has whole numbers where both make sense
 T = TypeVar("T")
 
 T5_WIDTHS = {
@@ -197,16 +198,16 @@ class ElucidatedConfig(Config):
     """
 
     num_sample_steps: int | tuple[int, ...] = 32
-    sigma_min: float | tuple[float, ...] = 0.002
-    sigma_max: float | tuple[float, ...] = 80
-    sigma_data: float | tuple[float, ...] = 0.5
-    rho: float | tuple[float, ...] = 7
-    P_mean: float | tuple[float, ...] = -1.2
-    P_std: float | tuple[float, ...] = 1.2
-    S_churn: float | tuple[float, ...] = 80
-    S_tmin: float | tuple[float, ...] = 0.05
-    S_tmax: float | tuple[float, ...] = 50
-    S_noise: float | tuple[float, ...] = 1.003
+    sigma_min: Real | tuple[Real, ...] = 0.002
+    sigma_max: Real | tuple[Real, ...] = 80
+    sigma_data: Real | tuple[Real, ...] = 0.5
+    rho: Real | tuple[Real, ...] = 7
+    P_mean: Real | tuple[Real, ...] = -1.2
+    P_std: Real | tuple[Real, ...] = 1.2
+    S_churn: Real | tuple[Real, ...] = 80
+    S_tmin: Real | tuple[Real, ...] = 0.05
+    S_tmax: Real | tuple[Real, ...] = 50
+    S_noise: Real | tuple[Real, ...] = 1.003
 
     def __post_init__(self):
         self._check_types()

@@ -29,5 +29,6 @@ def announce(config: ImagenConfig, unet_number: int, settings: Settings, feed: F
             "text: the demo encoder, a small T5 with random frozen weights: it tells captions "
             "apart and knows no language. --t5 google/t5-v1_1-base uses a real one."
         )
+    print(f"devices: {feed.layout.describe()}")
     print(f"run: {settings.run} (configuration in config.json)")
     print(settings.describe())

@@ -3,17 +3,19 @@
     python -m train.base                              # the demo's, on the bundled pictures
     python -m train.base --data FOLDER --steps 20000  # pictures with a .txt caption beside each
     python -m train.base --workdir RUN --resume       # go on where it stopped
+    python -m train.base --preset imagen --mesh 8x1   # on eight devices
 
 The super-resolution stages are trained by `python -m train.super_res`, in any order.
 """
 
-from imagen_jax import commands
+from imagen_jax import commands, distributed
 from train import loop
 from train.settings import parse
 
 
 def main() -> None:
     (settings,) = parse(__doc__)
+    distributed.start(settings.coordinator, settings.process_id, settings.num_processes)
     loop.run(settings, 1)
 
 

@@ -2,17 +2,20 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jaxtyping import Int32
 from tqdm import tqdm
 
 from imagen_jax import text
 from imagen_jax.config import ImagenConfig
 from imagen_jax.data import Batches, Record, Source, decode, make_batches, open_source
 from imagen_jax.imagen import check_text
+from imagen_jax.sharding import Layout
+from imagen_jax.types import AnyArray, TextEmbeds, TextMask
 from train.settings import Settings
 from train.step import Batch
 
@@ -24,6 +27,7 @@ class Feed:
     config: ImagenConfig
     unet_number: int
     settings: Settings
+    layout: Layout
     train: Source
     heldout: Source
     encoder: text.TextEncoder | None
@@ -31,7 +35,9 @@ class Feed:
     skipped: dict[str, str] = dataclasses.field(default_factory=dict)  # key -> reason
 
     @classmethod
-    def open(cls, config: ImagenConfig, unet_number: int, settings: Settings) -> "Feed":
+    def open(
+        cls, config: ImagenConfig, unet_number: int, settings: Settings, layout: Layout
+    ) -> "Feed":
         """Raises ValueError for data that is not there, or an encoder that does not fit."""
         source = open_source(settings.data, heldout_fraction=settings.heldout_fraction)
         train = source.split("train")
@@ -42,7 +48,9 @@ class Feed:
             train = train.take(settings.limit)
         encoder = None
         if config.condition_on_text and not source.has_embeds:
-            encoder = text.load_encoder(config.text_encoder_name, dtype=settings.compute_dtype)
+            encoder = text.load_encoder(
+                config.text_encoder_name, dtype=settings.compute_dtype, layout=layout
+            )
             if encoder.width != config.text_embed_dim:
                 raise ValueError(
                     f"{config.text_encoder_name} has embeddings of {encoder.width}, the cascade "
@@ -50,7 +58,7 @@ class Feed:
                 )
         heldout = source.split("heldout")
         count = len(train) + len(heldout)
-        feed = cls(config, unet_number, settings, train, heldout, encoder, count)
+        feed = cls(config, unet_number, settings, layout, train, heldout, encoder, count)
         if next(feed.usable(heldout), None) is not None:
             return feed
         nothing = dataclasses.replace(heldout, rows=heldout.rows[:0])
@@ -59,7 +67,7 @@ class Feed:
     def batches(
         self, source: Source, *, start_step: int = 0, shuffle: bool = True, **options
     ) -> Batches:
-        """Host batches of the global batch size, from `start_step` on."""
+        """This process's rows of the batches, from `start_step` on."""
         settings = self.settings
         return make_batches(
             source,
@@ -71,6 +79,7 @@ class Feed:
             channels=self.config.channels,
             shuffle=shuffle,
             text_len=self.text_len,
+            rows=self.layout.own_rows(settings.batch_size),
             on_skip=self.skip,
             **options,
         )
@@ -102,17 +111,18 @@ class Feed:
         return self.encoder.tokenize(captions, self.text_len)
 
     def to_device(self, batch: dict) -> Batch:
-        """Pictures stay uint8; tokens become embeddings."""
-        batch = jax.tree.map(jnp.asarray, batch)
+        """The rows of all processes as one batch. Pictures stay uint8; tokens become embeddings."""
         if not self.config.condition_on_text:
-            return {"images": batch["images"]}
+            batch = {"images": batch["images"]}
+        batch = self.layout.to_batch(batch, self.settings.batch_size)
         if "tokens" in batch:
             batch["text_embeds"], batch["text_masks"] = self.embed(batch.pop("tokens"))
         check_text(self.config, batch.get("text_embeds"), None)
         return batch
 
-    def embed(self, tokens):
-        return _encode(self.encoder.params, self.encoder.config, tokens)
+    def embed(self, tokens: Int32[AnyArray, "b l"]) -> tuple[TextEmbeds, TextMask]:
+        encode = _encoder(self.encoder.config, self.layout, self.layout.rows(len(tokens)))
+        return encode(self.encoder.params, tokens)
 
     def evaluation(self, source: Source) -> Iterator[Batch]:
         """The first `eval_batches` batches, always the same."""
@@ -121,4 +131,7 @@ class Feed:
                 yield self.to_device(next(batches))
 
 
-_encode = functools.partial(jax.jit, static_argnums=1)(text.encode)
+@functools.lru_cache(maxsize=8)
+def _encoder(config: text.T5Config, layout: Layout, sharding: NamedSharding) -> Callable:
+    encode = layout.on_mesh(lambda params, tokens: text.encode(params, config, tokens))
+    return jax.jit(encode, out_shardings=sharding)

@@ -1,9 +1,16 @@
 """Ctrl-C and SIGTERM as a question the loop asks between two steps."""
 
+import collections
 import contextlib
 import signal
 from collections.abc import Iterator
 from types import FrameType
+
+import jax
+
+from imagen_jax.sharding import Layout
+
+DELAY = 2  # steps after which processes look at each other's answers, so that none of them waits
 
 
 class Interrupt:
@@ -13,10 +20,21 @@ class Interrupt:
 
     def __init__(self):
         self.received: str | None = None
+        self.asked: collections.deque[jax.Array] = collections.deque()
 
     def __enter__(self) -> "Interrupt":
         self.previous = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
         return self
+
+    def heard(self, layout: Layout) -> str | None:
+        """The signal to stop at after this step. Ask once a step: of several processes each may
+        hear it at another moment, or only one of them, and all must stop after the same step."""
+        if jax.process_count() == 1:
+            return self.received
+        number = signal.Signals[self.received] if self.received else 0
+        self.asked.append(layout.largest(int(number)))
+        number = int(self.asked.popleft()) if len(self.asked) > DELAY else 0
+        return signal.Signals(number).name if number else None
 
     @contextlib.contextmanager
     def kept_from_children(self) -> Iterator[None]:

@@ -16,23 +16,26 @@ import numpy as np
 import orbax.checkpoint as ocp
 from tqdm import tqdm
 
-from imagen_jax import checkpoint
+from imagen_jax import checkpoint, distributed, flops
 from imagen_jax.config import ImagenConfig, NullUnetConfig
+from imagen_jax.sharding import Layout, make_layout
 from train import restore
 from train.announce import announce
 from train.feed import Feed
 from train.interrupt import Interrupt
 from train.metrics import Metrics, Window
+from train.profile import Profile
 from train.samples import write_samples
 from train.settings import Settings
 from train.state import TrainState
-from train.step import LOG_SNR_EDGES, make_eval_step, make_train_step
+from train.step import LOG_SNR_EDGES, make_eval_step, make_train_step, step_flops
 
 
-def run(settings: Settings, unet_number: int) -> bool:
+def run(settings: Settings, unet_number: int, layout: Layout | None = None) -> bool:
     """Trains to `settings.steps`. Returns False if a signal stopped it before, all saved.
 
-    Raises ValueError for mistaken settings, and when the loss is not finite.
+    `layout` stands for `settings.mesh`. Raises ValueError for mistaken settings, and when the loss
+    is not finite.
     """
     config = settings.cascade()
     if settings.print_config:
@@ -49,7 +52,8 @@ def run(settings: Settings, unet_number: int) -> bool:
     if existing is not None and existing >= settings.steps:
         print(f"U-Net {unet_number} in {settings.run} has all of its {existing} steps.")
         return True
-    feed = Feed.open(config, unet_number, settings)
+    layout = layout or make_layout(settings.mesh, rows=settings.rows)
+    feed = Feed.open(config, unet_number, settings, layout)
     record = settings.record() | {"pictures": len(feed.train)}
     with Metrics(
         settings.run,
@@ -60,15 +64,16 @@ def run(settings: Settings, unet_number: int) -> bool:
     ) as metrics:
         announce(config, unet_number, settings, feed)
         if existing is None:
-            state = restore.begin(config, unet_number, settings)
+            state = restore.begin(config, unet_number, settings, layout)
         else:
-            state = restore.resume(config, unet_number, settings, existing, record)
-        checkpoint.write_config(settings.run, config, {f"unet{unet_number}": record})
+            state = restore.resume(config, unet_number, settings, layout, existing, record)
+        if distributed.talks():
+            checkpoint.write_config(settings.run, config, {f"unet{unet_number}": record})
         with (
             checkpoint.open_manager(settings.run, unet_number, keep=settings.keep) as manager,
             Interrupt() as interrupt,
         ):
-            trainer = Trainer(config, unet_number, settings, feed, metrics, manager, record)
+            trainer = Trainer(config, unet_number, settings, layout, feed, metrics, manager, record)
             return trainer.train(state, interrupt)
 
 
@@ -79,6 +84,7 @@ class Trainer:
     config: ImagenConfig
     unet_number: int
     settings: Settings
+    layout: Layout
     feed: Feed
     metrics: Metrics
     manager: ocp.CheckpointManager
@@ -87,9 +93,9 @@ class Trainer:
 
     def train(self, state: TrainState, interrupt: Interrupt) -> bool:
         settings = self.settings
-        step_fn = make_train_step(self.config, self.unet_number, settings)
-        self.evaluate_fn = make_eval_step(self.config, self.unet_number, settings)
-        key = jax.random.key(settings.seed)
+        step_fn = make_train_step(self.config, self.unet_number, settings, self.layout)
+        self.evaluate_fn = make_eval_step(self.config, self.unet_number, settings, self.layout)
+        key = self.layout.key(settings.seed)
         first = int(state.step)
         if first == 0:
             self.evaluate(state, 0)
@@ -102,17 +108,21 @@ class Trainer:
                 desc=f"U-Net {self.unet_number}",
                 unit="step",
                 dynamic_ncols=True,
+                disable=not distributed.talks(),
             ) as bar,
+            Profile(settings.run / "profile", settings.profile) as profile,
         ):
             if settings.workers:
                 with interrupt.kept_from_children():
                     batches = itertools.chain([next(batches)], batches)
-            window = Window(settings)
+            window = Window(settings, self.ideal_seconds())
             for step in range(first + 1, settings.steps + 1):
-                state, measured = step_fn(state, self.feed.to_device(next(batches)), key)
+                with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                    state, measured = step_fn(state, self.feed.to_device(next(batches)), key)
                 window.add(step, measured)
+                profile.after(step, measured)
                 bar.update()
-                stopped_by = interrupt.received  # asked once: a signal may come at any line
+                stopped_by = interrupt.heard(self.layout)
                 last = step == settings.steps
                 saves = last or stopped_by is not None or step % settings.save_every == 0
                 if saves or step % settings.log_every == 0:
@@ -135,6 +145,15 @@ class Trainer:
         self.wait()
         return self.report(step, stopped_by)
 
+    def ideal_seconds(self) -> float | None:
+        """What a step would take at the peak of the devices, if that is known."""
+        devices = self.layout.mesh.devices.flat
+        peak = flops.peak(devices[0].device_kind)
+        if peak is None:
+            return None
+        work = step_flops(self.config, self.unet_number, self.settings)
+        return work / (peak * len(devices))
+
     def report(self, step: int, stopped_by: str | None) -> bool:
         """Says what was skipped, and how to go on after a signal: then False."""
         if self.feed.skipped:
@@ -155,7 +174,7 @@ class Trainer:
                 continue
             sums = counts = np.zeros(len(LOG_SNR_EDGES) + 1)
             for i, batch in enumerate(self.feed.evaluation(source)):
-                key = jax.random.fold_in(jax.random.key(0), i)
+                key = jax.random.fold_in(self.layout.key(0), i)
                 more = self.evaluate_fn(state.ema, batch, key)
                 sums, counts = sums + np.asarray(more[0]), counts + np.asarray(more[1])
             values = {"loss": float(sums.sum() / counts.sum())}

@@ -8,11 +8,12 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import numpy as np
 
+from imagen_jax import distributed
 from train.optimizer import learning_rate
 from train.settings import Settings
 
@@ -20,7 +21,10 @@ AHEAD = 2  # steps that may wait on the device: enough to keep it busy, and Ctrl
 
 
 class Metrics:
-    """Appends one line per `write` to RUN/metrics.jsonl. Use it as a context."""
+    """Appends one line per `write` to RUN/metrics.jsonl. Use it as a context.
+
+    Of many processes only the one that talks writes.
+    """
 
     def __init__(
         self,
@@ -31,6 +35,9 @@ class Metrics:
         wandb: str | None = None,
         settings: Mapping[str, Any],
     ):
+        self.file = self.board = self.wandb = None
+        if not distributed.talks():
+            return
         boards = _extra("tensorboardX", "--tensorboard") if tensorboard else None
         client = _extra("wandb", "--wandb") if wandb is not None else None
         run.mkdir(parents=True, exist_ok=True)
@@ -38,9 +45,12 @@ class Metrics:
         self.board = boards and boards.SummaryWriter(str(run / "tensorboard"))
         self.wandb = client and client.init(project=wandb, dir=str(run), config=dict(settings))
         self.file = (run / "metrics.jsonl").open("a")
+        _drop_torn_line(self.file)
 
     def write(self, step: int, kind: str, values: Mapping[str, float | None]) -> None:
         """`kind` is train, or eval/heldout and eval/train; a value that is not finite is null."""
+        if self.file is None:
+            return
         values = {k: v if v is not None and math.isfinite(v) else None for k, v in values.items()}
         head = {"unet": self.unet_number, "step": step, "kind": kind, "time": round(time.time(), 3)}
         self.file.write(json.dumps(head | values) + "\n")
@@ -58,7 +68,8 @@ class Metrics:
         return self
 
     def __exit__(self, *_) -> None:
-        self.file.close()
+        if self.file is not None:
+            self.file.close()
         if self.board is not None:
             self.board.close()
         if self.wandb is not None:
@@ -66,10 +77,13 @@ class Metrics:
 
 
 class Window:
-    """Metrics of the steps since the last line, fetched from the device all at once."""
+    """Metrics of the steps since the last line, fetched from the device all at once.
 
-    def __init__(self, settings: Settings):
-        self.batch_size = settings.batch_size
+    `ideal_seconds` is what a step would take at the peak of the devices, where that is known.
+    """
+
+    def __init__(self, settings: Settings, ideal_seconds: float | None = None):
+        self.batch_size, self.ideal_seconds = settings.batch_size, ideal_seconds
         self.learning_rate = learning_rate(settings)
         self._restart()
 
@@ -91,7 +105,7 @@ class Window:
         yield
         self.began += time.perf_counter() - paused
 
-    def close(self) -> dict[str, float]:
+    def close(self) -> dict[str, float | None]:
         """Means and speed. ValueError names the first step with a loss or gradient not finite."""
         numbers = [step for step, _ in self.steps]
         fetched = jax.device_get([measured for _, measured in self.steps])
@@ -107,8 +121,16 @@ class Window:
         values["learning_rate"] = float(self.learning_rate(numbers[-1] - 1))
         values["steps_per_second"] = len(numbers) / seconds
         values["images_per_second"] = len(numbers) * self.batch_size / seconds
+        ideal = self.ideal_seconds
+        values["model_flop_utilization"] = None if ideal is None else len(numbers) * ideal / seconds
         self._restart()
         return values
+
+
+def _drop_torn_line(file: TextIO) -> None:
+    """What a process left that was killed as it wrote."""
+    written = Path(file.name).read_bytes()
+    file.truncate(written.rfind(b"\n") + 1)
 
 
 def _extra(module: str, flag: str) -> ModuleType:

@@ -1,14 +1,16 @@
 """The state a run begins with: its own, saved; or another run's weights; or fresh ones."""
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from imagen_jax import checkpoint, nn
 from imagen_jax.config import ImagenConfig, UnetConfig
+from imagen_jax.sharding import Layout
 from imagen_jax.types import Params
 from train.optimizer import make_optimizer
 from train.settings import Settings, flag
@@ -17,17 +19,21 @@ from train.state import TrainState
 TREES = ("params", "ema", "opt_state")
 
 # What decides which pictures and which noise a step meets, and what the optimiser remembers.
-SAME = ("seed", "batch_size", "data", "limit", "heldout_fraction", "flip", "optimizer")
+SAME = ("seed", "batch_size", "data", "limit", "heldout_fraction", "flip", "optimizer", "moments")
 
 
 def resume(
     config: ImagenConfig,
     unet_number: int,
     settings: Settings,
+    layout: Layout,
     step: int,
     record: Mapping[str, Any],
 ) -> TrainState:
-    """The state saved at `step`. ValueError unless `record` continues what was recorded there."""
+    """The state saved at `step`, on whatever mesh, placed on this one.
+
+    ValueError unless `record` continues what was recorded there.
+    """
     there = checkpoint.read_meta(settings.run, unet_number, step).get("settings")
     if there is None:
         raise ValueError(
@@ -42,41 +48,34 @@ def resume(
                 f"{what} was {was} and is {now}: that would not continue the run. "
                 "Start another with --init-from."
             )
-    optimizer = make_optimizer(settings)
-    params = nn.abstract(config.stage(unet_number).unet)[1]
-    shapes = jax.eval_shape(lambda params: TrainState.create(params, optimizer), params)
+    shapes = TrainState.shapes(config.stage(unet_number).unet, make_optimizer(settings))
+    target = layout.targets(shapes)
     trees = {
-        name: checkpoint.restore(
-            settings.run, unet_number, step, name, checkpoint.placed(getattr(shapes, name))
-        )
+        name: checkpoint.restore(settings.run, unet_number, step, name, getattr(target, name))
         for name in TREES
     }
-    return _committed(TrainState(step=jnp.int32(step), **trees))
+    return TrainState(step=layout.replicate(np.int32(step)), **trees)
 
 
-def begin(config: ImagenConfig, unet_number: int, settings: Settings) -> TrainState:
+def begin(config: ImagenConfig, unet_number: int, settings: Settings, layout: Layout) -> TrainState:
     """The state before the first step: weights of `--init-from`, or drawn from the seed."""
     unet, optimizer = config.stage(unet_number).unet, make_optimizer(settings)
     if settings.init_from is not None:
-        params = _weights_of(settings.init_from, unet_number, unet)
+        params = _weights_of(settings.init_from, unet_number, unet, layout)
     else:
-        key = jax.random.fold_in(jax.random.key(settings.seed), unet_number)
-        params = nn.init_fn(unet)(key)
-    return _committed(jax.jit(lambda params: TrainState.create(params, optimizer))(params))
+        key = jax.random.fold_in(layout.key(settings.seed), unet_number)
+        params = nn.init_fn(unet, layout)(key)
+    create = functools.partial(TrainState.create, optimizer=optimizer)
+    placed = layout.place(TrainState.shapes(unet, optimizer))
+    return jax.jit(create, out_shardings=placed, donate_argnums=0)(params)
 
 
-def _committed(state: TrainState) -> TrainState:
-    """The same arrays, bound to their device. For XLA a step from bound arrays is another program
-    than one from free ones: a resumed run would compile anew, or the second step would."""
-    return jax.device_put(state, jax.devices()[0])
-
-
-def _weights_of(run: Path, unet_number: int, unet: UnetConfig) -> Params:
+def _weights_of(run: Path, unet_number: int, unet: UnetConfig, layout: Layout) -> Params:
     source = checkpoint.read_config(run).stage(unet_number).unet
     difference = checkpoint.first_difference(source, unet, f"unets.{unet_number - 1}")
     if difference:
         raise ValueError(f"--init-from {run}: {difference}.")
-    params = checkpoint.load_params(run, unet_number)
+    params = checkpoint.load_params(run, unet_number, layout=layout)
     if params is None:
         raise ValueError(f"{run} has no weights of U-Net {unet_number}.")
     return params

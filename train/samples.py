@@ -2,11 +2,10 @@
 
 import itertools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imagen_jax import stages
+from imagen_jax import distributed, stages
 from imagen_jax.config import ImagenConfig
 from imagen_jax.data import labelled_grid, pad_embeds
 from imagen_jax.imagen import sample_stage
@@ -35,27 +34,32 @@ def write_samples(
     told = {}
     if feed.encoder is not None:
         tokens = feed.encoder.tokenize([record.caption for record in records], feed.text_len)
-        told["text_embeds"], told["text_masks"] = feed.embed(jnp.asarray(tokens))
+        told["text_embeds"], told["text_masks"] = feed.embed(tokens)
     elif config.condition_on_text:
         embeds, masks = pad_embeds([record.embeds for record in records], feed.text_len)
-        told = dict(text_embeds=jnp.asarray(embeds), text_masks=jnp.asarray(masks))
+        told = dict(text_embeds=embeds, text_masks=masks)
     if stage.previous_image_size is not None:
         told["previous"] = stages.shrink(config, stage, stages.to_float(real))
         told["lowres_noise_level"] = jnp.float32(config.lowres_sample_noise_level)
     guided = config.condition_on_text and settings.cond_scale != 1
-    images = sample_stage(
-        params,
-        stages.Program(
-            config=config, unet_number=unet_number, dtype=settings.compute_dtype, guided=guided
-        ),
-        batch_size=len(records),
-        key=jax.random.key(settings.seed),
-        num_steps=settings.sample_steps,
-        cond_scale=settings.cond_scale,
-        **told,
+    program = stages.Program(
+        config=config, unet_number=unet_number, dtype=settings.compute_dtype, guided=guided
     )
+    with feed.layout.use():
+        images = sample_stage(
+            params,
+            program,
+            batch_size=len(records),
+            key=feed.layout.key(settings.seed),
+            num_steps=settings.sample_steps,
+            cond_scale=settings.cond_scale,
+            **told,
+        )
+    images = feed.layout.fetch(images)
     captions = [record.caption or "" for record in records]
-    rows = [("sampled", list(np.asarray(images)), captions), ("real", list(real), captions)]
+    rows = [("sampled", list(images), captions), ("real", list(real), captions)]
+    if not distributed.talks():
+        return
     path = settings.run / "samples" / f"unet{unet_number}-{step:07d}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     labelled_grid(rows).save(path)

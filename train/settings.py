@@ -1,6 +1,6 @@
 """What a training run can be told: the flags of the commands, as frozen data.
 
-Four sections, which are the sections of `--help`; `Settings` is all of them in one.
+Five sections, which are the sections of `--help`; `Settings` is all of them in one.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import jax
 import tyro
 
+from imagen_jax import sharding
 from imagen_jax.config import ImagenConfig
 from imagen_jax.presets import PRESETS
 
@@ -74,6 +75,8 @@ class Optimization:
     """`adafactor` keeps far less memory than `adam`; beta1, beta2 and eps are adam's."""
     lr: float = 1e-4
     """Peak learning rate."""
+    moments: Literal["float32", "bfloat16"] = "float32"
+    """What the optimiser's averages are kept in; `bfloat16`, rounded at random, takes half."""
     beta1: float = 0.9
     """Decay of the average of gradients."""
     beta2: float = 0.99
@@ -104,6 +107,21 @@ class Optimization:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Devices:
+    """What a run is spread over. A cluster's processes find each other by themselves."""
+
+    mesh: str = "auto"
+    """DATAxMODEL devices, as 8x1: the batch is split over the first, channels and heads over the
+    second, weights over both. One of them may be -1; `auto` takes all devices."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0, where processes do not find each other."""
+    process_id: int | None = None
+    """Number of this process, from 0."""
+    num_processes: int | None = None
+    """How many there are."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Watching:
     """What is measured, drawn and kept, and how often in steps."""
 
@@ -123,25 +141,27 @@ class Watching:
     """Steps between checkpoints."""
     keep: int | None = 3
     """Newest checkpoints to keep. None: all."""
+    profile: int | None = None
+    """Write a trace of so many steps to RUN/profile, for xprof."""
     tensorboard: bool = False
     """Write RUN/tensorboard too (needs tensorboardX)."""
     wandb: str | None = None
     """Project of Weights & Biases to log to (needs wandb)."""
 
 
-SECTIONS = (Run, Data, Optimization, Watching)
+SECTIONS = (Run, Data, Optimization, Devices, Watching)
 
 AT_LEAST = dict(
     steps=1, seed=0, limit=1, workers=0, batch_size=1, accumulate=1, warmup_steps=0,
     cosine_decay_max_steps=1, log_every=1, eval_every=1, eval_batches=1, sample_every=0,
-    sample_steps=1, save_every=1, keep=1,
+    sample_steps=1, save_every=1, keep=1, profile=1, process_id=0, num_processes=1,
 )  # fmt: skip
 BETWEEN_0_AND_1 = ("heldout_fraction", "beta1", "beta2", "ema_decay")  # 1 is not among them
 POSITIVE = ("lr", "eps", "max_grad_norm")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings(Watching, Optimization, Data, Run):
+class Settings(Watching, Devices, Optimization, Data, Run):
     """Trains one U-Net of a cascade on captioned pictures. ValueError names a mistaken flag."""
 
     def __post_init__(self):
@@ -156,6 +176,13 @@ class Settings(Watching, Optimization, Data, Run):
                 f"--batch-size {self.batch_size} does not split into --accumulate "
                 f"{self.accumulate} equal parts."
             )
+        if self.mesh != "auto":
+            sharding.parse(self.mesh)
+
+    @property
+    def rows(self) -> int:
+        """Pictures that a step takes at once."""
+        return self.batch_size // self.accumulate
 
     def _require(self, name: str, holds: Any, what: str) -> None:
         value = getattr(self, name)
@@ -222,8 +249,8 @@ def parse(description: str | None, *more: type) -> tuple[Any, ...]:
     command = dataclasses.make_dataclass("command", sections)
     program = f"python -m train.{Path(sys.argv[0]).stem}"
     found = tyro.cli(command, prog=program, description=description)
-    *others, run, data, optimization, watching = vars(found).values()
-    parts = (run, data, optimization, watching)
+    parts = list(vars(found).values())
+    others, parts = parts[: -len(SECTIONS)], parts[-len(SECTIONS) :]
     return *others, Settings(**{name: x for part in parts for name, x in vars(part).items()})
 
 
@@ -231,7 +258,7 @@ def _shown(kind: type) -> Any:
     """A section as tyro shows it: flat names, switches without a `--no-` twin, no word `None`
     where leaving the flag out says it."""
     marks = [tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff]
-    if kind in (Run, Data):
+    if kind in (Run, Data, Devices):
         marks.append(tyro.conf.DisallowNone)
     return Annotated[(kind, *marks)]
 

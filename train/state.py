@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from imagen_jax import nn
+from imagen_jax.config import UnetConfig
 from imagen_jax.types import Params
 
 
@@ -26,3 +28,8 @@ class TrainState:
             ema=jax.tree.map(jnp.copy, params),
             opt_state=optimizer.init(params),
         )
+
+    @classmethod
+    def shapes(cls, unet: UnetConfig, optimizer: optax.GradientTransformation) -> "TrainState":
+        """The state of a U-Net as ShapeDtypeStructs, nothing allocated."""
+        return jax.eval_shape(lambda params: cls.create(params, optimizer), nn.abstract(unet)[1])

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.typing import DTypeLike
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
-from imagen_jax import nn, stages
+from imagen_jax import flops, nn, stages
 from imagen_jax.config import ImagenConfig
 from imagen_jax.diffusion import losses
+from imagen_jax.sharding import Layout, constrain, single
 from imagen_jax.types import Params, PRNGKey
 from train.optimizer import ema_decay, make_optimizer, update_ema
 from train.settings import Optimization, Settings
@@ -25,31 +26,64 @@ LOG_SNR_EDGES = np.arange(-10.0, 10.1, 2.5, dtype=np.float32)
 Batch = dict[str, Array]  # images, and text_embeds with text_masks where there is text
 
 
-def make_train_step(config: ImagenConfig, unet_number: int, settings: Settings) -> Callable:
-    """step(state, batch, key) -> (state, metrics), compiled; the state is donated.
+def make_train_step(
+    config: ImagenConfig, unet_number: int, settings: Settings, layout: Layout | None = None
+) -> Callable:
+    """step(state, batch, key) -> (state, metrics), compiled for a mesh (by default one device).
 
-    `key` is the run's: the step folds its own number in, so that a resumed run draws what an
-    uninterrupted one would. With accumulation the draws are those of the whole batch.
+    The state is donated, and placed as `layout` says before and after. `key` is the same for the
+    whole run: the step folds its number in, so that a resumed run draws what an uninterrupted one
+    would. With accumulation the draws are those of the whole batch.
     """
-    return _train_step(config, unet_number, settings.section(Optimization))
+    return _train_step(config, unet_number, settings.section(Optimization), layout or single())
 
 
-def make_eval_step(config: ImagenConfig, unet_number: int, settings: Settings) -> Callable:
+def make_eval_step(
+    config: ImagenConfig, unet_number: int, settings: Settings, layout: Layout | None = None
+) -> Callable:
     """evaluate(params, batch, key) -> (sums, counts) of the loss in the bins of LOG_SNR_EDGES."""
-    return _eval_step(config, unet_number, settings.compute_dtype)
+    return _eval_step(config, unet_number, settings.compute_dtype, layout or single())
+
+
+def step_flops(config: ImagenConfig, unet_number: int, settings: Settings) -> int:
+    """Operations of the network for one step's batch, forward and backward: the model's, without
+    what `remat` does again."""
+    stage, one = config.stage(unet_number), jax.ShapeDtypeStruct
+    plain = dataclasses.replace(settings.section(Optimization), remat=None)
+    batch = {"images": one((1, stage.image_size, stage.image_size, config.channels), jnp.uint8)}
+    if config.condition_on_text:
+        length = min(256, stage.unet.max_text_len)
+        batch["text_embeds"] = one((1, length, config.text_embed_dim), jnp.float32)
+        batch["text_masks"] = one((1, length), jnp.bool_)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    draws = jax.eval_shape(lambda k: stages.complete_draws(config, unet_number, 1, k, None), key)
+    gradient = jax.value_and_grad(_loss(config, unet_number, plain))
+    params = nn.abstract(stage.unet)[1]
+    return settings.batch_size * flops.count(gradient, params, batch, draws, key)
 
 
 @functools.lru_cache(maxsize=8)
-def _train_step(config: ImagenConfig, unet_number: int, settings: Optimization) -> Callable:
+def _train_step(
+    config: ImagenConfig, unet_number: int, settings: Optimization, layout: Layout
+) -> Callable:
     optimizer = make_optimizer(settings)
     loss_fn = _loss(config, unet_number, settings)
+    placed = layout.place(TrainState.shapes(config.stage(unet_number).unet, optimizer))
 
-    @functools.partial(jax.jit, donate_argnames="state", compiler_options=_compiler_options())
+    @functools.partial(
+        jax.jit,
+        in_shardings=(placed, layout.batch, layout.replicated),
+        out_shardings=(placed, layout.replicated),
+        donate_argnums=0,
+        compiler_options=_compiler_options(),
+    )
+    @layout.on_mesh
     def train_step(state: TrainState, batch: Batch, key: PRNGKey) -> tuple[TrainState, dict]:
         key = jax.random.fold_in(key, state.step)
         size = batch["images"].shape[0]
-        draws = stages.complete_draws(config, unet_number, size, key, None)
+        draws = _split_rows(stages.complete_draws(config, unet_number, size, key, None))
         loss, grads = _accumulated(loss_fn, state.params, batch, draws, key, settings.accumulate)
+        grads = jax.lax.with_sharding_constraint(grads, placed.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         state = dataclasses.replace(
@@ -65,11 +99,23 @@ def _train_step(config: ImagenConfig, unet_number: int, settings: Optimization) 
 
 
 @functools.lru_cache(maxsize=8)
-def _eval_step(config: ImagenConfig, unet_number: int, dtype: DTypeLike) -> Callable:
-    @functools.partial(jax.jit, compiler_options=_compiler_options())
+def _eval_step(
+    config: ImagenConfig, unet_number: int, dtype: DTypeLike, layout: Layout
+) -> Callable:
+    unet_config = config.stage(unet_number).unet
+    placed = layout.place(nn.abstract(unet_config)[1])
+
+    @functools.partial(
+        jax.jit,
+        in_shardings=(placed, layout.batch, layout.replicated),
+        out_shardings=layout.replicated,
+        compiler_options=_compiler_options(),
+    )
+    @layout.on_mesh
     def evaluate(params: Params, batch: Batch, key: PRNGKey) -> tuple[Array, Array]:
-        unet = nn.bind(config.stage(unet_number).unet, params, dtype=dtype)
-        draws = stages.complete_draws(config, unet_number, batch["images"].shape[0], key, None)
+        unet = nn.bind(unet_config, params, dtype=dtype)
+        size = batch["images"].shape[0]
+        draws = _split_rows(stages.complete_draws(config, unet_number, size, key, None))
         loss, log_snr = stages.stage_losses(
             config, unet, unet_number=unet_number, draws=draws, **batch
         )
@@ -109,19 +155,30 @@ def _loss(config: ImagenConfig, unet_number: int, settings: Optimization) -> Cal
     return loss
 
 
+def _split_rows(tree: PyTree) -> PyTree:
+    """Rows split over the devices, of everything that has rows."""
+    return jax.tree.map(lambda x: constrain(x, "batch") if x.ndim else x, tree)
+
+
 def _accumulated(
     loss_fn: Callable, params: Params, batch: Batch, draws: stages.Draws, key: PRNGKey, parts: int
 ) -> tuple[Array, Params]:
-    """Loss and gradients of the batch, taken in `parts` one after another."""
+    """Loss and gradients of the batch, taken in `parts` one after another.
+
+    Every part has rows of every device: row i belongs to part i mod `parts`.
+    """
     value_and_grad = jax.value_and_grad(loss_fn)
     if parts == 1:
         return value_and_grad(params, batch, draws, key)
 
     def split(x):
-        return x.reshape(parts, -1, *x.shape[1:]) if x.ndim else jnp.broadcast_to(x, (parts,))
+        if x.ndim == 0:
+            return jnp.broadcast_to(x, (parts,))
+        return x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
 
     def add(total, part):
         batch, draws, i = part
+        batch, draws = _split_rows((batch, draws))
         return jax.tree.map(
             jnp.add, total, value_and_grad(params, batch, draws, jax.random.fold_in(key, i))
         ), None

@@ -8,7 +8,7 @@ Needs no trained base: the small pictures are made from the large ones.
 
 import dataclasses
 
-from imagen_jax import commands
+from imagen_jax import commands, distributed
 from train import loop
 from train.settings import parse
 
@@ -26,6 +26,7 @@ def main() -> None:
     number = commands.stage_number(stage.unet_number)
     if number == 1:
         raise ValueError("U-Net 1 is the base: train it with python -m train.base.")
+    distributed.start(settings.coordinator, settings.process_id, settings.num_processes)
     loop.run(settings, number)
 
 

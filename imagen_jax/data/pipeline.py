@@ -3,7 +3,7 @@
 Batch k holds the records order[k·b], ..., order[k·b + b - 1] of an endless order in which every
 epoch is another permutation, fixed by the seed. Nothing else enters, so the position is one
 integer, the number of threads or worker processes changes nothing, and one process of many reads
-contiguous `rows` of the same global batch. A record that cannot be used is replaced by the next
+its `rows` of the same global batch. A record that cannot be used is replaced by the next
 good one *of the source*, which keeps batch k a function of k.
 """
 
@@ -11,7 +11,7 @@ import logging
 import pickle
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -49,7 +49,7 @@ def make_batches(
     shuffle: bool = True,
     flip: bool = False,
     text_len: int = 256,
-    rows: slice | None = None,
+    rows: Sequence[int] | None = None,
     threads: int = 4,
     workers: int = 0,
     cache_bytes: int = 512 * 2**20,
@@ -59,8 +59,8 @@ def make_batches(
 
     A batch is {"images": uint8 (b, s, s, c)} and, with `tokenize`, "tokens": int32 (b, l); where
     the source has stored embeddings, "text_embeds": float32 (b, text_len, d) and "text_masks":
-    bool (b, text_len) stand instead, cut or padded with zeros. `rows` is this process's contiguous
-    part of the global batch of `batch_size` rows (default: all).
+    bool (b, text_len) stand instead, cut or padded with zeros. `rows` are those of the global batch
+    of `batch_size` rows that this process reads (default: all).
 
     `flip` mirrors half of the pictures, wrong where captions speak of left and right. `threads` of
     this process decode ahead; `workers` processes do it instead where that is not enough (needs a
@@ -78,9 +78,9 @@ def make_batches(
         raise ValueError(f"start_step and workers must be >= 0, got {start_step} and {workers}")
     if channels not in (1, 3, 4):
         raise ValueError(f"channels must be 1, 3 or 4, got {channels}")
-    own_rows = range(batch_size)[rows or slice(None)]
-    if not own_rows:
-        raise ValueError(f"rows {rows} of a batch of {batch_size} are none")
+    rows = range(batch_size) if rows is None else rows
+    if not rows or not set(rows) <= set(range(batch_size)):
+        raise ValueError(f"rows {list(rows)} are none, or not all of a batch of {batch_size}")
 
     fits = len(source) * image_size**2 * channels <= cache_bytes
     wants_caption = tokenize is not None and not source.has_embeds
@@ -90,7 +90,7 @@ def make_batches(
     order = grain.MapDataset.source(range(len(source))).seed(seed)
     order = (order.shuffle() if shuffle else order).repeat()
     flip_seed = seed if flip else None
-    steps = _Steps(pictures, order, batch_size, own_rows, start_step, flip_seed, workers > 0)
+    steps = _Steps(pictures, order, batch_size, rows, start_step, flip_seed, workers > 0)
     iterator = _prefetch(grain.MapDataset.source(steps), threads, workers)
     return Batches(iterator, start_step, tokenize, text_len, on_skip or _warn)
 
@@ -194,7 +194,7 @@ class _Steps:
     pictures: _Pictures
     order: grain.MapDataset
     batch_size: int
-    rows: range
+    rows: Sequence[int]
     start_step: int
     flip_seed: int | None
     pickled: bool  # to worker processes' parent as bytes

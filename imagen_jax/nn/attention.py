@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from imagen_jax.nn.layers import LayerNorm, affine_layer_norm, conv, dropout, l2norm, linear
+from imagen_jax.sharding import constrain, splits
 from imagen_jax.types import PRNGKey
 
 SCALE = 8.0  # of the logits; queries and keys have unit length
@@ -40,18 +41,31 @@ def attend(
     """Softmax attention, heads merged; one key head may serve all query heads.
 
     With one key head a head's query is a query like any other: n heads of p queries are p * n
-    queries, which spares the transposes to and from heads.
+    queries, and both products are of matrices, without transposes to and from heads. Heads that
+    are split over devices must stay an axis of their own.
     """
     b, p, n, _ = q.shape
-    if k.shape[2] == 1:
-        q = rearrange(q, "b p n k -> b (p n) 1 k")
-    return jax.nn.dot_product_attention(q, k, v, scale=SCALE).reshape(b, p, -1)
+    if k.shape[2] == 1 and not splits(n):
+        q, k, v = rearrange(q, "b p n k -> b (p n) k"), k[:, :, 0], v[:, :, 0]
+        logits = jnp.einsum("bqk,bmk->bqm", q, k, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(logits * SCALE, axis=-1).astype(v.dtype)
+        out = jnp.einsum("bqm,bmk->bqk", weights, v)
+    else:
+        out = jax.nn.dot_product_attention(q, k, v, scale=SCALE)
+    return constrain(out.reshape(b, p, -1), "channels")
+
+
+def split_heads(x: Float[Array, "b p nk"], heads: int) -> Float[Array, "b p n k"]:
+    """Channels as heads. Where devices cannot share the heads evenly, each gets all of them first:
+    to split an axis that lies across devices into (2, ...) is the partitioner trap."""
+    x = constrain(x, "channels" if splits(heads) else "batch")
+    return constrain(rearrange(x, "b p (n k) -> b p n k", n=heads), "heads")
 
 
 def split_kv(kv: Float[Array, "b m nk2"], heads: int) -> KeyValue:
     """Fused keys and values apart by a split: a reshape to (2, heads) is a partitioner trap."""
-    k, v = jnp.split(kv, 2, axis=-1)
-    return KeyValue(*(rearrange(a, "b m (n k) -> b m n k", n=heads) for a in (k, v)))
+    k, v = jnp.split(constrain(kv, "batch"), 2, axis=-1)
+    return KeyValue(split_heads(k, heads), split_heads(v, heads))
 
 
 def join(parts: list[KeyValue]) -> KeyValue:
@@ -113,15 +127,15 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Pixels, tokens: Tokens | None = None, text: KeyValue | None = None
     ) -> Pixels:
-        x = self.norm(x)
-        q = rearrange(self.to_q(x), "b p (n k) -> b p n k", n=self.heads)
+        x = self.norm(constrain(x, "batch"))
+        q = split_heads(self.to_q(x), self.heads)
         parts = [null_key_value(self.null_kv[...], x, 1), split_kv(self.to_kv(x), 1)]
         if tokens is not None:
             parts.append(self.project_context(tokens))
         if text is not None:
             parts.append(text)
         k, v = join(parts)
-        return self.norm_out(self.to_out(attend(*self.qk_norm(q, k), v)))
+        return self.norm_out(constrain(self.to_out(attend(*self.qk_norm(q, k), v)), "channels"))
 
 
 class CrossAttention(nnx.Module):
@@ -159,8 +173,8 @@ class CrossAttention(nnx.Module):
         return split_kv(self.to_kv(tokens), self.heads)
 
     def __call__(self, x: Pixels, tokens: Tokens, text: KeyValue | None = None) -> Pixels:
-        x = self.norm(x)
-        q = rearrange(self.to_q(x), "b p (n k) -> b p n k", n=self.heads)
+        x = self.norm(constrain(x, "batch"))
+        q = split_heads(self.to_q(x), self.heads)
         parts = [null_key_value(self.null_kv[...], x, self.heads), self.project_context(tokens)]
         if text is not None:
             parts.append(text)
@@ -169,7 +183,7 @@ class CrossAttention(nnx.Module):
             out = linear_attend(q, k, v, scale=SCALE)
         else:
             out = attend(*self.qk_norm(q, k), v)
-        return self.norm_out(self.to_out(out))
+        return self.norm_out(constrain(self.to_out(out), "channels"))
 
 
 def linear_attend(
@@ -183,7 +197,8 @@ def linear_attend(
     q = jax.nn.softmax(q.astype(jnp.float32), axis=-1).astype(v.dtype) * scale
     k = jax.nn.softmax(k.astype(jnp.float32), axis=1).astype(v.dtype)
     context = jnp.einsum("bmnk,bmne->bnke", k, v)
-    return rearrange(jnp.einsum("bpnk,bnke->bpne", q, context), "b p n e -> b p (n e)")
+    out = constrain(jnp.einsum("bpnk,bnke->bpne", q, context), "heads")
+    return rearrange(out, "b p n e -> b p (n e)")
 
 
 class LinearAttention(nnx.Module):
@@ -233,13 +248,14 @@ class LinearAttention(nnx.Module):
         key: PRNGKey | None = None,
     ) -> Float[Array, "b h w c"]:
         h, w = x.shape[1:3]
-        x = self.norm(x)
+        x = self.norm(constrain(x, "batch"))
         keys = (None,) * 3 if key is None else jax.random.split(key, 3)
         q, k, v = (
-            rearrange(
-                depthwise(pointwise(dropout(x, self.DROPOUT, part_key))),
-                "b h w (n k) -> b (h w) n k",
-                n=self.heads,
+            split_heads(
+                rearrange(
+                    depthwise(pointwise(dropout(x, self.DROPOUT, part_key))), "b h w c -> b (h w) c"
+                ),
+                self.heads,
             )
             for (pointwise, depthwise), part_key in zip(
                 (self.to_q, self.to_k, self.to_v), keys, strict=True
@@ -250,7 +266,7 @@ class LinearAttention(nnx.Module):
             parts.append(text)
         out = linear_attend(q, *join(parts), scale=q.shape[-1] ** -0.5)
         out = nnx.silu(rearrange(out, "b (h w) c -> b h w c", h=h, w=w))
-        return self.norm_out(self.to_out(out))
+        return self.norm_out(constrain(self.to_out(out), "channels"))
 
 
 class FeedForward(nnx.Module):
@@ -267,8 +283,9 @@ class FeedForward(nnx.Module):
         self.contract = linear(hidden, dim, use_bias=False, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "*s c"]) -> Float[Array, "*s c"]:
-        h = nnx.gelu(self.expand(self.norm_in(x)), approximate=False)
-        return self.contract(self.norm_hidden(h))
+        h = constrain(self.expand(self.norm_in(constrain(x, "batch"))), "channels")
+        h = self.norm_hidden(nnx.gelu(h, approximate=False))
+        return constrain(self.contract(h), "channels")
 
 
 class TransformerLayer(nnx.Module):
@@ -346,10 +363,11 @@ class PerceiverLayer(nnx.Module):
 
     def __call__(self, latents: Tokens, x: Float[Array, "b l d"]) -> Tokens:
         y = self.norm_latents(latents)
-        q = rearrange(self.to_q(y), "b p (n k) -> b p n k", n=self.heads)
+        q = split_heads(self.to_q(y), self.heads)
         k, v = split_kv(self.to_kv(jnp.concatenate([self.norm(x), y], axis=1)), self.heads)
-        latents = self.norm_out(self.to_out(attend(*self.qk_norm(q, k), v))) + latents
-        return self.ff(latents) + latents
+        out = constrain(self.to_out(attend(*self.qk_norm(q, k), v)), "batch")
+        latents = self.norm_out(out) + latents
+        return constrain(self.ff(latents), "batch") + latents
 
 
 class PerceiverResampler(nnx.Module):
@@ -384,7 +402,7 @@ class PerceiverResampler(nnx.Module):
 
     def __call__(self, x: Float[Array, "b l d"]) -> Tokens:
         b, length, d = x.shape
-        mean = self.to_mean_latents(self.mean_norm(jnp.mean(x, axis=1)))
+        mean = constrain(self.to_mean_latents(self.mean_norm(jnp.mean(x, axis=1))), "batch")
         learned = jnp.broadcast_to(self.latents[...].astype(x.dtype), (b, *self.latents.shape))
         latents = jnp.concatenate([mean.reshape(b, self.MEAN_LATENTS, d), learned], axis=1)
         x = x + self.pos_emb[...][:length].astype(x.dtype)

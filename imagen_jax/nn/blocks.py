@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from imagen_jax.nn.attention import CrossAttention, KeyValue, Tokens
 from imagen_jax.nn.layers import block_norm, conv, linear
+from imagen_jax.sharding import constrain
 
 FeatureMap = Float[Array, "b h w c"]
 Conditioning = Float[Array, "b k"]
@@ -28,7 +29,7 @@ class ConvBlock(nnx.Module):
         if scale_shift is not None:
             scale, shift = scale_shift
             x = x * (scale + 1) + shift
-        return self.project(nnx.silu(x))
+        return constrain(self.project(nnx.silu(x)), "channels")
 
 
 class GlobalContext(nnx.Module):
@@ -95,12 +96,14 @@ class ResnetBlock(nnx.Module):
         tokens: Tokens | None = None,
         text: KeyValue | None = None,
     ) -> Float[Array, "b h w c_out"]:
-        h = self.block1(x)
+        whole = constrain(x, "batch")
+        h = self.block1(whole)
         if self.cross_attn is not None:
             pixels = rearrange(h, "b h w c -> b (h w) c")
             h = h + self.cross_attn(pixels, tokens, text).reshape(h.shape)
-        scale_shift = jnp.split(self.time_mlp(nnx.silu(t))[:, None, None, :], 2, axis=-1)
+        scale_shift = constrain(self.time_mlp(nnx.silu(t)), "batch")[:, None, None, :]
+        scale_shift = jnp.split(scale_shift, 2, axis=-1)
         h = self.block2(h, tuple(scale_shift))
         if self.gca is not None:
             h = h * self.gca(h)
-        return h + (x if self.res_conv is None else self.res_conv(x))
+        return h + (x if self.res_conv is None else constrain(self.res_conv(whole), "channels"))

@@ -38,6 +38,7 @@ from imagen_jax.nn.layers import (
     linear,
 )
 from imagen_jax.resize import resize
+from imagen_jax.sharding import constrain
 from imagen_jax.types import (
     AnyArray,
     Image,
@@ -75,8 +76,10 @@ class TimeEmbedding(nnx.Module):
 
     def __call__(self, log_snr: LogSNR) -> tuple[Float[Array, "b k"], Float[Array, "b r d"]]:
         hiddens = nnx.silu(self.to_hiddens(self.fourier(log_snr)))
-        tokens = self.to_tokens(hiddens)
-        return self.to_cond(hiddens), tokens.reshape(tokens.shape[0], self.tokens, -1)
+        tokens = constrain(self.to_tokens(hiddens), "batch")
+        return constrain(self.to_cond(hiddens), "batch"), tokens.reshape(
+            tokens.shape[0], self.tokens, -1
+        )
 
 
 class TextEmbedding(nnx.Module):
@@ -88,7 +91,7 @@ class TextEmbedding(nnx.Module):
         self.project = linear(c_out, c_out, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b d"]) -> Float[Array, "b k"]:
-        return self.project(nnx.silu(self.expand(self.norm(x))))
+        return constrain(self.project(nnx.silu(self.expand(self.norm(x)))), "batch")
 
 
 class Level(nnx.Module):
@@ -268,7 +271,7 @@ class Unet(nnx.Module):
                 f"text_embed_dim = {self.config.text_embed_dim}."
             )
         length = self.config.max_text_len
-        tokens = self.text_to_cond(jnp.asarray(text_embeds))[:, :length]
+        tokens = constrain(self.text_to_cond(jnp.asarray(text_embeds)), "batch")[:, :length]
         missing = length - tokens.shape[1]
         tokens = jnp.pad(tokens, ((0, 0), (0, missing), (0, 0)))
         keep = jnp.asarray(keep_mask)[:, None]
@@ -318,7 +321,7 @@ class Unet(nnx.Module):
             keep_mask = _keep_mask(x.shape[0], cond_drop_prob, keep_mask, key)
             text_cond = self.encode_text(text_embeds, text_mask, keep_mask=keep_mask)
         x = self._inputs(x, lowres_cond_img, cond_images, self_cond)
-        residual = x = self.init_conv(x)
+        residual = x = constrain(self.init_conv(x), "channels")
 
         t, tokens = self.time(time)
         if self.lowres_time is not None:
@@ -372,7 +375,8 @@ class Unet(nnx.Module):
                 )
             cond_images = jnp.asarray(cond_images)
             parts.insert(0, resize(cond_images, x.shape[1], mode=config.resize_mode))
-        return jnp.concatenate([jnp.asarray(part, self.dtype) for part in parts], axis=-1)
+        x = jnp.concatenate([jnp.asarray(part, self.dtype) for part in parts], axis=-1)
+        return constrain(x, "batch")
 
     def _trunk(
         self,
@@ -413,16 +417,13 @@ class Unet(nnx.Module):
         x = x if self.mid_attn is None else run(self.mid_attn, x)
         x = run(self.mid_block2, x, t, tokens, text_mid2)
 
-        def with_skip(x):
-            return jnp.concatenate([x, skips.pop() * skip_scale], axis=-1)
-
         features = []
         for level, (text_init, text_attn), level_key in zip(
             self.ups, text_ups, keys[n:], strict=True
         ):
-            x = run(level.init_block, with_skip(x), t, tokens, text_init)
+            x = run(level.init_block, x, t, tokens, text_init, skip=skips.pop() * skip_scale)
             for block in level.resnets:
-                x = run(block, with_skip(x), t)
+                x = run(block, x, t, skip=skips.pop() * skip_scale)
             if level.attn is not None:
                 x = run(level.attn, x, tokens, text_attn, key=level_key)
             features.append(x)
@@ -434,20 +435,26 @@ class Unet(nnx.Module):
                 block(resize(feature, size))
                 for block, feature in zip(self.upsample_combiner, features, strict=True)
             ]
-            x = jnp.concatenate([x, *combined], axis=-1)
+            x = _join([x, *combined])
         if config.init_conv_to_final_conv_residual:
-            x = jnp.concatenate([x, residual], axis=-1)
+            x = _join([x, residual])
         if self.final_res_block is not None:
             x = run(self.final_res_block, x, t)
         if lowres is not None:
-            x = jnp.concatenate([x, jnp.asarray(lowres, x.dtype)], axis=-1)
-        return self.final_conv(x)
+            x = _join([x, jnp.asarray(lowres, x.dtype)])
+        return constrain(self.final_conv(x), "batch")
 
-    def _run(self, block: nnx.Module, *args, **kwargs) -> Array:
-        if self.remat is None:
-            return block(*args, **kwargs)
-        policy = getattr(jax.checkpoint_policies, self.remat)
-        return jax.checkpoint(lambda *a, **k: block(*a, **k), policy=policy)(*args, **kwargs)
+    def _run(
+        self, block: nnx.Module, x: Array, *args, skip: Array | None = None, **kwargs
+    ) -> Array:
+        """The block of `x`, joined with `skip` where there is one; what `remat` recomputes."""
+
+        def call(x, skip, *args, **kwargs):
+            return block(x if skip is None else _join([x, skip]), *args, **kwargs)
+
+        if self.remat is not None:
+            call = jax.checkpoint(call, policy=getattr(jax.checkpoint_policies, self.remat))
+        return call(x, skip, *args, **kwargs)
 
 
 class NullUnet(nnx.Module):
@@ -455,6 +462,11 @@ class NullUnet(nnx.Module):
 
     def __init__(self, *, rngs: nnx.Rngs | None = None):
         self.dummy_parameter = nnx.Param(jnp.zeros((1,)))
+
+
+def _join(parts: list[Array]) -> Array:
+    """Channels side by side, whole: split ones would have to be dealt to the devices anew."""
+    return jnp.concatenate([constrain(part, "batch") for part in parts], axis=-1)
 
 
 def _depth(config: UnetConfig) -> int:

@@ -19,6 +19,7 @@ from jaxtyping import Int32
 from tokenizers import Tokenizer
 
 from imagen_jax.config import T5_WIDTHS
+from imagen_jax.sharding import Layout
 from imagen_jax.text import loading, tokenizer
 from imagen_jax.text.t5 import T5Config, abstract_encoder, encode
 from imagen_jax.types import Params, TextEmbeds, TextMask
@@ -69,10 +70,13 @@ class TextEncoder:
         return _encode(self.params, self.config, self.tokenize(texts, max_length))
 
 
-def load_encoder(name_or_folder: str | Path, *, dtype: DTypeLike = jnp.float32) -> TextEncoder:
+def load_encoder(
+    name_or_folder: str | Path, *, dtype: DTypeLike = jnp.float32, layout: Layout | None = None
+) -> TextEncoder:
     """`demo`, a Hugging Face folder with a T5 (full or encoder), or such a model's name.
 
     `dtype` is what the weights are kept and computed in; embeddings come as float32 all the same.
+    With a `layout` the weights are split over its mesh: no device ever holds all of them.
     Raises ValueError with one line for whatever is missing or does not fit.
     """
     dtype = jnp.dtype(dtype)
@@ -82,7 +86,7 @@ def load_encoder(name_or_folder: str | Path, *, dtype: DTypeLike = jnp.float32) 
         return TextEncoder(
             name=DEMO,
             config=DEMO_CONFIG,
-            params=_demo_params(dtype),
+            params=_demo_params(dtype, layout),
             tokenizer=tokenizer.load_tokenizer(),
         )
     folder = loading.find_folder(name_or_folder)
@@ -94,11 +98,11 @@ def load_encoder(name_or_folder: str | Path, *, dtype: DTypeLike = jnp.float32) 
             f"{folder}: the tokenizer has {pieces.get_vocab_size()} pieces, the table of the model "
             f"vocab_size = {config.vocab_size}."
         )
-    params = loading.load_params(folder, config, dtype=dtype)
+    params = loading.load_params(folder, config, dtype=dtype, layout=layout)
     return TextEncoder(name=str(name_or_folder), config=config, params=params, tokenizer=pieces)
 
 
-def _demo_params(dtype: DTypeLike) -> Params:
+def _demo_params(dtype: DTypeLike, layout: Layout | None) -> Params:
     """Drawn by numpy's PCG64, in sorted order of the names: the same on every version of JAX.
 
     Standard deviations are 1 / sqrt(fan-in) as in T5, so that each branch adds at most about as
@@ -118,5 +122,6 @@ def _demo_params(dtype: DTypeLike) -> Params:
             value = draw(shape) / np.float32(fan_in**0.5)
         else:
             value = draw(shape)
-        params[path] = jnp.asarray(value, loading.stored_dtype(path, dtype))
+        value = value.astype(loading.stored_dtype(path, dtype))
+        params[path] = jnp.asarray(value) if layout is None else layout.put(path, value)
     return traverse_util.unflatten_dict(params)

@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
 from imagen_jax.interop.torch_file import read_torch_file
+from imagen_jax.sharding import Layout
 from imagen_jax.text.t5 import T5Config, abstract_encoder
 from imagen_jax.types import Params
 
@@ -109,8 +110,14 @@ def read_config(folder: Path) -> T5Config:
         raise ValueError(f"{path}: {error}") from error
 
 
-def load_params(folder: Path, config: T5Config, *, dtype: DTypeLike = jnp.float32) -> Params:
-    """The encoder's weights in `dtype`, by name, strictly.
+def load_params(
+    folder: Path,
+    config: T5Config,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    layout: Layout | None = None,
+) -> Params:
+    """The encoder's weights in `dtype`, by name, strictly; placed as the `layout` says.
 
     Raises ValueError with all missing, unknown and misshapen names.
     """
@@ -141,8 +148,8 @@ def load_params(folder: Path, config: T5Config, *, dtype: DTypeLike = jnp.float3
                 misshapen.append(f"{name} (is {tensor.shape}, must be {shapes[path].shape})")
                 loaded[path] = None
                 continue
-            kept = stored_dtype(path, dtype)
-            loaded[path] = jnp.asarray(np.array(tensor, dtype=kept, order="C"))
+            kept = np.array(tensor, dtype=stored_dtype(path, dtype), order="C")
+            loaded[path] = jnp.asarray(kept) if layout is None else layout.put(path, kept)
     missing = [name for name, path in paths.items() if path not in loaded]
     problems = [
         f"{label} {len(names)}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"

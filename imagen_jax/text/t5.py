@@ -23,6 +23,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from imagen_jax.sharding import constrain, splits
 from imagen_jax.types import Params, TextEmbeds, TextMask
 
 FEED_FORWARDS = ("relu", "gated-gelu")
@@ -125,10 +126,15 @@ class Attention(nnx.Module):
         self, x: Float[Array, "b l d"], bias: Float[Array, "#b n l l"]
     ) -> Float[Array, "b l d"]:
         heads = (*x.shape[:2], self.heads, -1)
-        q, k, v = (project(x).reshape(heads) for project in (self.q, self.k, self.v))
+        role = "channels" if splits(self.heads) else "batch"
+        q, k, v = (
+            constrain(constrain(project(x), role).reshape(heads), "heads")
+            for project in (self.q, self.k, self.v)
+        )
         logits = jnp.einsum("blnk,bmnk->bnlm", q, k, preferred_element_type=jnp.float32)
         weights = jax.nn.softmax(logits + bias, axis=-1).astype(v.dtype)
-        return self.o(jnp.einsum("bnlm,bmnk->blnk", weights, v).reshape(*x.shape[:2], -1))
+        out = jnp.einsum("bnlm,bmnk->blnk", weights, v).reshape(*x.shape[:2], -1)
+        return constrain(self.o(out), "batch")
 
 
 class FeedForward(nnx.Module):
@@ -154,8 +160,10 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
         if self.gated:
-            return self.wo(nnx.gelu(self.wi_0(x), approximate=True) * self.wi_1(x))
-        return self.wo(nnx.relu(self.wi(x)))
+            hidden = nnx.gelu(self.wi_0(x), approximate=True) * self.wi_1(x)
+        else:
+            hidden = nnx.relu(self.wi(x))
+        return constrain(self.wo(constrain(hidden, "channels")), "batch")
 
 
 class Block(nnx.Module):
@@ -198,7 +206,7 @@ class T5Encoder(nnx.Module):
         )
         bias = self.position_bias[...].astype(jnp.float32)[buckets].transpose(2, 0, 1)
         bias = jnp.where(mask[:, None, None, :], bias, jnp.finfo(jnp.float32).min)
-        x = self.embedding[...][tokens].astype(jnp.float32)
+        x = constrain(self.embedding[...][tokens].astype(jnp.float32), "batch")
         for block in self.blocks:
             x = block(x, bias)
         return self.norm(x)
@@ -226,4 +234,4 @@ def encode(
     graphdef, _ = abstract_encoder(config, params["embedding"].dtype)
     mask = jnp.asarray(tokens) != 0
     embeds = nnx.merge(graphdef, params)(tokens, mask)
-    return jnp.where(mask[:, :, None], embeds, 0), mask
+    return constrain(jnp.where(mask[:, :, None], embeds, 0), "batch"), mask

@@ -31,6 +31,7 @@ def settings(folder: Path, **changes) -> Settings:
     file.write_text(json.dumps(CASCADE.to_dict()))
     plain = Settings(
         config=file,
+        mesh="1x1",
         workdir=folder / "run",
         steps=4,
         batch_size=4,

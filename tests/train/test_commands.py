@@ -20,7 +20,8 @@ from train import base, super_res
 from train.settings import SECTIONS, Settings, flag
 
 ROOT = Path(__file__).parents[2]
-SHORT = ("--limit", "8", "--batch-size", "4", "--eval-batches", "1", "--sample-every", "0")
+SHORT = ("--limit", "8", "--batch-size", "4", "--eval-batches", "1", "--sample-every", "0",
+         "--mesh", "1x1")  # fmt: skip
 
 
 def run_main(monkeypatch, main, *arguments) -> None:
@@ -78,6 +79,8 @@ def test_flags_become_settings(monkeypatch, capsys):
             ("--batch-size", "4", "--accumulate", "3"),
             "--batch-size 4 does not split into --accumulate 3",
         ),
+        (base.main, ("--mesh", "8y1"), "error: --mesh 8y1: must be auto, or DATAxMODEL as in 8x1"),
+        (base.main, ("--process-id", "0"), "--coordinator, --process-id and --num-processes go"),
         (base.main, ("--no-captions", "--t5", "demo"), "error: --t5 has no use in a cascade"),
         (base.main, ("--config", "absent.json"), "error: .*No such file"),
     ],
@@ -118,7 +121,7 @@ def test_super_resolution_by_name(monkeypatch, tmp_path, capsys):
     run_main(
         monkeypatch, super_res.main, "--config", file, "--unet-number", "sr256", "--workdir",
         tmp_path / "run", "--optimizer", "adafactor", "--steps", "1", "--limit", "8",
-        "--batch-size", "4", "--eval-batches", "1", "--sample-steps", "2",
+        "--batch-size", "4", "--eval-batches", "1", "--sample-steps", "2", "--mesh", "1x1",
     )  # fmt: skip
     assert checkpoint.latest_step(tmp_path / "run", 2) == 1
     assert (tmp_path / "run" / "samples" / "unet2-0000001.png").exists()

@@ -43,6 +43,7 @@ def test_it_learns_eight_pictures(tmp_path):
     listed.write_text("\n".join(captions))
     settings = Settings(
         config=file,
+        mesh="1x1",
         workdir=tmp_path / "run",
         captions_from=listed,
         steps=600,

@@ -1,5 +1,7 @@
 """Learning rate, Adam and the averages against closed forms and the PyTorch originals."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,13 @@ import pytest
 import torch
 from ema_pytorch import EMA
 
-from train.optimizer import ema_decay, learning_rate, make_optimizer, update_ema
+from train.optimizer import (
+    ema_decay,
+    learning_rate,
+    make_optimizer,
+    round_at_random,
+    update_ema,
+)
 from train.settings import Settings
 
 
@@ -65,3 +73,32 @@ def test_gradients_are_clipped(name):
     small, _ = optimizer.update(x / 256, optimizer.init(x), x)
     large, _ = optimizer.update(x * 1e6, optimizer.init(x), x)
     np.testing.assert_allclose(small, large, rtol=1e-4)
+
+
+def test_rounding_at_random_is_exact_in_the_mean():
+    x = jnp.array([1.0, 1.001, -1.003, 3e-30, 1e30, 0.0, jnp.inf], jnp.float32)
+    keys = jax.random.split(jax.random.key(0), 4000)
+    rounded = jax.vmap(lambda key: round_at_random(x, key))(keys)
+    assert rounded.dtype == jnp.bfloat16
+    mean = rounded[:, :-1].astype(jnp.float32).mean(axis=0)
+    np.testing.assert_allclose(mean, x[:-1], rtol=3e-4, atol=1e-40)
+    assert (rounded[:, [0, 5, 6]] == x[jnp.array([0, 5, 6])]).all()
+
+
+@pytest.mark.parametrize("name", ["adam", "adafactor"])
+def test_averages_in_bfloat16_follow_those_in_float32(name):
+    """A second moment of 1 falls to that of a hundredth of the gradients: to the nearest it would
+    stay where one step changes it by less than its last bit."""
+    settings = Settings(optimizer=name, lr=0.1, max_grad_norm=None)
+    x = jnp.zeros((4, 300))
+    moves = []
+    for kept in ("float32", "bfloat16"):
+        optimizer = make_optimizer(dataclasses.replace(settings, moments=kept))
+        update, state = jax.jit(optimizer.update), optimizer.init(x)
+        floats = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim]
+        assert {str(leaf.dtype) for leaf in floats} == {kept}
+        for step in range(600):
+            updates, state = update(jnp.where(step < 5, 1.0, 0.01) + x, state, x)
+        moves.append(updates)
+    np.testing.assert_allclose(moves[1], moves[0], rtol=0.25)
+    np.testing.assert_allclose(moves[1].mean(), moves[0].mean(), rtol=0.02)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from imagen_jax import nn
+from imagen_jax.sharding import single
 from tests.train import support
 from train.optimizer import make_optimizer
 from train.state import TrainState
@@ -36,6 +37,7 @@ def one_step(settings, unet_number=1):
     )
     step = make_train_step(config, unet_number, settings)
     state = TrainState.create(params, make_optimizer(settings))
+    state = jax.device_put(state, single().place(state))
     return step, batch, step(state, batch, jax.random.key(0))
 
 

@@ -1,0 +1,266 @@
+"""Where every array lives: the mesh, and one rule for all that is placed on it.
+
+The only file of the project that names mesh axes.
+
+A mesh is DATA x MODEL. The batch is split over `data`. A parameter, its average and its moments are
+split over both axes: over `data` to save memory (FSDP: whole only while a layer runs), over `model`
+because each device computes a part of the channels or heads. With model = 2, along a block:
+
+    x       channels split    at rest, and saved for the backward pass
+    x       whole             all-gather
+    expand  (c, h/2)          "column": the kernel's outputs are split, so are the channels of h
+    reduce  (h/2, c)          "row": its inputs are split, its outputs are partial sums
+    y       channels split    reduce-scatter; added to x
+
+Networks know none of it: they call `constrain(x, role)`, the identity without a mesh.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jaxtyping import Array, PyTree
+
+P = jax.P
+DATA, MODEL = "data", "model"
+
+MIN_SIZE = 2**18
+"""Arrays of fewer elements are replicated: gathering them would cost more than keeping them."""
+
+Role = Literal["batch", "channels", "heads"]
+
+# Kernels whose outputs, or whose inputs, are split over `model`. Keys and values fused in one
+# kernel are split by rows: split by columns, the keys would lie on one half of the devices and the
+# values on the other. Kernels not named here are split along the larger of the two.
+_COLUMN = {"block1", "res_conv", "to_q", "expand", "squeeze", "q", "k", "v", "wi", "wi_0", "wi_1"}
+_ROW = {"block2", "to_kv", "to_context", "to_out", "contract", "excite", "time_mlp", "o", "wo"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A mesh, and how arrays are placed on it."""
+
+    mesh: Mesh
+    min_size: int = MIN_SIZE
+
+    def place(self, tree: PyTree) -> PyTree:
+        """A sharding for every leaf of parameters, or of a tree that holds the like of them
+        (averages, moments), by its path and shape."""
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x: self.named(self.spec(_names(path), x.shape)), tree
+        )
+
+    def spec(self, names: Sequence[str], shape: tuple[int, ...]) -> jax.P:
+        """The rule. `names` lead to the leaf, as ("downs", "0", "block1", "project", "kernel")."""
+        if len(shape) < 2 or math.prod(shape) < self.min_size:
+            return P()
+        owner = _owner(names)
+        column = owner in _COLUMN or (owner not in _ROW and shape[-1] >= shape[-2])
+        model, data = (-1, -2) if column else (-2, -1)
+        axes: list[str | None] = [None] * len(shape)
+        for name, wanted in ((MODEL, (model,)), (DATA, (data, model))):
+            size = self.mesh.shape[name]
+            free = [i for i in wanted if axes[i] is None and shape[i] % size == 0]
+            if size > 1 and free:
+                axes[free[0]] = name
+        return P(*axes)
+
+    def describe(self) -> str:
+        """As `8 x NVIDIA H100, mesh 8x1, 1 process`."""
+        kind, processes = self.mesh.devices.flat[0].device_kind, jax.process_count()
+        shape = "x".join(map(str, self.mesh.devices.shape))
+        plural = "es" * (processes > 1)
+        return f"{self.mesh.size} x {kind}, mesh {shape}, {processes} process{plural}"
+
+    def largest(self, number: int) -> Array:
+        """The largest of the numbers that the processes ask with. All of them must ask."""
+        every = self.named(P((DATA, MODEL)))
+        numbers = jax.make_array_from_callback(
+            (self.mesh.size,), every, lambda index: np.full(1, number, np.int32)
+        )
+        return _compiled(jnp.max, self.replicated)(numbers)
+
+    def put(self, path: Sequence[Any], x: np.ndarray) -> Array:
+        """One leaf, placed where `place` would. Each device gets its part of the process's copy."""
+        names = [str(name) for name in path if not isinstance(name, int)]
+        sharding = self.named(self.spec(names, x.shape))
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    def targets(self, tree: PyTree) -> PyTree:
+        """The shapes of a tree with their shardings, as a checkpoint is restored to."""
+        return jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            tree,
+            self.place(tree),
+        )
+
+    @property
+    def batch(self) -> NamedSharding:
+        """Rows split over `data`, in order."""
+        return self.named(P(DATA))
+
+    def rows(self, count: int) -> NamedSharding:
+        """`batch`, or `replicated` if so many rows do not split evenly."""
+        return self.replicated if count % self.mesh.shape[DATA] else self.batch
+
+    @property
+    def replicated(self) -> NamedSharding:
+        return self.named(P())
+
+    def named(self, spec: jax.P) -> NamedSharding:
+        return NamedSharding(self.mesh, spec)
+
+    def own_rows(self, batch_size: int) -> list[int]:
+        """The rows of a batch that devices of this process hold, in order."""
+        held = self.batch.addressable_devices_indices_map((batch_size,)).values()
+        return sorted({row for (rows,) in held for row in range(batch_size)[rows]})
+
+    def to_batch(self, own: PyTree, batch_size: int) -> PyTree:
+        """Global arrays from the `own_rows` that each process has as NumPy arrays."""
+        place = {row: i for i, row in enumerate(self.own_rows(batch_size))}
+
+        def whole(x: np.ndarray) -> Array:
+            def part(index: tuple[slice, ...]) -> np.ndarray:
+                first, last, _ = index[0].indices(batch_size)
+                return x[place[first] : place[last - 1] + 1]
+
+            return jax.make_array_from_callback((batch_size, *x.shape[1:]), self.batch, part)
+
+        return jax.tree.map(whole, own)
+
+    def replicate(self, tree: PyTree) -> PyTree:
+        """The same arrays, whole on every device. Every process must give equal ones."""
+        return _compiled(_same, self.replicated)(tree)
+
+    def on_mesh(self, fn: Callable) -> Callable:
+        """`fn`, traced for this mesh: `constrain` takes effect in it."""
+
+        @functools.wraps(fn)
+        def traced(*args):
+            with self.use():
+                return fn(*args)
+
+        return traced
+
+    def fetch(self, tree: PyTree) -> PyTree:
+        """As NumPy arrays, on every process."""
+        return jax.device_get(self.replicate(tree))
+
+    def key(self, seed: int) -> Array:
+        """`jax.random.key(seed)` on every device."""
+        return _compiled(jax.random.key, self.replicated)(np.uint32(seed))
+
+    def use(self) -> contextlib.AbstractContextManager:
+        """A context in which functions are traced for this mesh, so that `constrain` takes effect.
+        Compiled functions that are called in it are compiled for it."""
+        return jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh)
+
+
+def single(device: jax.Device | None = None) -> Layout:
+    """One device."""
+    return Layout(_mesh((1, 1), [device or jax.devices()[0]]))
+
+
+def make_layout(text: str, *, rows: int, min_size: int = MIN_SIZE) -> Layout:
+    """`DATAxMODEL` as a mesh over the devices of all processes.
+
+    One factor may be -1: whatever is left. `auto` gives `data` as many devices as split `rows`, the
+    rows that a step takes at once, evenly, and `model` the rest. One process may use fewer devices
+    than it has. Raises ValueError if there are too few, or `rows` does not split.
+    """
+    count = jax.device_count()
+    shape = mesh_shape(text, count=count, rows=rows)
+    needed = math.prod(shape)
+    if needed > count or (needed < count and jax.process_count() > 1):
+        raise ValueError(
+            f"--mesh {text}: {shape[0]}x{shape[1]} needs {needed} devices, found {count}."
+        )
+    if rows % shape[0]:
+        raise ValueError(
+            f"--mesh {text}: {rows} rows do not split evenly over {shape[0]} devices. Rows are "
+            "--batch-size divided by --accumulate."
+        )
+    return Layout(_mesh(shape, jax.devices()[:needed]), min_size)
+
+
+def mesh_shape(text: str, *, count: int, rows: int) -> tuple[int, int]:
+    """The shape that `text` asks for where there are `count` devices; see `make_layout`."""
+    if text == "auto":
+        data = math.gcd(count, rows)
+        return data, count // data
+    data, model = parse(text)
+    if -1 not in (data, model):
+        return data, model
+    known = max(data, model)
+    if count % known:
+        raise ValueError(f"--mesh {text}: {count} devices are no multiple of {known}.")
+    return (count // known, known) if data == -1 else (known, count // known)
+
+
+def parse(text: str) -> tuple[int, int]:
+    """`8x1` -> (8, 1); -1 stays. Raises ValueError for anything else."""
+    found = re.fullmatch(r"(-1|[1-9]\d*)x(-1|[1-9]\d*)", text)
+    sizes = tuple(map(int, found.groups())) if found else (-1, -1)
+    if sizes == (-1, -1):
+        raise ValueError(
+            f"--mesh {text}: must be auto, or DATAxMODEL as in 8x1; one of the two may be -1."
+        )
+    return sizes
+
+
+def constrain(x: Array, role: Role) -> Array:
+    """Says how an activation lies on the mesh in use; its first axis is the batch.
+
+    `batch`: rows split, all else whole. `channels`: the last axis split over `model` too. `heads`:
+    the last but one. An axis that does not split evenly stays whole.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    axes: list[str | None] = [None] * x.ndim
+    axes[0] = DATA
+    if role != "batch":
+        axes[{"channels": -1, "heads": -2}[role]] = MODEL
+    even = (a if a and n % mesh.shape[a] == 0 else None for a, n in zip(axes, x.shape, strict=True))
+    return jax.lax.with_sharding_constraint(x, P(*even))
+
+
+def splits(size: int) -> bool:
+    """Whether an axis of so many channels or heads is split over `model` on the mesh in use."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.shape[MODEL] > 1 and size % mesh.shape[MODEL] == 0
+
+
+def _mesh(shape: tuple[int, int], devices: Sequence[jax.Device]) -> Mesh:
+    # Auto stated aloud: the default, Explicit, rejects convolutions on split kernels.
+    types = (AxisType.Auto,) * 2
+    return jax.make_mesh(shape, (DATA, MODEL), axis_types=types, devices=devices)
+
+
+@functools.cache
+def _compiled(fn: Callable, sharding: NamedSharding) -> Callable:
+    return jax.jit(fn, out_shardings=sharding)
+
+
+def _same(x: PyTree) -> PyTree:
+    return x
+
+
+def _owner(names: Sequence[str]) -> str:
+    """The module whose kernel this is; of a convolution block's, the block."""
+    *_, block, module, _ = ("", "", *names)
+    return block if module == "project" else module
+
+
+def _names(path: tuple[Any, ...]) -> list[str]:
+    """The words of a path: numbers are places in lists."""
+    names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+    return [name for name in names if not name.isdecimal()]

@@ -1,0 +1,148 @@
+"""The mesh grammar, the placement rule, and what becomes of rows and activations."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from imagen_jax import nn, presets, sharding, text
+from imagen_jax.sharding import Layout, constrain, make_layout, mesh_shape
+from imagen_jax.text.t5 import abstract_encoder
+
+P = jax.P
+
+
+def layout(mesh: str, min_size: int = 0) -> Layout:
+    return make_layout(mesh, rows=8, min_size=min_size)
+
+
+@pytest.mark.parametrize(
+    ("text", "count", "rows", "shape"),
+    [
+        ("8x1", 8, 8, (8, 1)),
+        ("-1x4", 8, 8, (2, 4)),
+        ("2x-1", 8, 8, (2, 4)),
+        ("auto", 8, 64, (8, 1)),
+        ("auto", 8, 4, (4, 2)),
+        ("auto", 8, 3, (1, 8)),
+        ("auto", 1, 5, (1, 1)),
+    ],
+)
+def test_the_grammar(text, count, rows, shape):
+    assert mesh_shape(text, count=count, rows=rows) == shape
+
+
+@pytest.mark.parametrize(
+    ("text", "rows", "message"),
+    [
+        ("16x1", 16, "--mesh 16x1: 16x1 needs 16 devices, found 8"),
+        ("8", 8, "--mesh 8: must be auto, or DATAxMODEL"),
+        ("-1x-1", 8, "one of the two may be -1"),
+        ("0x8", 8, "must be auto"),
+        ("-1x3", 8, "8 devices are no multiple of 3"),
+        ("8x1", 12, "12 rows do not split evenly over 8 devices"),
+    ],
+)
+def test_mistaken_meshes(text, rows, message):
+    with pytest.raises(ValueError, match=message):
+        make_layout(text, rows=rows)
+
+
+def test_fewer_devices_than_there_are():
+    assert layout("2x2").mesh.size == 4
+    assert layout("8x1").mesh.axis_types == (jax.sharding.AxisType.Auto,) * 2
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "spec"),
+    [
+        (
+            "downs/0/resnets/1/block1/project/kernel",
+            (3, 3, 64, 128),
+            P(None, None, "data", "model"),
+        ),
+        (
+            "downs/0/resnets/1/block2/project/kernel",
+            (3, 3, 64, 128),
+            P(None, None, "model", "data"),
+        ),
+        ("1/mu/downs/0/init_block/cross_attn/to_q/kernel", (64, 32), P("data", "model")),
+        ("mid_attn/layers/0/attn/to_out/kernel", (32, 64), P("model", "data")),
+        ("mid_block1/cross_attn/to_kv/kernel", (64, 128), P("model", "data")),
+        ("1/v/final_conv/kernel", (3, 3, 64, 3), P(None, None, "model", None)),  # 3 do not split
+        ("1/v/init_conv/kernel", (7, 7, 3, 64), P(None, None, None, "model")),
+        ("blocks/0/attention/q/kernel", (64, 128), P("data", "model")),
+        ("blocks/0/feed_forward/wo/kernel", (128, 64), P("model", "data")),
+        ("mid_block1/block1/norm/gamma", (4096,), P()),
+    ],
+)
+def test_the_rule(path, shape, spec):
+    assert layout("4x2").spec([n for n in path.split("/") if not n.isdecimal()], shape) == spec
+
+
+def test_small_arrays_are_whole_and_axes_of_one_device_unnamed():
+    assert layout("4x2", min_size=10_000).spec(["to_q", "kernel"], (64, 32)) == P()
+    assert layout("8x1").spec(["to_q", "kernel"], (64, 32)) == P("data", None)
+    assert layout("1x8").spec(["to_q", "kernel"], (64, 32)) == P(None, "model")
+
+
+@pytest.mark.parametrize("mesh", ["8x1", "4x2", "2x4", "1x8"])
+def test_every_large_array_of_the_paper_is_split_over_all_devices(mesh):
+    """U-Nets, less deep, and T5-XXL: what one of 8 devices holds is at most a seventh of the whole."""
+    xxl = text.T5Config(d_model=4096, d_ff=10240, num_layers=2, num_heads=64)
+    unets = presets.BaseUnet64(num_resnet_blocks=1), presets.SRUnet256(num_resnet_blocks=1)
+    trees = [nn.abstract(unet)[1] for unet in unets] + [abstract_encoder(xxl)[1]]
+    place = make_layout(mesh, rows=8).place
+    for tree in trees:
+        whole, held = 0, 0
+        for x, placed in zip(jax.tree.leaves(tree), jax.tree.leaves(place(tree)), strict=True):
+            whole += x.size
+            held += np.prod(placed.shard_shape(x.shape))
+        assert held < whole / 7
+
+
+def test_rows_are_those_of_the_global_batch():
+    rows = np.arange(8 * 3).reshape(8, 3)
+    here = layout("4x2")
+    assert here.own_rows(8) == list(range(8))
+    batch = here.to_batch({"x": rows}, 8)["x"]
+    np.testing.assert_array_equal(batch, rows)
+    assert batch.sharding == here.batch
+    assert here.rows(8) == here.batch and here.rows(3) == here.replicated
+    assert int(here.largest(7)) == 7
+
+
+def test_constrain_places_on_a_mesh_and_is_the_identity_without():
+    x = jnp.ones((8, 6, 4, 16))
+    assert constrain(x, "channels") is x
+    here = layout("2x4")
+    put = jax.jit(lambda x, role: constrain(x, role) + 0, static_argnums=1)
+    with here.use():
+        assert sharding.splits(8) and not sharding.splits(6)
+        placed = jax.device_put(x, here.replicated)
+        for role, spec in {
+            "batch": P("data"),
+            "channels": P("data", None, None, "model"),
+            "heads": P("data", None, "model"),
+        }.items():
+            assert put(placed, role).sharding.is_equivalent_to(here.named(spec), 4)
+        assert put(placed[:3], "batch").sharding.is_fully_replicated  # 3 rows do not split
+    assert not sharding.splits(8)
+
+
+def test_a_sharded_text_encoder_is_the_same():
+    tokens = text.load_encoder("demo").tokenize(["a red apple", "taxi"] * 4, 16)
+    want = jax.jit(text.encode, static_argnums=1)(*_parameters(None), tokens)
+    for mesh in ("4x2", "1x8"):  # 4 heads: not over 8 devices
+        here = layout(mesh)
+        params, config = _parameters(here)
+        assert not params["blocks"][0]["attention"]["q"]["kernel"].is_fully_replicated
+        encode = jax.jit(here.on_mesh(lambda p, t, c=config: text.encode(p, c, t)))
+        got = encode(params, here.to_batch(tokens, 8))
+        np.testing.assert_allclose(got[0], want[0], atol=1e-5)
+        np.testing.assert_array_equal(got[1], want[1])
+
+
+def _parameters(here: Layout | None):
+    encoder = text.load_encoder("demo", layout=here)
+    return encoder.params, encoder.config

@@ -1,0 +1,61 @@
+"""One of several processes that train together, every array split, however small. What it reads
+and draws is written down by row."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from imagen_jax import commands, distributed, stages
+from imagen_jax.sharding import Layout, make_layout
+from tests import RUN_ONCE
+from train import loop, step
+from train.settings import Settings
+
+
+def train(settings: Settings, file: Path) -> None:
+    """Runs the settings, and writes what it saw to `file`.npz."""
+    commands.quiet_writers()
+    distributed.start(settings.coordinator, settings.process_id, settings.num_processes)
+    step._compiler_options = lambda: RUN_ONCE
+    layout = make_layout(settings.mesh, rows=settings.rows, min_size=0)
+    seen, loop.make_train_step = watched(layout, settings)
+    loop.run(settings, 1, layout)
+    np.savez(file, **seen)
+
+
+def watched(layout: Layout, settings: Settings) -> tuple[dict[str, np.ndarray], Callable]:
+    """What this process has of the draws of two steps; and a `make_train_step` that adds what it
+    has of every step's pictures. `rows` are their numbers."""
+    config, make_train_step = settings.cascade(), loop.make_train_step
+    seen = {"rows": np.array(layout.own_rows(settings.batch_size))}
+    draw = jax.jit(
+        layout.on_mesh(
+            lambda key: stages.complete_draws(config, 1, settings.batch_size, key, None)
+        ),
+        out_shardings=layout.batch,
+    )
+    for number in range(2):
+        for name, array in vars(draw(jax.random.fold_in(layout.key(0), number))).items():
+            if array is not None:
+                seen[f"{name}{number}"] = own_part(array)
+
+    def make(*args):
+        compiled = make_train_step(*args)
+
+        def train_step(state, batch, key):
+            seen[f"images{int(state.step)}"] = own_part(batch["images"])
+            seen[f"text{int(state.step)}"] = own_part(batch["text_masks"])
+            return compiled(state, batch, key)
+
+        return train_step
+
+    return seen, make
+
+
+def own_part(array: jax.Array) -> np.ndarray:
+    parts = {
+        shard.index[0].start or 0: np.asarray(shard.data) for shard in array.addressable_shards
+    }
+    return np.concatenate([parts[first] for first in sorted(parts)])

@@ -1,0 +1,66 @@
+"""A whole run on a mesh: nothing is whole on a device, and it moves to other meshes."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+import imagen_jax
+from imagen_jax.sharding import make_layout
+from tests.train import support
+from train import loop, restore
+
+
+def run(settings, **changes):
+    """`settings` with changes, on their mesh; every array is split, however small."""
+    settings = dataclasses.replace(settings, **changes)
+    assert loop.run(settings, 1, make_layout(settings.mesh, rows=settings.rows, min_size=0))
+    return settings
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    settings = support.settings(tmp_path_factory.mktemp("straight"), eps=1e-3, mesh="1x1")
+    return run(settings)
+
+
+def test_a_run_moves_between_meshes(straight, tmp_path):
+    settings = support.settings(tmp_path, eps=1e-3, mesh="4x2", steps=2)
+    run(settings, sample_every=2, sample_steps=2)
+    assert (settings.run / "samples" / "unet1-0000002.png").exists()
+    run(settings, mesh="2x4", steps=3, resume=True)
+    run(settings, mesh="1x1", steps=4, resume=True)
+    for item in ("params", "ema"):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+            support.saved(settings.run, 4, item),
+            support.saved(straight.run, 4, item),
+        )
+    for kind in ("train", "eval/train", "eval/heldout"):
+        losses = {}
+        for name in (settings, straight):
+            for line in support.metrics(name.run, kind):
+                losses.setdefault(line["step"], []).append(line["loss"])
+        assert len(losses[4]) == 2
+        for step, (moved, *same) in losses.items():
+            np.testing.assert_allclose(same, moved, rtol=1e-5, err_msg=f"{kind} {step}")
+    unet = imagen_jax.load(settings.run).unets[0]
+    assert unet.init_conv.kernel[...].devices() == {jax.devices()[0]}
+
+
+def test_no_device_is_given_a_whole_state(straight):
+    layout = make_layout("4x2", rows=4, min_size=0)
+    fresh = restore.begin(support.CASCADE, 1, straight, layout)
+    record = straight.record() | {"pictures": 8}
+    resumed = restore.resume(support.CASCADE, 1, straight, layout, 4, record)
+    for state in (fresh, resumed):
+        arrays = [x for x in jax.tree.leaves(state) if x.ndim > 1]
+        held = sum(x.addressable_shards[0].data.size for x in arrays)
+        assert held < sum(x.size for x in arrays) / 6
+    np.testing.assert_array_equal(
+        fresh.params["init_conv"]["kernel"],
+        restore.begin(support.CASCADE, 1, straight, make_layout("1x1", rows=4)).params["init_conv"][
+            "kernel"
+        ],
+    )
