@@ -11,7 +11,7 @@ import zlib
 
 import numpy as np
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
@@ -46,6 +46,8 @@ def decode(
         return _finish(picture, image_size, channels)
     try:
         picture = Image.open(io.BytesIO(image))
+    except UnidentifiedImageError as error:  # its message shows the address of the buffer
+        raise ValueError("corrupt picture: no known format") from error
     except _DAMAGED as error:
         raise ValueError(f"corrupt picture: {_one_line(error)}") from error
     _check_size(picture, image_size)

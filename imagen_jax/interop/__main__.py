@@ -229,7 +229,10 @@ def prove(source: Checkpoint, run: RunDir, kept: list[Weights]) -> None:
                 errors = f"{found.with_text:.1e} with text, {found.without:.1e} without"
                 line = f"verify (b), {which}, U-Net {found.unet_number}: {errors}"
                 if not found.agrees:
-                    raise ValueError(f"{line}; allowed are {verify.TOLERANCE} of the output.")
+                    raise ValueError(
+                        f"{line}; allowed are {verify.TOLERANCE} of the output. (a) holds, so the "
+                        "weights are the same: the networks differ, or rounding alone is as large."
+                    )
                 print(line)
     except ImportError as error:
         print(f"verify (b) did not run: {error}")

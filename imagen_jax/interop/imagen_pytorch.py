@@ -77,6 +77,7 @@ def read(path: str | os.PathLike, config: str | os.PathLike | None = None) -> Ch
     if any(STATE.fullmatch(name) for name in data):
         notes.append("the optimiser's state is not converted: training starts with a fresh one.")
     others = [name for name in data if name not in KNOWN and not STATE.fullmatch(str(name))]
+    _check_entries(data, path)
     if "model" in data:
         online = _split(data["model"], "unets.", path)
         if others:
@@ -94,6 +95,8 @@ def read(path: str | os.PathLike, config: str | os.PathLike | None = None) -> Ch
     given = configuration.read_json(config) if config is not None else None
     ema, counters = _averages(data.get("ema"), online, path)
     steps = np.asarray(data.get("steps", np.zeros(len(online), np.int64)))
+    if steps.shape != (len(online),):
+        raise ValueError(f"{path} holds {len(online)} U-Nets and steps of shape {steps.shape}.")
     return Checkpoint(
         config=_configuration(data, given, online, known),
         online=online,
@@ -202,6 +205,16 @@ def convert(config: ImagenConfig, states: Sequence[StateDict], prefix: str) -> l
     if problems:
         raise keys.MisfitError(problems, count)
     return trees
+
+
+def _check_entries(data: Mapping[str, Any], path: Any) -> None:
+    """Raises ValueError for entries beside the tensors that are not of their kind."""
+    kind, params = data.get("imagen_type"), data.get("imagen_params")
+    if kind not in (None, "original", "elucidated"):
+        raise ValueError(f"{path}: imagen_type {kind!r} is neither 'original' nor 'elucidated'.")
+    for name, value in (("imagen_params", params), ("config", data.get("config"))):
+        if value is not None and not isinstance(value, dict):
+            raise ValueError(f"{path}: {name} is {type(value).__name__}, not a dictionary.")
 
 
 def _configuration(

@@ -46,11 +46,10 @@ def norm(shapes: Shapes) -> str:
 
 
 def _core(shapes: Shapes) -> dict[str, Any]:
-    lowres = "to_lowres_time_cond.0.weight" in shapes
     cond_dim = shapes["norm_cond.weight"][0]
     fields = dict(
-        dim=shapes["to_time_cond.0.weight"][0] // (8 if lowres else 4),
-        lowres_cond=lowres,
+        dim=_dim(shapes),
+        lowres_cond=_lowres(shapes),
         cond_dim=cond_dim,
         num_time_tokens=shapes["to_time_tokens.0.weight"][0] // cond_dim,
         learned_sinu_pos_emb_dim=2 * shapes["to_time_hiddens.0.weights"][0],
@@ -72,15 +71,13 @@ def _core(shapes: Shapes) -> dict[str, Any]:
 
 def _levels(shapes: Shapes) -> dict[str, Any]:
     memory_efficient = _has(shapes, "init_resnet_block.")
-    lowres = "to_lowres_time_cond.0.weight" in shapes
-    dim = shapes["to_time_cond.0.weight"][0] // (8 if lowres else 4)
     fields = dict(layer_attns=[], use_linear_attn=[], layer_attns_depth=[], dim_mults=[])
     fields |= dict(num_resnet_blocks=[], layer_cross_attns=[])
     for i in range(_count(shapes, "downs.")):
         resample = f"downs.{i}.{0 if memory_efficient else 4}"
         depth = _count(shapes, f"downs.{i}.3.layers.")
         linear = f"downs.{i}.3.layers.0.0.to_k.1.weight" in shapes
-        fields["dim_mults"].append(_width(shapes, resample) // dim)
+        fields["dim_mults"].append(_width(shapes, resample) // _dim(shapes))
         fields["num_resnet_blocks"].append(_count(shapes, f"downs.{i}.2."))
         fields["layer_attns"].append(depth > 0 and not linear)
         fields["use_linear_attn"].append(linear)
@@ -114,12 +111,10 @@ def _text(shapes: Shapes) -> dict[str, Any]:
 
 
 def _ending(shapes: Shapes) -> dict[str, Any]:
-    lowres = "to_lowres_time_cond.0.weight" in shapes
-    dim = shapes["to_time_cond.0.weight"][0] // (8 if lowres else 4)
     channels, last, size, _ = shapes["final_conv.weight"]
     combine = _has(shapes, "upsample_combiner.")
-    combined = dim * (1 + _count(shapes, "downs.") * combine)
-    last -= channels * lowres
+    combined = _dim(shapes) * (1 + _count(shapes, "downs.") * combine)
+    last -= channels * _lowres(shapes)
     final = shapes.get("final_res_block.block1.project.weight")
     fields = dict(
         channels=channels,
@@ -167,6 +162,15 @@ def _inputs(
     if cond:
         unknown["resize_mode"] = "nearest"
     return dict(self_cond=self_cond, cond_images_channels=cond), unknown
+
+
+def _lowres(shapes: Shapes) -> bool:
+    return "to_lowres_time_cond.0.weight" in shapes
+
+
+def _dim(shapes: Shapes) -> int:
+    """The base width: a low-resolution time makes the conditioning vector twice as wide."""
+    return shapes["to_time_cond.0.weight"][0] // (8 if _lowres(shapes) else 4)
 
 
 def _multiple(hidden: int, dim: int) -> float:

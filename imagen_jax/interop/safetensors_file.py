@@ -79,6 +79,8 @@ def read(path: str | os.PathLike) -> Contents:
         }
     except (KeyError, ValueError) as error:
         raise ValueError(f"{path}: its metadata are damaged: {error}") from error
+    if told["weights"] not in ("ema", "online"):
+        raise ValueError(f"{path}: its metadata are damaged: weights {told['weights']!r}")
     config = ImagenConfig.from_dict(told["config"])
     steps = {int(number): step for number, step in told["steps"].items()}
     tensors = _views(path)

@@ -192,6 +192,21 @@ def test_a_tensor_that_is_no_plain_array_is_refused(tensor, tmp_path):
         read_torch_file(saved(tmp_path / "x.pt", {"a": tensor}))
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"imagen_type": "improved"}, "imagen_type 'improved' is neither"),
+        ({"imagen_params": [1]}, "imagen_params is list, not a dictionary"),
+        ({"steps": torch.zeros(3, dtype=torch.int64)}, r"2 U-Nets and steps of shape \(3,\)"),
+        ({"model": [torch.zeros(1)]}, "a dictionary of tensors was expected"),
+    ],
+    ids=["type", "configuration", "steps", "tensors"],
+)
+def test_an_entry_of_another_kind_is_named(change, reason, tmp_path):
+    file = saved(tmp_path / "imagen.pt", states.trainers_file() | change)
+    refused(reason, "from-torch", file, tmp_path / "out")
+
+
 def test_all_that_does_not_fit_is_printed_together_and_nothing_is_written(tmp_path):
     data = states.trainers_file()
     model = data["model"]
