@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 STAGES = {"base": 1, "sr256": 2, "sr1024": 3}
 """Names of stages, accepted wherever a number is."""
@@ -22,6 +24,9 @@ def run(main: Callable[[], None]) -> None:
     quiet_writers()
     try:
         main()
+    except BrokenPipeError:  # whoever read the output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (ValueError, OSError) as error:
         if os.environ.get("IMAGEN_JAX_TRACEBACK"):
             raise
@@ -56,6 +61,13 @@ def quiet_writers() -> None:
             sys.__unraisablehook__(unraisable)
 
     sys.unraisablehook = show
+
+
+def compute_dtype(name: str) -> np.dtype:
+    """What `--dtype` means: `auto` is bfloat16 on accelerators and float32 on a CPU."""
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
 
 
 def stage_number(stage: str | int) -> int:

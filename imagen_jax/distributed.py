@@ -19,9 +19,12 @@ def start(
     """Joins the other processes, if there are any; on a single machine it does nothing.
 
     `coordinator` is the address of process 0, as `host:port`. Without it a cluster is looked for: a
-    TPU slice, Slurm, an indexed job of Kubernetes, Open MPI. Raises ValueError if only some of the
-    three are given, or the others cannot be reached.
+    TPU slice, Slurm, an indexed job of Kubernetes, Open MPI; `num_processes` 1 alone says that this
+    one joins nobody. Raises ValueError if only some of the three are given, or the others cannot be
+    reached.
     """
+    if num_processes == 1:
+        return
     told = (coordinator, process_id, num_processes)
     if any(x is None for x in told) != all(x is None for x in told):
         raise ValueError("--coordinator, --process-id and --num-processes go together.")
@@ -29,9 +32,18 @@ def start(
         raise ValueError(f"--process-id {process_id} is none of 0 .. {num_processes - 1}.")
     if coordinator is None and not in_cluster(os.environ):
         return
+    if coordinator is None and _in_kubernetes(os.environ) and not _installed("kubernetes"):
+        raise ValueError(
+            "to find the other pods of a Kubernetes job: pip install 'imagen-jax[k8s]'. Or give "
+            "--coordinator, --process-id and --num-processes; --num-processes 1 to stay alone."
+        )
     try:
         jax.distributed.initialize(
-            coordinator, num_processes, process_id, local_device_ids=local_devices(os.environ)
+            coordinator,
+            num_processes,
+            process_id,
+            local_device_ids=local_devices(os.environ),
+            cluster_detection_method=None if coordinator is None else "deactivate",
         )
     except RuntimeError as error:
         raise ValueError(f"the processes did not find each other: {error}") from error
@@ -51,8 +63,7 @@ def in_cluster(environment: Mapping[str, str]) -> bool:
         int(environment.get(name, 1)) > 1
         for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
     )
-    kubernetes = {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= set(environment)
-    return slurm or mpi or kubernetes or _on_tpu(environment)
+    return slurm or mpi or _in_kubernetes(environment) or _on_tpu(environment)
 
 
 def local_devices(environment: Mapping[str, str]) -> list[int] | None:
@@ -72,10 +83,18 @@ def local_devices(environment: Mapping[str, str]) -> list[int] | None:
     return list(range(count)) if alone or count == 1 else None
 
 
+def _in_kubernetes(environment: Mapping[str, str]) -> bool:
+    return {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= set(environment)
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
 def _on_tpu(environment: Mapping[str, str]) -> bool:
     """A machine with TPU chips may be one of a slice: only its metadata server knows, which JAX
     asks. Alone, it joins nobody."""
     if environment.get("JAX_PLATFORMS", "") not in ("", "tpu"):
         return False
     chips = any(Path("/dev").glob("accel[0-9]*")) or any(Path("/dev/vfio").glob("[0-9]*"))
-    return chips and importlib.util.find_spec("libtpu") is not None
+    return chips and _installed("libtpu")

@@ -46,7 +46,12 @@ def count(fn: Callable, *args: Any) -> int:
     Loops must have a length known at tracing. A conditional counts as its dearest branch. Raises
     ValueError for a loop that runs until something happens.
     """
-    return _of_jaxpr(jax.make_jaxpr(fn)(*args).jaxpr)
+    return count_traced(jax.make_jaxpr(fn)(*args).jaxpr)
+
+
+def count_traced(jaxpr: Jaxpr) -> int:
+    """`count` of a function that is traced already."""
+    return _of_jaxpr(jaxpr)
 
 
 def peak(device_kind: str) -> float | None:

@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
-
 from imagen_jax import checkpoint, commands
 from imagen_jax.config import ImagenConfig, NullUnetConfig
 
@@ -65,10 +63,7 @@ class Settings:
 
     @property
     def compute_dtype(self) -> Any:
-        if self.dtype != "auto":
-            return jax.numpy.dtype(self.dtype)
-        on_cpu = jax.default_backend() == "cpu"
-        return jax.numpy.dtype("float32" if on_cpu else "bfloat16")
+        return commands.compute_dtype(self.dtype)
 
     def last_stage(self, config: ImagenConfig) -> int:
         """Number of the last U-Net to run. Raises ValueError if the cascade has none such."""

@@ -10,10 +10,9 @@ import textwrap
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import jax
 import tyro
 
-from imagen_jax import sharding
+from imagen_jax import commands, sharding
 from imagen_jax.config import ImagenConfig
 from imagen_jax.presets import PRESETS
 
@@ -100,10 +99,7 @@ class Optimization:
 
     @property
     def compute_dtype(self) -> Any:
-        if self.dtype != "auto":
-            return jax.numpy.dtype(self.dtype)
-        on_cpu = jax.default_backend() == "cpu"
-        return jax.numpy.dtype("float32" if on_cpu else "bfloat16")
+        return commands.compute_dtype(self.dtype)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +76,7 @@ def _train_step(
         in_shardings=(placed, layout.batch, layout.replicated),
         out_shardings=(placed, layout.replicated),
         donate_argnums=0,
-        compiler_options=_compiler_options(),
+        compiler_options=_options_of(layout),
     )
     @layout.on_mesh
     def train_step(state: TrainState, batch: Batch, key: PRNGKey) -> tuple[TrainState, dict]:
@@ -109,7 +110,7 @@ def _eval_step(
         jax.jit,
         in_shardings=(placed, layout.batch, layout.replicated),
         out_shardings=layout.replicated,
-        compiler_options=_compiler_options(),
+        compiler_options=_options_of(layout),
     )
     @layout.on_mesh
     def evaluate(params: Params, batch: Batch, key: PRNGKey) -> tuple[Array, Array]:
@@ -122,6 +123,11 @@ def _eval_step(
         return losses.binned(loss, log_snr, LOG_SNR_EDGES)
 
     return evaluate
+
+
+def _options_of(layout: Layout) -> dict[str, Any] | None:
+    """Those of a CPU are unknown to a compiler for TPUs, which may run on a CPU (train/plan.py)."""
+    return _compiler_options() if layout.mesh.devices.flat[0].platform == "cpu" else None
 
 
 @functools.cache

@@ -64,8 +64,9 @@ def split_heads(x: Float[Array, "b p nk"], heads: int) -> Float[Array, "b p n k"
 
 def split_kv(kv: Float[Array, "b m nk2"], heads: int) -> KeyValue:
     """Fused keys and values apart by a split: a reshape to (2, heads) is a partitioner trap."""
-    k, v = jnp.split(constrain(kv, "batch"), 2, axis=-1)
-    return KeyValue(split_heads(k, heads), split_heads(v, heads))
+    kv = jnp.split(constrain(kv, "tokens"), 2, axis=-1)
+    k, v = (rearrange(a, "b m (n k) -> b m n k", n=heads) for a in kv)
+    return KeyValue(constrain(k, "keys"), constrain(v, "keys"))
 
 
 def join(parts: list[KeyValue]) -> KeyValue:

@@ -101,9 +101,10 @@ class ResnetBlock(nnx.Module):
         if self.cross_attn is not None:
             pixels = rearrange(h, "b h w c -> b (h w) c")
             h = h + self.cross_attn(pixels, tokens, text).reshape(h.shape)
-        scale_shift = constrain(self.time_mlp(nnx.silu(t)), "batch")[:, None, None, :]
-        scale_shift = jnp.split(scale_shift, 2, axis=-1)
-        h = self.block2(h, tuple(scale_shift))
+        # Whole until it is split: halves of an axis that lies across devices lie on half of them.
+        halves = jnp.split(constrain(self.time_mlp(nnx.silu(t)), "batch"), 2, axis=-1)
+        scale, shift = (constrain(half, "channels")[:, None, None, :] for half in halves)
+        h = self.block2(h, (scale, shift))
         if self.gca is not None:
             h = h * self.gca(h)
         return h + (x if self.res_conv is None else constrain(self.res_conv(whole), "channels"))

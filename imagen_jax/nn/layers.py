@@ -100,8 +100,10 @@ def _product(
     bias: nnx.Param | None,
     dtype: DTypeLike,
 ) -> Float[Array, "*s c_out"]:
-    y = x.astype(dtype).reshape(-1, x.shape[-1]) @ kernel.astype(dtype)
-    y = y.reshape(*x.shape[:-1], kernel.shape[-1])
+    shape, x = x.shape, x.astype(dtype)
+    # Rows of pictures that lie across devices must stay an axis of their own.
+    flat = x if splits(shape[1]) else x.reshape(-1, shape[-1])
+    y = (flat @ kernel.astype(dtype)).reshape(*shape[:-1], kernel.shape[-1])
     return y if bias is None else y + bias[...].astype(dtype)
 
 

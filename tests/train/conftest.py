@@ -9,5 +9,5 @@ from train import step
 @pytest.fixture(autouse=True, scope="package")
 def compile_quickly():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(step, "_compiler_options", lambda: RUN_ONCE)
+        patch.setattr(step, "_compiler_options", lambda *_: RUN_ONCE)
         yield

@@ -18,7 +18,7 @@ def train(settings: Settings, file: Path) -> None:
     """Runs the settings, and writes what it saw to `file`.npz."""
     commands.quiet_writers()
     distributed.start(settings.coordinator, settings.process_id, settings.num_processes)
-    step._compiler_options = lambda: RUN_ONCE
+    step._compiler_options = lambda *_: RUN_ONCE
     layout = make_layout(settings.mesh, rows=settings.rows, min_size=0)
     seen, loop.make_train_step = watched(layout, settings)
     loop.run(settings, 1, layout)

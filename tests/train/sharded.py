@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import optax
 
+from imagen_jax import sharding
 from imagen_jax.config import ImagenConfig, UnetConfig
 from imagen_jax.sharding import make_layout
 from train import step
@@ -21,6 +22,7 @@ from train.state import TrainState
 
 MESHES = ("8x1", "4x2", "2x4", "1x8")
 BATCH, WIDTH, LENGTH = 16, 12, 6
+SIZE = 8  # maps of so many rows are split by rows here, smaller ones by channels
 
 # Four heads split over 2 and 4 devices, not over 8; the middle's cross-attention has always 8.
 _SHARED = dict(
@@ -36,7 +38,10 @@ _SHARED = dict(
 )
 NETWORKS = {
     "base": UnetConfig(
-        **_SHARED, dim_mults=(1, 2), layer_attns=(False, True), layer_cross_attns=(False, True)
+        **_SHARED | dict(use_global_context_attn=False),
+        dim_mults=(1, 2),
+        layer_attns=True,
+        layer_cross_attns=(False, True),
     ),
     "small": UnetConfig(
         **_SHARED | dict(attn_pool_text=False),
@@ -62,7 +67,7 @@ def cascade(network: str) -> tuple[ImagenConfig, int]:
     unets = (NETWORKS["small" if network == "super_res" else network], NETWORKS["super_res"])
     config = ImagenConfig(
         unets=unets,
-        image_sizes=(8, 8),
+        image_sizes=(SIZE, SIZE),
         text_encoder_name="none",
         text_embed_dim=WIDTH,
         pred_objectives="v",
@@ -126,7 +131,7 @@ def outcome(case: Case) -> dict[str, dict[str, np.ndarray]]:
         lambda x: (0.1 * rng.standard_normal(x.shape)).astype(x.dtype), shapes.params
     )
     batch = dict(
-        images=rng.integers(0, 256, (BATCH, 8, 8, 3)).astype(np.uint8),
+        images=rng.integers(0, 256, (BATCH, SIZE, SIZE, 3)).astype(np.uint8),
         text_embeds=rng.standard_normal((BATCH, LENGTH, WIDTH)).astype(np.float32),
         text_masks=np.arange(LENGTH) < rng.integers(1, LENGTH + 1, (BATCH, 1)),
     )
@@ -135,7 +140,8 @@ def outcome(case: Case) -> dict[str, dict[str, np.ndarray]]:
         step._train_step.cache_clear()
         train_step = step.make_train_step(config, unet_number, settings, layout)
         step._train_step.cache_clear()
-    state, metrics = train_step(create(params), layout.to_batch(batch, BATCH), layout.key(0))
+    with mock.patch.object(sharding, "ROWS_FROM", SIZE):
+        state, metrics = train_step(create(params), layout.to_batch(batch, BATCH), layout.key(0))
     assert all(
         x.sharding.is_equivalent_to(wanted, x.ndim)
         for x, wanted in zip(

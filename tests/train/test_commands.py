@@ -94,7 +94,7 @@ def test_mistaken_flags(monkeypatch, main, arguments, message):
     ("written", "message"),
     [
         ('{"image_size": 8}', "no field 'image_size'; did you mean 'image_sizes'?"),
-        ('{"unets": [{}], "image_sizes": 8}', "missing .* required .*argument: 'dim'"),
+        ('{"unets": [{}], "image_sizes": 8}', "UnetConfig needs the field 'dim'"),
         ("[1, 2]", "is no cascade: it holds list"),
         ("{", "is not JSON"),
     ],

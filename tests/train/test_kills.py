@@ -15,11 +15,10 @@ from tests.train import forked, support
 from train import loop, step
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGINT)
-STEPS = 40
 
 
 def life(settings) -> None:
-    step._compiler_options = lambda: RUN_ONCE
+    step._compiler_options = lambda *_: RUN_ONCE
     commands.run(lambda: loop.run(settings, 1))
 
 
@@ -38,7 +37,8 @@ def lines(run) -> list[dict]:
 
 
 def survive(folder, deaths: int, seed: int) -> None:
-    every_step = dict(steps=STEPS, save_every=1, keep=2, resume=True)
+    steps, died = 8 * deaths, 0
+    every_step = dict(steps=steps, save_every=1, keep=2, resume=True)
     (folder / "straight").mkdir()
     straight = support.settings(folder / "straight", **every_step)
     uninterrupted = start(straight)
@@ -54,19 +54,21 @@ def survive(folder, deaths: int, seed: int) -> None:
         time.sleep(chance.uniform(0, 0.2 if number % 3 else 3))
         os.kill(process.pid, kind)
         process.join()
+        died += process.exitcode == -signal.SIGKILL
         now = checkpoint.latest_step(settings.run, 1) or 0
         assert now >= saved, (number, kind, saved, now)
+    assert died >= deaths // 3  # the others heard a signal that asks them to stop
     last = start(settings)
     last.join()
     assert last.exitcode == 0
     for item in ("params", "ema", "opt_state"):
         support.assert_equal(
-            support.saved(settings.run, STEPS, item), support.saved(straight.run, STEPS, item)
+            support.saved(settings.run, steps, item), support.saved(straight.run, steps, item)
         )
     exact = ("loss", "grad_norm", "learning_rate")
     want = {line["step"]: [line[name] for name in exact] for line in lines(straight.run)}
     got = [(line["step"], [line[name] for name in exact]) for line in lines(settings.run)]
-    assert {step for step, _ in got} == set(want) == set(range(1, STEPS + 1))
+    assert {step for step, _ in got} == set(want) == set(range(1, steps + 1))
     assert all(values == want[step] for step, values in got)
 
 

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagen_jax import checkpoint, nn
+from imagen_jax import checkpoint, flops, nn
 from imagen_jax.data.records import hashed_heldout
 from imagen_jax.imagen import Imagen
 from tests.train import support
 from train import loop
 from train.metrics import Metrics, Window
-from train.step import make_train_step
+from train.step import make_train_step, step_flops
 
 KEYS = ("step", "loss", "grad_norm", "learning_rate")
 
@@ -218,6 +218,37 @@ def test_a_failing_write_leaves_the_last_checkpoint(straight, tmp_path, monkeypa
     # The steps after the checkpoint are in metrics.jsonl twice, with the same numbers.
     assert loop.run(dataclasses.replace(settings, steps=4, resume=True), 1)
     support.assert_equal(support.saved(settings.run, 4), support.saved(straight.run, 4))
+
+
+def test_speed_and_profile(tmp_path, monkeypatch, capsys):
+    """Of a device whose peak is known; the trace begins when what compiles has compiled."""
+    monkeypatch.setitem(flops.PEAKS, jax.devices()[0].device_kind, 1e12)
+    settings = support.settings(tmp_path, steps=5, profile=1)
+    loop.run(settings, 1)
+    lines = support.metrics(settings.run)
+    work = step_flops(support.CASCADE, 1, settings)
+    for line in lines:
+        assert line["images_per_second"] == pytest.approx(4 * line["steps_per_second"])
+        used = line["steps_per_second"] * work / 1e12
+        assert line["model_flop_utilization"] == pytest.approx(used)
+    assert list((settings.run / "profile").rglob("*.xplane.pb"))
+    assert "profile of steps 4 .. 4 in" in capsys.readouterr().out
+
+
+def test_work_of_a_step_is_that_of_the_network_once(tmp_path):
+    settings = support.settings(tmp_path)
+    work = step_flops(support.CASCADE, 1, settings)
+    for change in (dict(remat="nothing_saveable"), dict(accumulate=2)):
+        assert step_flops(support.CASCADE, 1, dataclasses.replace(settings, **change)) == work
+    twice = dataclasses.replace(settings, batch_size=8)
+    assert step_flops(support.CASCADE, 1, twice) == 2 * work
+
+
+def test_a_torn_line_is_dropped(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train"}\n{"kind": "tr')
+    with Metrics(tmp_path, 1, settings={}) as metrics:
+        metrics.write(2, "train", {"loss": 1.0})
+    assert [line.get("step") for line in support.metrics(tmp_path)] == [None, 2]
 
 
 def test_tensorboard_gets_the_metrics(tmp_path, monkeypatch):

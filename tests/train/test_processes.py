@@ -119,8 +119,13 @@ def test_gpus_of_a_task():
     assert devices(OMPI_COMM_WORLD_LOCAL_SIZE="2", CUDA_VISIBLE_DEVICES="GPU-1f") == [0]
 
 
-def test_mistakes():
+def test_mistakes(monkeypatch):
     with pytest.raises(ValueError, match="go together"):
         distributed.start("localhost:1", None, 2)
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "0")
+    with pytest.raises(ValueError, match=re.escape("pip install 'imagen-jax[k8s]'")):
+        distributed.start()
+    distributed.start(num_processes=1)  # stays alone
     with pytest.raises(ValueError, match=re.escape("--process-id 2 is none of 0 .. 1")):
         distributed.start("localhost:1", 2, 2)

@@ -1,0 +1,209 @@
+"""Tells, before anyone rents devices, whether a run fits them and how fast it could be.
+
+    python -m train.plan --preset imagen --topology v5e:16x16 --mesh 256x1 --batch-size 2048 \\
+        --remat nothing_saveable                       # the base's train step on 256 TPU chips
+    python -m train.plan --topology cpu:8 --mesh 4x2   # eight emulated devices
+    python -m train.plan --topology v5e:2x2 --sample   # a denoising step instead
+    python -m train.plan --topology v5e:2x2 --text     # T5-XXL instead
+
+Compiles the real program ahead of time, runs nothing and needs none of the devices; for TPUs it
+needs libtpu (the `tpu` extra). Takes every flag of `train.base`, so a run is planned by its own
+command line. The paper-sized base took 24 minutes and 14 GiB to compile for 256 chips, on one core.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from imagen_jax import commands
+from imagen_jax.config import NullUnetConfig
+from imagen_jax.sharding import Layout, make_layout
+from train.planning import chips, programs, report
+from train.planning.hlo import Program
+from train.settings import Settings, parse
+
+LARGEST = 5  # arrays that are named
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is planned, and for which devices."""
+
+    topology: str = "local"
+    """`v5e:16x16`, or v4, v5p, v6e with their shapes; `cpu:8`, emulated; `local`, those here."""
+    unet_number: str = "1"
+    """Which U-Net: 1, 2, 3 or base, sr256, sr1024."""
+    sample: bool = False
+    """A denoising step of the sampler, instead of a training step."""
+    text: bool = False
+    """T5-XXL's encoding of --batch-size captions, instead."""
+    out: Path | None = None
+    """Write the numbers as JSON, too."""
+    hlo: Path | None = None
+    """Write the text of the compiled program, to look further."""
+
+
+def main() -> None:
+    plan, settings = parse(__doc__, Plan)
+    if plan.sample and plan.text:
+        raise ValueError("--sample and --text: one of them.")
+    devices = chips.devices(plan.topology)
+    chip = chips.chip(devices[0])
+    if settings.dtype == "auto":
+        on_cpu = devices[0].platform == "cpu"
+        dtype = "float32" if on_cpu else "bfloat16"
+        settings = dataclasses.replace(settings, dtype=dtype)
+    layout = make_layout(settings.mesh, rows=settings.rows, devices=devices)
+    planned = trace(plan, settings, layout)
+    print(f"{planned.title}, {settings.dtype}\n{layout.describe()}", flush=True)
+    numbers = compiled(planned, layout, chip, flags(plan, settings, layout), plan.hlo)
+    numbers = {"title": planned.title, "devices": layout.describe()} | numbers
+    if plan.out is not None:
+        plan.out.parent.mkdir(parents=True, exist_ok=True)
+        plan.out.write_text(json.dumps(numbers, indent=1) + "\n")
+    if not numbers["fits"]:
+        raise ValueError("it does not fit.")
+
+
+def trace(plan: Plan, settings: Settings, layout: Layout) -> programs.Planned:
+    """The program asked for, as shapes."""
+    dtype = settings.compute_dtype
+    config, number = settings.cascade(), commands.stage_number(plan.unet_number)
+    if plan.text:
+        return programs.text_encoding(settings.batch_size, 256, dtype, layout)
+    if number > len(config.unets) or isinstance(config.unets[number - 1], NullUnetConfig):
+        raise ValueError(f"--unet-number {plan.unet_number}: the cascade has no such U-Net.")
+    if plan.sample:
+        return programs.sampling_step(config, number, settings.batch_size, dtype, layout)
+    return programs.train_step(config, number, settings, layout)
+
+
+def compiled(
+    planned: programs.Planned,
+    layout: Layout,
+    chip: chips.Chip | None,
+    told: dict[str, Any],
+    hlo: Path | None = None,
+) -> dict[str, Any]:
+    """Compiles, prints the report, and returns its numbers as JSON holds them."""
+    began = time.perf_counter()
+    try:
+        executable = planned.traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        show(refused(error, planned, layout, chip, told))
+        return numbers_of(planned) | {"fits": False, "error": str(error).splitlines()[0]}
+    seconds = time.perf_counter() - began
+    print(f"compiled in {seconds:.0f} s\n")
+    program = Program(executable.as_text(), layout.mesh.size)
+    if hlo is not None:
+        hlo.write_text(program.text)
+    memory = report.Memory.of(executable)
+    bound = None if chip is None else bound_of(planned, chip, memory, program)
+    show(findings(planned, program, memory, bound, chip, told))
+    numbers = numbers_of(planned) | {
+        "fits": chip is None or memory.total <= chip.hbm,
+        "compile_seconds": round(seconds, 1),
+        "memory": dataclasses.asdict(memory) | {"total": memory.total},
+        "collectives": report.moved(program),
+        "open_loops": program.open_loops,
+        "largest": program.largest(LARGEST),
+    }
+    if bound is None:
+        return numbers
+    in_turn, overlapped = bound.utilisation
+    return numbers | {
+        "chip": dataclasses.asdict(chip) | {"peak": chip.peak},
+        "seconds": dataclasses.asdict(bound),
+        "utilisation": {"overlapped": overlapped, "in_turn": in_turn},
+        "network_share": bound.network_share,
+    }
+
+
+def numbers_of(planned: programs.Planned) -> dict[str, Any]:
+    """What is known before compilation."""
+    return {
+        "model_flops": planned.model_flops,
+        "program_flops": planned.program_flops,
+        "argument_parts": planned.argument_bytes(),
+    }
+
+
+def bound_of(
+    planned: programs.Planned, chip: chips.Chip, memory: report.Memory, program: Program
+) -> report.Bound:
+    arithmetic = dict(model_flops=planned.model_flops, program_flops=planned.program_flops)
+    return report.Bound.of(chip, memory, program, **arithmetic)
+
+
+def findings(
+    planned: programs.Planned,
+    program: Program,
+    memory: report.Memory,
+    bound: report.Bound | None,
+    chip: chips.Chip | None,
+    told: dict[str, Any],
+) -> Iterator[str]:
+    """The report of a program that compiled."""
+    parts = planned.argument_bytes()
+    yield from report.describe_memory(memory, parts, chip)
+    yield "  the largest arrays that it makes:"
+    for size, shape, source in program.largest(LARGEST):
+        yield f"    {report.size(size):>12}   {shape}   {source}"
+    if chip is not None and memory.total > chip.hbm:
+        yield from report.advice(memory, parts, chip, told)
+    yield ""
+    yield from report.describe_moved(program, planned.per)
+    yield ""
+    yield (
+        f"arithmetic, a {planned.per}: {report.operations(planned.model_flops)} of the model, "
+        f"{report.operations(planned.program_flops)} with what is computed again"
+    )
+    if bound is None:
+        yield "no time: published numbers of these devices are not known here"
+    else:
+        yield from report.describe_bound(bound, chip)
+
+
+def refused(
+    error: Exception,
+    planned: programs.Planned,
+    layout: Layout,
+    chip: chips.Chip | None,
+    told: dict[str, Any],
+) -> Iterator[str]:
+    """What the compiler said, what is known without it, and what would help."""
+    parts = planned.argument_bytes()
+    yield f"\nthe compiler: {str(error).splitlines()[0]}"
+    yield "arguments of a device: " + ", ".join(
+        f"{name} {report.size(size)}" for name, size in parts.items()
+    )
+    yield "results of products and convolutions, on a device if all were kept:"
+    for size, what in programs.activations(planned, layout)[:LARGEST]:
+        yield f"  {report.size(size):>12}   {what}"
+    if chip is not None:
+        yield from report.advice(None, parts, chip, told)
+
+
+def flags(plan: Plan, settings: Settings, layout: Layout) -> dict[str, Any]:
+    """The flags that decide over memory."""
+    told = {"mesh": layout.mesh.devices.shape, "rows": settings.rows, "dtype": settings.dtype}
+    if not (plan.sample or plan.text):
+        for name in ("remat", "accumulate", "optimizer", "moments"):
+            told[name] = getattr(settings, name)
+    return told
+
+
+def show(lines: Iterator[str]) -> None:
+    for line in lines:
+        print(line)
+
+
+if __name__ == "__main__":
+    commands.run(main)

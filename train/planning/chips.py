@@ -1,0 +1,116 @@
+"""Published numbers of accelerators, and the devices of a topology that need not be there."""
+
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+from collections.abc import Sequence
+
+import jax
+
+from imagen_jax import flops
+
+GiB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a device can do, by its maker. Arithmetic is in `imagen_jax.flops.PEAKS`."""
+
+    kind: str
+    """The beginning of its `device_kind`; the longest that fits counts."""
+    hbm: int
+    """Bytes of memory."""
+    hbm_bandwidth: float
+    """Bytes per second between memory and chip."""
+    link_bandwidth: float
+    """Bytes per second that it sends to its neighbours, all links together, in one direction."""
+    source: str
+
+    @property
+    def peak(self) -> float:
+        """bfloat16 operations per second."""
+        return flops.peak(self.kind)
+
+
+# TPUs: docs.cloud.google.com/tpu/docs/<version>, read 2026-11. "Bidirectional ICI bandwidth per
+# chip" counts both directions: halved here, which is also the all-reduce bandwidth per pod divided
+# by its chips (v5e 51.2 TB/s / 256, v6e 102.4 TB/s / 256). GPUs: NVIDIA's data sheets.
+CHIPS = {
+    "v4": Chip("TPU v4", 32 * GiB, 1200e9, 1.1e15 / 4096, "32 GiB, 1200 GB/s, 1.1 PB/s / 4096"),
+    "v5e": Chip("TPU v5 lite", 16 * GiB, 819e9, 400e9 / 2, "16 GB, 819 GB/s, ICI 400 GB/s"),
+    "v5p": Chip("TPU v5", 95 * GiB, 2765e9, 1200e9 / 2, "95 GiB, 2765 GB/s, ICI 1200 GB/s"),
+    "v6e": Chip("TPU v6 lite", 32 * GiB, 1638e9, 800e9 / 2, "32 GB, 1638 GB/s, ICI 800 GB/s"),
+    "a100": Chip("NVIDIA A100", 80 * 10**9, 2039e9, 600e9 / 2, "80 GB SXM, NVLink 600 GB/s"),
+    "h100": Chip("NVIDIA H100", 80 * 10**9, 3350e9, 900e9 / 2, "80 GB SXM, NVLink 900 GB/s"),
+    "h200": Chip("NVIDIA H200", 141 * 10**9, 4800e9, 900e9 / 2, "141 GB SXM, NVLink 900 GB/s"),
+}
+
+TPUS = ("v4", "v5e", "v5p", "v6e")
+
+# libtpu would ask a metadata server what it runs on, and refuse a second process: no device is
+# used here.
+_ENVIRONMENT = dict(
+    TPU_SKIP_MDS_QUERY="1",
+    TPU_ACCELERATOR_TYPE="v5litepod-16",
+    TPU_WORKER_HOSTNAMES="localhost",
+    TPU_WORKER_ID="0",
+    ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+)
+
+
+def devices(topology: str) -> Sequence[jax.Device]:
+    """The devices of `v5e:16x16`, `cpu:8` (emulated) or `local` (those of this machine).
+
+    Call it before anything else touches a device: for all but `local` JAX is told to run on the
+    CPU. Raises ValueError for a topology that is not known or cannot be compiled for here.
+    """
+    if topology == "local":
+        return jax.devices()
+    found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", topology)
+    if found is None or found[1] not in (*TPUS, "cpu", "gpu"):
+        raise ValueError(
+            f"--topology {topology}: give {', '.join(TPUS)} with a shape, as v5e:16x16, or cpu:8 "
+            "for emulated devices, or local for those of this machine."
+        )
+    name, shape = found.groups()
+    if name == "gpu":
+        raise ValueError(
+            f"--topology {topology}: JAX compiles for GPUs only where they are: run it there with "
+            "--topology local. How arrays are split and what moves: --topology cpu:N --dtype "
+            "bfloat16."
+        )
+    jax.config.update("jax_platforms", "cpu")
+    if name == "cpu":
+        count = math.prod(map(int, shape.split("x")))
+        emulated = f"--xla_force_host_platform_device_count={count}"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {emulated}".strip()
+        return jax.devices()[:count]
+    return _tpus(name, shape, topology)
+
+
+def chip(device: jax.Device) -> Chip | None:
+    """The published numbers of a device; None for a CPU, and where they are not known here."""
+    fit = [c for c in CHIPS.values() if device.device_kind.startswith(c.kind)]
+    return max(fit, key=lambda c: len(c.kind), default=None)
+
+
+def _tpus(name: str, shape: str, topology: str) -> Sequence[jax.Device]:
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError(
+            f"--topology {topology} needs libtpu, the compiler for TPUs (Linux x86-64, 1.5 GB): "
+            "pip install 'imagen-jax[tpu]', or pip install -e '.[tpu]' in a checkout. Without it, "
+            "--topology cpu:8 emulates devices."
+        )
+    from jax.experimental import topologies
+
+    for key, value in _ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    # A v4 chip is two devices, unless its cores are joined.
+    more = {"chip_config_name": "megacore"} if name == "v4" else {}
+    try:
+        return topologies.get_topology_desc(f"{name}:{shape}", "tpu", **more).devices
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"--topology {topology}: libtpu knows no such slice: {reason}") from error

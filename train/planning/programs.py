@@ -1,0 +1,207 @@
+"""The programs that a plan is made for: the train step, a denoising step, T5's encoding.
+
+Each is the project's own function, traced with shapes in place of arrays: nothing is allocated.
+"""
+
+import collections
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Jaxpr, jaxprs_in_params
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
+
+from imagen_jax import flops, nn, stages, text
+from imagen_jax.config import ImagenConfig
+from imagen_jax.diffusion import samplers
+from imagen_jax.sharding import Layout
+from imagen_jax.text.t5 import abstract_encoder
+from train.optimizer import make_optimizer
+from train.settings import Settings
+from train.state import TrainState
+from train.step import make_train_step, step_flops
+
+T5_XXL = text.T5Config(  # google/t5-v1_1-xxl, its config.json
+    d_model=4096,
+    d_kv=64,
+    d_ff=10240,
+    num_layers=24,
+    num_heads=64,
+    feed_forward_proj="gated-gelu",
+)
+
+Shape = jax.ShapeDtypeStruct
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Planned:
+    """A program before it is compiled."""
+
+    title: str
+    per: str
+    """What one call of it is: `step`, `denoising step`, `batch of captions`."""
+    traced: Any
+    arguments: Mapping[str, PyTree]
+    """What it is given, in parts for a person; shapes with shardings."""
+    model_flops: int
+    """Operations of the model, recomputation not counted; of all devices together."""
+    program_flops: int
+    """Operations of the program as it is."""
+
+    def argument_bytes(self) -> dict[str, int]:
+        """Bytes of each part on one device, without what tiles add at the edges."""
+        return {
+            name: sum(map(_shard_bytes, jax.tree.leaves(x))) for name, x in self.arguments.items()
+        }
+
+
+def train_step(
+    config: ImagenConfig, unet_number: int, settings: Settings, layout: Layout
+) -> Planned:
+    """The step of `python -m train.base`, and of `train.super_res`."""
+    stage = config.stage(unet_number)
+    state = layout.targets(TrainState.shapes(stage.unet, make_optimizer(settings)))
+    batch = _batch(config, unet_number, settings.batch_size, layout)
+    step = make_train_step(config, unet_number, settings, layout)
+    traced = step.trace(state, batch, _key(layout))
+    return Planned(
+        title=f"training step of U-Net {unet_number}, {settings.batch_size} pictures",
+        per="step",
+        traced=traced,
+        arguments={
+            "parameters": state.params,
+            "their average": state.ema,
+            "optimiser": state.opt_state,
+            "batch": batch,
+        },
+        model_flops=step_flops(config, unet_number, settings),
+        program_flops=flops.count_traced(traced.jaxpr.jaxpr),
+    )
+
+
+def sampling_step(
+    config: ImagenConfig, unet_number: int, batch_size: int, dtype: DTypeLike, layout: Layout
+) -> Planned:
+    """One step of the compiled loop that `Imagen.sample` runs; guided where there is text."""
+    stage = config.stage(unet_number)
+    program = stages.Program(
+        config=config, unet_number=unet_number, dtype=dtype, guided=config.condition_on_text
+    ).without_numbers()
+    params = layout.targets(nn.abstract(stage.unet)[1])
+    told = _batch(config, unet_number, batch_size, layout)
+    del told["images"]
+    if stage.previous_image_size is not None:
+        small = stage.previous_image_size
+        told["previous"] = Shape((batch_size, small, small, config.channels), jnp.float32)
+        told["lowres_noise_level"] = Shape((), jnp.float32)
+    key, whole = _key(layout), Shape((), jnp.int32, sharding=layout.replicated)
+
+    def begin(params, key, told):
+        return stages.start(params, program=program, batch_size=batch_size, key=key, **told)
+
+    carry, conditioning = _by_rows(jax.eval_shape(begin, params, key, told), layout)
+    numbers = stages.Guidance(*[Shape((), jnp.float32, sharding=layout.replicated)] * 4)
+    grid = samplers.make_grid(stage.timesteps, stage.noise_schedule)
+    grid = jax.tree.map(lambda x: Shape(x.shape, x.dtype, sharding=layout.replicated), grid)
+    with layout.use():
+        traced = stages.advance.trace(
+            params, carry, conditioning, numbers, grid, whole, whole, program=program, key=key
+        )
+
+    def once(params, carry, conditioning, numbers, log_snr):
+        unet = nn.bind(stage.unet, params, dtype=dtype)
+        return stages.denoiser(unet, conditioning, numbers, program)(carry.x, log_snr)
+
+    log_snr = Shape((batch_size,), jnp.float32)
+    arithmetic = flops.count(once, params, carry, conditioning, numbers, log_snr)
+    guided = ", guided" * program.guided
+    return Planned(
+        title=f"sampling step of U-Net {unet_number}, {batch_size} pictures{guided}",
+        per="denoising step",
+        traced=traced,
+        arguments={"parameters": params, "pictures": carry, "conditioning": conditioning},
+        model_flops=arithmetic,
+        program_flops=arithmetic,
+    )
+
+
+def text_encoding(batch_size: int, length: int, dtype: DTypeLike, layout: Layout) -> Planned:
+    """T5-XXL, as training and sampling encode captions."""
+    shapes = abstract_encoder(T5_XXL, dtype)[1]
+    params = layout.targets(jax.tree.map(lambda x: Shape(x.shape, dtype), shapes))
+    rows = layout.rows(batch_size)
+    tokens = Shape((batch_size, length), jnp.int32, sharding=rows)
+    encode = layout.on_mesh(lambda params, tokens: text.encode(params, T5_XXL, tokens))
+    encode = jax.jit(encode, out_shardings=rows)
+    traced = encode.trace(params, tokens)
+    arithmetic = flops.count_traced(traced.jaxpr.jaxpr)
+    return Planned(
+        title=f"T5-XXL, {batch_size} captions of {length} tokens",
+        per="batch of captions",
+        traced=traced,
+        arguments={"parameters": params, "tokens": tokens},
+        model_flops=arithmetic,
+        program_flops=arithmetic,
+    )
+
+
+def activations(planned: Planned, layout: Layout) -> list[tuple[int, str]]:
+    """(bytes on one device, what) of the results of products and convolutions, the most first.
+
+    For a program that did not compile: read from its trace, arrays of the same shape together, as
+    if all were kept, split over all devices.
+    """
+    found = collections.Counter(_products(planned.traced.jaxpr.jaxpr))
+    return sorted(
+        (
+            times * math.prod(shape) * dtype.itemsize // layout.mesh.size,
+            f"{times} x {dtype.name}[{','.join(map(str, shape))}]",
+        )
+        for (shape, dtype), times in found.items()
+    )[::-1]
+
+
+def _products(jaxpr: Jaxpr) -> Iterator[tuple[tuple[int, ...], Any]]:
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in ("dot_general", "conv_general_dilated"):
+            yield equation.outvars[0].aval.shape, equation.outvars[0].aval.dtype
+        for inner in jaxprs_in_params(equation.params):
+            yield from _products(inner)
+
+
+def _batch(
+    config: ImagenConfig, unet_number: int, batch_size: int, layout: Layout
+) -> dict[str, Shape]:
+    """What the data pipeline and the text encoder give."""
+    stage, rows = config.stage(unet_number), layout.rows(batch_size)
+    pictures = (batch_size, stage.image_size, stage.image_size, config.channels)
+    batch = {"images": Shape(pictures, jnp.uint8, sharding=rows)}
+    if config.condition_on_text:
+        tokens = (batch_size, min(256, stage.unet.max_text_len))
+        embeds = (*tokens, config.text_embed_dim)
+        batch["text_embeds"] = Shape(embeds, jnp.float32, sharding=rows)
+        batch["text_masks"] = Shape(tokens, jnp.bool_, sharding=rows)
+    return batch
+
+
+def _key(layout: Layout) -> Shape:
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return Shape(key.shape, key.dtype, sharding=layout.replicated)
+
+
+def _by_rows(tree: PyTree, layout: Layout) -> PyTree:
+    """Arrays of pictures, or of pairs of them, split by rows."""
+    return jax.tree.map(
+        lambda x: Shape(
+            x.shape, x.dtype, sharding=layout.rows(x.shape[0]) if x.ndim else layout.replicated
+        ),
+        tree,
+    )
+
+
+def _shard_bytes(x: Shape) -> int:
+    return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize

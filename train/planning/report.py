@@ -1,0 +1,184 @@
+"""What a plan found, as numbers and as text for a person."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from train.planning.chips import Chip
+from train.planning.hlo import KINDS, Program
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on one device while the program runs."""
+
+    arguments: int
+    outputs: int
+    aliased: int
+    """Of the outputs, what takes the place of arguments."""
+    temporaries: int
+    code: int
+
+    @classmethod
+    def of(cls, compiled: Any) -> "Memory":
+        found = compiled.memory_analysis()
+        return cls(
+            arguments=found.argument_size_in_bytes,
+            outputs=found.output_size_in_bytes,
+            aliased=found.alias_size_in_bytes,
+            temporaries=found.temp_size_in_bytes,
+            code=found.generated_code_size_in_bytes,
+        )
+
+    @property
+    def total(self) -> int:
+        return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bound:
+    """The least time that a call can take, in seconds of each resource, and what follows.
+
+    Arithmetic at the chip's bfloat16 peak; memory reads each argument and writes each output once;
+    the network sends what every device must send, over all of its links at once. None is ever
+    reached: each bound is a floor.
+    """
+
+    compute: float
+    memory: float
+    network: float
+    model: float
+    """`compute` without recomputation."""
+
+    @classmethod
+    def of(
+        cls, chip: Chip, memory: Memory, program: Program, *, model_flops: int, program_flops: int
+    ) -> "Bound":
+        peak = chip.peak * program.devices
+        sent = sum(one.sent for one in program.collectives)
+        return cls(
+            compute=program_flops / peak,
+            memory=(memory.arguments + memory.outputs) / chip.hbm_bandwidth,
+            network=sent / chip.link_bandwidth,
+            model=model_flops / peak,
+        )
+
+    @property
+    def overlapped(self) -> float:
+        """Seconds, if the network works entirely beside the arithmetic."""
+        return max(self.compute, self.memory, self.network)
+
+    @property
+    def in_turn(self) -> float:
+        """Seconds, if it works alone."""
+        return max(self.compute, self.memory) + self.network
+
+    @property
+    def utilisation(self) -> tuple[float, float]:
+        """Model FLOP utilisation at most: if nothing overlaps, and if all does."""
+        return self.model / self.in_turn, self.model / self.overlapped
+
+    @property
+    def network_share(self) -> float:
+        """Of the time in turn."""
+        return self.network / self.in_turn
+
+
+_SECONDS = ("compute", "memory", "network", "overlapped", "in_turn")
+
+
+def moved(program: Program) -> dict[str, dict[str, int | float]]:
+    """By kind of collective: how many run, and the bytes that each device sends for them."""
+    found = {}
+    for kind in KINDS:
+        of_kind = [one for one in program.collectives if one.kind == kind and one.group > 1]
+        if of_kind:
+            found[kind] = {
+                "runs": sum(one.times for one in of_kind),
+                "sent": sum(one.sent for one in of_kind),
+            }
+    return found
+
+
+def size(count: int | float) -> str:
+    """Bytes for a person."""
+    for power, unit in ((3, "GiB"), (2, "MiB")):
+        if count >= 1024**power:
+            return f"{count / 1024**power:,.2f} {unit}"
+    return f"{count / 1024:,.2f} KiB"
+
+
+def operations(count: int | float) -> str:
+    """Floating-point operations for a person."""
+    power, unit = next(
+        ((p, u) for p, u in ((1e15, "P"), (1e12, "T"), (1e9, "G")) if count >= p), (1e6, "M")
+    )
+    return f"{count / power:,.2f} {unit}FLOP"
+
+
+def describe_memory(memory: Memory, parts: dict[str, int], chip: Chip | None) -> Iterator[str]:
+    yield "memory of a device" + (f", which has {size(chip.hbm)}" if chip else "")
+    told = ", ".join(f"{name} {size(count)}" for name, count in parts.items())
+    yield f"  arguments    {size(memory.arguments):>12}   {told}"
+    yield f"  outputs      {size(memory.outputs):>12}   {size(memory.aliased)} in their place"
+    yield f"  temporaries  {size(memory.temporaries):>12}"
+    yield f"  program      {size(memory.code):>12}"
+    verdict = ""
+    if chip:
+        share = memory.total / chip.hbm
+        verdict = f"{'fits' if share <= 1 else 'does not fit'}: {share:.1%}"
+    yield f"  at once      {size(memory.total):>12}   {verdict}".rstrip()
+
+
+def describe_moved(program: Program, per: str) -> Iterator[str]:
+    kinds = moved(program)
+    if not kinds:
+        yield "between devices: nothing moves"
+        return
+    yield f"between devices, a {per}: collectives, and what each device sends for them at least"
+    for kind, one in kinds.items():
+        yield f"  {kind:<18} {one['runs']:>7,} {size(one['sent']):>14}"
+    yield f"  {'in all':<18} {'':>7} {size(sum(one['sent'] for one in kinds.values())):>14}"
+    if program.open_loops:
+        yield "  (a loop whose length is data counts once)"
+
+
+def describe_bound(bound: Bound, chip: Chip) -> Iterator[str]:
+    least, most = bound.utilisation
+    ms = {name: f"{getattr(bound, name) * 1e3:.3g} ms" for name in _SECONDS}
+    yield f"at best, by the published numbers of a {chip.kind} ({chip.source}):"
+    yield f"  arithmetic {ms['compute']}, memory {ms['memory']}, network {ms['network']}"
+    yield f"  all at the same time {ms['overlapped']}: model FLOP utilisation at most {most:.0%}"
+    yield (
+        f"  the network in turn {ms['in_turn']}, its share {bound.network_share:.0%}: "
+        f"at most {least:.0%}"
+    )
+
+
+def advice(
+    memory: Memory | None, parts: dict[str, int], chip: Chip, flags: dict[str, Any]
+) -> Iterator[str]:
+    """What dominates memory, and the flags that would help, the most harmless first."""
+    kept = sum(parts.values())
+    temporaries = memory.temporaries if memory else max(chip.hbm - kept, 0)
+    state_first = kept > temporaries
+    what = max(parts, key=parts.get) if state_first else "what a call makes on its way"
+    yield f"most of it is {what}:"
+    data, model = flags["mesh"]
+    if not state_first:
+        if flags.get("remat") is None and "remat" in flags:
+            yield "  --remat nothing_saveable keeps the inputs of blocks only"
+        rows = flags["rows"] // data
+        if rows > 1:
+            if "accumulate" in flags:
+                yield f"  --accumulate {2 * flags['accumulate']} takes half of the pictures at once"
+            else:
+                yield f"  --batch-size {flags['rows'] // 2} takes half of them"
+        if flags.get("dtype") == "float32":
+            yield "  --dtype bfloat16 takes half for each number"
+        yield f"  --mesh {data}x{2 * model} on twice the devices splits channels too"
+        return
+    if flags.get("optimizer") == "adam" and flags.get("moments") == "float32":
+        yield "  --moments bfloat16 halves the optimiser's part"
+        yield "  --optimizer adafactor has next to none"
+    yield f"  --mesh {2 * data}x{model}, on twice the devices, halves parameters and all like them"
