@@ -201,10 +201,7 @@ class Settings(Watching, Devices, Optimization, Data, Run):
         if self.config is None:
             config = PRESETS[self.preset]()
         else:
-            try:
-                config = ImagenConfig.from_dict(_read(self.config))
-            except TypeError as error:  # a field without a default is not there
-                raise ValueError(f"{self.config}: {error}.") from error
+            config = ImagenConfig.from_dict(_read(self.config))
         changes = {}
         if self.no_captions:
             changes["condition_on_text"] = False
