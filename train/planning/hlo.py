@@ -192,7 +192,7 @@ def _is_one(line: str) -> bool:
 
 def _source(line: str) -> str:
     found = re.search(r'op_name="([^"]*)"', line)
-    return found[1].replace("\\'", "'") if found else ""
+    return found[1].replace("\\'", "'").partition(";")[0] if found else ""
 
 
 def _sizes(shapes: str) -> list[int]:
