@@ -17,17 +17,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-UNET = dict(
-    dim=64,
-    cond_dim=128,
-    dim_mults=(1, 2, 4),
-    num_resnet_blocks=1,
-    layer_attns=(False, True, True),
-    layer_cross_attns=(False, True, True),
-    text_embed_dim=512,
-    max_text_len=32,
-)
-SIZE, ROWS = 32, 8  # pixels, pictures on each device along `data`
+from benchmarks.unet import SIZE, UNET
+
+ROWS = 8  # pictures on each device along `data`
 MIN_SIZE = 4096
 MESHES = ("1x1", "2x1", "4x1", "8x1", "4x2", "2x4")
 
