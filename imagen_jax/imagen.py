@@ -1,4 +1,4 @@
-"""The cascade: `Imagen` holds the U-Nets, and wraps the pure functions of `stages`.
+"""The cascade: `Imagen` holds the U-Nets, and wraps the pure functions of `stages` and `sampling`.
 
     imagen = Imagen(config, rngs=nnx.Rngs(0))
     loss = imagen.loss(images, text_embeds=embeds, unet_number=1, key=key)
@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 from PIL import Image as PILImage
 
-from imagen_jax import nn, stages, text
+from imagen_jax import nn, sampling, stages, text
 from imagen_jax.config import ImagenConfig, NullUnetConfig
 from imagen_jax.diffusion import samplers
 from imagen_jax.resize import resize
@@ -179,7 +179,7 @@ class Imagen(nnx.Module):
             i = number - 1
             if isinstance(self.unets[i], nn.NullUnet):
                 raise ValueError(f"U-Net {number} has no weights: there is nothing to sample from.")
-            program = stages.Program(
+            program = sampling.Program(
                 config=config,
                 unet_number=number,
                 dtype=self.unets[i].dtype,
@@ -219,7 +219,7 @@ class Imagen(nnx.Module):
 
 def sample_stage(
     params,
-    program: stages.Program,
+    program: sampling.Program,
     *,
     batch_size: int,
     num_steps: int,
@@ -232,7 +232,7 @@ def sample_stage(
     progress: Progress | None = None,
     **given,
 ) -> Image:
-    """Runs one stage: prepares, loops in slices and finishes. `given` goes to `stages.start`."""
+    """Runs one stage: prepares, loops in slices and finishes. `given` goes to `sampling.start`."""
     grid = samplers.make_grid(num_steps, program.stage.noise_schedule, skip_steps=skip_steps)
     total = int(grid.num_steps)
     percentile = program.config.dynamic_thresholding_percentile
@@ -240,8 +240,8 @@ def sample_stage(
     if noises is not None:
         _check_noises(noises, total, given)
     drawn = dict(program=program, key=key, noises=noises)
-    carry, conditioning = stages.start(params, batch_size=batch_size, **drawn, **given)
-    numbers = stages.Guidance(
+    carry, conditioning = sampling.start(params, batch_size=batch_size, **drawn, **given)
+    numbers = sampling.Guidance(
         *(jnp.float32(number) for number in (cond_scale, keep_parallel_frac, percentile, eta))
     )
     stride = -(-total // SLICES)
@@ -249,14 +249,14 @@ def sample_stage(
         last = min(first + stride, total)
         if progress is not None:
             progress(program.unet_number, first, total)
-        carry = stages.advance(
+        carry = sampling.advance(
             params, carry, conditioning, numbers, grid, np.int32(first), np.int32(last), **drawn
         )
         if progress is not None:
             jax.block_until_ready(carry)
     if progress is not None:
         progress(program.unet_number, total, total)
-    return stages.finish(carry, conditioning, config=program.config)
+    return sampling.finish(carry, conditioning, config=program.config)
 
 
 def to_pil(images: Float[AnyArray, "b h w c"]) -> list[PILImage.Image]:

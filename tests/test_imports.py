@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LEAVES = {"types", "fields", "config", "presets", "resize", "sharding"}
-THEORY = LEAVES | {"diffusion", "nn", "text", "stages", "imagen"}
+THEORY = LEAVES | {"diffusion", "nn", "text", "stages", "sampling", "imagen"}
 ALL = THEORY | {"checkpoint", "interop", "data", "commands", "distributed", "flops", "imagen_jax"}
 MAY_IMPORT = {
     "types": set(),
@@ -24,7 +24,8 @@ MAY_IMPORT = {
     "nn": LEAVES,
     "text": LEAVES | {"interop.torch_file"},
     "stages": LEAVES | {"diffusion", "nn"},
-    "imagen": LEAVES | {"diffusion", "nn", "text", "stages"},
+    "sampling": LEAVES | {"diffusion", "nn", "stages"},
+    "imagen": LEAVES | {"diffusion", "nn", "text", "stages", "sampling"},
     "checkpoint": THEORY,
     "interop": THEORY | {"checkpoint", "commands", "interop.torch_file"},
     "interop.torch_file": set(),

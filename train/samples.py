@@ -1,14 +1,15 @@
 """Grids of samples from the averaged weights while a run goes on."""
 
 import itertools
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 
-from imagen_jax import distributed, stages
+from imagen_jax import distributed, sampling, stages
 from imagen_jax.config import ImagenConfig
 from imagen_jax.data import labelled_grid, pad_embeds
-from imagen_jax.imagen import sample_stage
+from imagen_jax.imagen import Progress, sample_stage
 from imagen_jax.types import Params
 from train.feed import Feed
 from train.settings import Settings
@@ -23,10 +24,11 @@ def write_samples(
     feed: Feed,
     params: Params,
     step: int,
+    progress: Progress | None = None,
 ) -> None:
     """RUN/samples/unetN-STEP.png: samples for the first captions, above the real pictures.
 
-    Super-resolution enlarges the real pictures, shrunk.
+    Super-resolution enlarges the real pictures, shrunk. Raise in `progress` to stop.
     """
     stage = config.stage(unet_number)
     records, pictures = zip(*itertools.islice(feed.usable(feed.train), SHOWN), strict=True)
@@ -42,7 +44,7 @@ def write_samples(
         told["previous"] = stages.shrink(config, stage, stages.to_float(real))
         told["lowres_noise_level"] = jnp.float32(config.lowres_sample_noise_level)
     guided = config.condition_on_text and settings.cond_scale != 1
-    program = stages.Program(
+    program = sampling.Program(
         config=config, unet_number=unet_number, dtype=settings.compute_dtype, guided=guided
     )
     with feed.layout.use():
@@ -53,6 +55,7 @@ def write_samples(
             key=feed.layout.key(settings.seed),
             num_steps=settings.sample_steps,
             cond_scale=settings.cond_scale,
+            progress=progress,
             **told,
         )
     images = feed.layout.fetch(images)
@@ -60,6 +63,12 @@ def write_samples(
     rows = [("sampled", list(images), captions), ("real", list(real), captions)]
     if not distributed.talks():
         return
-    path = settings.run / "samples" / f"unet{unet_number}-{step:07d}.png"
+    path = picture_path(settings, unet_number, step)
     path.parent.mkdir(parents=True, exist_ok=True)
-    labelled_grid(rows).save(path)
+    partial = path.with_suffix(".partial")
+    labelled_grid(rows).save(partial, format="png")
+    partial.replace(path)
+
+
+def picture_path(settings: Settings, unet_number: int, step: int) -> Path:
+    return settings.run / "samples" / f"unet{unet_number}-{step:07d}.png"

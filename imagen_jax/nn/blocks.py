@@ -1,4 +1,4 @@
-"""Residual convolution blocks, and the levels of the U-Net that are made of them."""
+"""Residual convolution blocks."""
 
 import jax
 import jax.numpy as jnp

@@ -24,19 +24,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from imagen_jax.config import UnetConfig
-from imagen_jax.nn.attention import KeyValue, PerceiverResampler, Transformer
+from imagen_jax.nn import levels
+from imagen_jax.nn.attention import KeyValue
 from imagen_jax.nn.blocks import ConvBlock, ResnetBlock
-from imagen_jax.nn.layers import (
-    ConvPair,
-    CrossEmbed,
-    FourierFeatures,
-    NearestUpsample,
-    PixelShuffle,
-    PixelUnshuffle,
-    affine_layer_norm,
-    conv,
-    linear,
-)
+from imagen_jax.nn.embeddings import TextEmbedding, TimeEmbedding
+from imagen_jax.nn.layers import CrossEmbed, affine_layer_norm, conv, linear
+from imagen_jax.nn.transformer import PerceiverResampler, Transformer
 from imagen_jax.resize import resize
 from imagen_jax.sharding import constrain
 from imagen_jax.types import (
@@ -61,56 +54,6 @@ class TextCond(NamedTuple):
     downs: list[tuple[KeyValue | None, list[KeyValue] | None]]
     mids: list[KeyValue]
     ups: list[tuple[KeyValue | None, list[KeyValue] | None]]
-
-
-class TimeEmbedding(nnx.Module):
-    """A log-SNR as a conditioning vector and as tokens."""
-
-    def __init__(self, config: UnetConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        features, width = config.learned_sinu_pos_emb_dim, config.time_cond_dim
-        self.tokens = config.num_time_tokens
-        self.fourier = FourierFeatures(features, rngs=rngs)
-        self.to_hiddens = linear(features + 1, width, dtype=dtype, rngs=rngs)
-        self.to_cond = linear(width, width, dtype=dtype, rngs=rngs)
-        self.to_tokens = linear(width, config.token_dim * self.tokens, dtype=dtype, rngs=rngs)
-
-    def __call__(self, log_snr: LogSNR) -> tuple[Float[Array, "b k"], Float[Array, "b r d"]]:
-        hiddens = nnx.silu(self.to_hiddens(self.fourier(log_snr)))
-        tokens = constrain(self.to_tokens(hiddens), "batch")
-        return constrain(self.to_cond(hiddens), "batch"), tokens.reshape(
-            tokens.shape[0], self.tokens, -1
-        )
-
-
-class TextEmbedding(nnx.Module):
-    """The mean of the text tokens as a conditioning vector (`to_text_non_attn_cond`)."""
-
-    def __init__(self, c_in: int, c_out: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.norm = affine_layer_norm(c_in, dtype=dtype, rngs=rngs)
-        self.expand = linear(c_in, c_out, dtype=dtype, rngs=rngs)
-        self.project = linear(c_out, c_out, dtype=dtype, rngs=rngs)
-
-    def __call__(self, x: Float[Array, "b d"]) -> Float[Array, "b k"]:
-        return constrain(self.project(nnx.silu(self.expand(self.norm(x)))), "batch")
-
-
-class Level(nnx.Module):
-    """One resolution on the way down or up: residual blocks, then attention.
-
-    `before` and `after` change the resolution; which of them exist depends on the direction and
-    on `memory_efficient`, where the way down halves first.
-    """
-
-    def __init__(self, *, before=None, init_block, resnets, attn=None, after=None):
-        self.before = before
-        self.init_block = init_block
-        self.resnets = nnx.List(resnets)
-        self.attn = attn
-        self.after = after
-
-    def project_context(self, tokens: Array) -> tuple[KeyValue | None, list[KeyValue] | None]:
-        attn = None if self.attn is None else self.attn.project_context(tokens)
-        return self.init_block.project_context(tokens), attn
 
 
 class Unet(nnx.Module):
@@ -151,20 +94,19 @@ class Unet(nnx.Module):
             if config.memory_efficient
             else None
         )
-        self.downs = nnx.List(self._down(config, i, cond, make) for i in range(_depth(config)))
-        mid = config.dims[-1]
+        count = len(config.dim_mults)
+        self.downs = nnx.List(levels.down(config, i, **make) for i in range(count))
+        mid, heads = config.dims[-1], levels.heads_of(config)
         # As in the reference, the cross-attention here has 8 heads of 64 whatever the config says.
         self.mid_block1 = ResnetBlock(mid, mid, cond_dim=config.token_dim, **cond)
         depth = config.layer_mid_attns_depth if config.attend_at_middle else 0
         self.mid_attn = (
-            Transformer(mid, depth=depth, ff_mult=2.0, context_dim=None, **_heads(config), **make)
+            Transformer(mid, depth=depth, ff_mult=2.0, context_dim=None, **heads, **make)
             if depth
             else None
         )
         self.mid_block2 = ResnetBlock(mid, mid, cond_dim=config.token_dim, **cond)
-        self.ups = nnx.List(
-            self._up(config, i, cond, make) for i in reversed(range(_depth(config)))
-        )
+        self.ups = nnx.List(levels.up(config, i, **make) for i in reversed(range(count)))
         self._make_final(config, cond, make)
 
     def _make_text(self, config: UnetConfig, **make) -> None:
@@ -177,65 +119,12 @@ class Unet(nnx.Module):
         self.norm_cond = affine_layer_norm(width, **make)
         latents, text = config.attn_pool_num_latents, config.cond_on_text
         self.attn_pool = (
-            PerceiverResampler(width, num_latents=latents, **_heads(config), **make)
+            PerceiverResampler(width, num_latents=latents, **levels.heads_of(config), **make)
             if config.attn_pool_text
             else None
         )
         self.text_to_cond = linear(config.text_embed_dim, width, **make) if text else None
         self.text_embedding = TextEmbedding(width, config.time_cond_dim, **make) if text else None
-
-    @staticmethod
-    def _blocks(config: UnetConfig, i: int, c_in: int, c_out: int, cond: dict, make: dict) -> dict:
-        """Residual blocks and attention of level `i`, in either direction."""
-        linear_cross = config.levels("use_linear_cross_attn")[i]
-        attends = config.levels("layer_cross_attns")[i] or linear_cross
-        full, linear_attn = (config.levels(f)[i] for f in ("layer_attns", "use_linear_attn"))
-        attn = None
-        if full or linear_attn:
-            attn = Transformer(
-                c_out,
-                depth=config.levels("layer_attns_depth")[i],
-                linear_attn=not full,
-                ff_mult=config.ff_mult,
-                context_dim=config.token_dim,
-                **_heads(config),
-                **make,
-            )
-        init_block = ResnetBlock(
-            c_in,
-            c_out,
-            cond_dim=config.token_dim if attends else None,
-            linear_attn=linear_cross,
-            **_heads(config),
-            **cond,
-        )
-        resnets = [
-            ResnetBlock(c_in, c_out, use_gca=config.use_global_context_attn, **cond)
-            for _ in range(config.levels("num_resnet_blocks")[i])
-        ]
-        return dict(init_block=init_block, resnets=resnets, attn=attn)
-
-    def _down(self, config: UnetConfig, i: int, cond: dict, make: dict) -> Level:
-        c_in, c_out = config.dims[i : i + 2]
-        if config.cross_embed_downsample:
-            sizes = config.cross_embed_downsample_kernel_sizes
-            halve = functools.partial(CrossEmbed, kernel_sizes=sizes, stride=2)
-        else:
-            halve = PixelUnshuffle
-        if config.memory_efficient:
-            before = halve(c_in, c_out, **make)
-            return Level(before=before, **self._blocks(config, i, c_out, c_out, cond, make))
-        blocks = self._blocks(config, i, c_in, c_in, cond, make)
-        last = i == _depth(config) - 1
-        return Level(after=(ConvPair if last else halve)(c_in, c_out, **make), **blocks)
-
-    def _up(self, config: UnetConfig, i: int, cond: dict, make: dict) -> Level:
-        c_out, c_in = config.dims[i : i + 2]
-        skip = c_in if config.memory_efficient else c_out
-        blocks = self._blocks(config, i, c_in + skip, c_in, cond, make)
-        double = PixelShuffle if config.pixel_shuffle_upsample else NearestUpsample
-        stays = i == 0 and not config.memory_efficient
-        return Level(after=None if stays else double(c_in, c_out, **make), **blocks)
 
     def _make_final(self, config: UnetConfig, cond: dict, make: dict) -> None:
         dim, combine = config.dim, config.combine_upsample_fmaps
@@ -246,7 +135,8 @@ class Unet(nnx.Module):
             if combine
             else None
         )
-        width = dim * (1 + combine * _depth(config) + config.init_conv_to_final_conv_residual)
+        parts = 1 + combine * len(config.dim_mults) + config.init_conv_to_final_conv_residual
+        width = dim * parts
         self.final_res_block = (
             ResnetBlock(width, dim, use_gca=True, **cond) if config.final_resnet_block else None
         )
@@ -467,14 +357,6 @@ class NullUnet(nnx.Module):
 def _join(parts: list[Array]) -> Array:
     """Channels side by side, whole: split ones would have to be dealt to the devices anew."""
     return jnp.concatenate([constrain(part, "batch") for part in parts], axis=-1)
-
-
-def _depth(config: UnetConfig) -> int:
-    return len(config.dim_mults)
-
-
-def _heads(config: UnetConfig) -> dict[str, int]:
-    return dict(dim_head=config.attn_dim_head, heads=config.attn_heads)
 
 
 def _keep_mask(

@@ -15,7 +15,7 @@ from jax.extend.core import Jaxpr, jaxprs_in_params
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
-from imagen_jax import flops, nn, stages, text
+from imagen_jax import flops, nn, sampling, text
 from imagen_jax.config import ImagenConfig
 from imagen_jax.diffusion import samplers
 from imagen_jax.sharding import Layout
@@ -88,7 +88,7 @@ def sampling_step(
 ) -> Planned:
     """One step of the compiled loop that `Imagen.sample` runs; guided where there is text."""
     stage = config.stage(unet_number)
-    program = stages.Program(
+    program = sampling.Program(
         config=config, unet_number=unet_number, dtype=dtype, guided=config.condition_on_text
     ).without_numbers()
     params = layout.targets(nn.abstract(stage.unet)[1])
@@ -101,20 +101,20 @@ def sampling_step(
     key, whole = _key(layout), Shape((), jnp.int32, sharding=layout.replicated)
 
     def begin(params, key, told):
-        return stages.start(params, program=program, batch_size=batch_size, key=key, **told)
+        return sampling.start(params, program=program, batch_size=batch_size, key=key, **told)
 
     carry, conditioning = _by_rows(jax.eval_shape(begin, params, key, told), layout)
-    numbers = stages.Guidance(*[Shape((), jnp.float32, sharding=layout.replicated)] * 4)
+    numbers = sampling.Guidance(*[Shape((), jnp.float32, sharding=layout.replicated)] * 4)
     grid = samplers.make_grid(stage.timesteps, stage.noise_schedule)
     grid = jax.tree.map(lambda x: Shape(x.shape, x.dtype, sharding=layout.replicated), grid)
     with layout.use():
-        traced = stages.advance.trace(
+        traced = sampling.advance.trace(
             params, carry, conditioning, numbers, grid, whole, whole, program=program, key=key
         )
 
     def once(params, carry, conditioning, numbers, log_snr):
         unet = nn.bind(stage.unet, params, dtype=dtype)
-        return stages.denoiser(unet, conditioning, numbers, program)(carry.x, log_snr)
+        return sampling.denoiser(unet, conditioning, numbers, program)(carry.x, log_snr)
 
     log_snr = Shape((batch_size,), jnp.float32)
     arithmetic = flops.count(once, params, carry, conditioning, numbers, log_snr)
