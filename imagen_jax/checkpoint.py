@@ -8,13 +8,18 @@
     RUN/metrics.jsonl, RUN/samples/   written by training
 
 Orbax writes a step to a temporary name and renames it when it is whole, so that whatever a crash
-or a full disk leaves behind, the newest whole step is found.
+or a full disk leaves behind, the newest whole step is found. A power cut can leave the new name
+with files that never reached the disk: an empty file marks a torn step, which is passed over.
+`--resume` also passes over steps that cannot be read (`Damaged`).
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import os
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +36,10 @@ from imagen_jax.sharding import Layout
 from imagen_jax.types import Params
 
 Weights = Literal["ema", "online"]
+
+
+class Damaged(ValueError):
+    """A step is there, and cannot be read."""
 
 
 def stage_path(run: str | os.PathLike, unet_number: int) -> Path:
@@ -59,16 +68,31 @@ def write_config(
     A run directory holds one cascade. Raises ValueError, and writes nothing, if it holds another.
     """
     path = Path(run) / "config.json"
-    check_config(run, config)
-    data = _read_json(run) if path.exists() else {}
-    data["imagen"] = config.to_dict()
-    data["training"] = data.get("training", {}) | dict(training or {})
-    if origin is not None:
-        data["origin"] = dict(origin)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(data, indent=2) + "\n")
-    partial.replace(path)
+    with _alone(path.parent):
+        check_config(run, config)
+        data = _read_json(run) if path.exists() else {}
+        data["imagen"] = config.to_dict()
+        data["training"] = data.get("training", {}) | dict(training or {})
+        if origin is not None:
+            data["origin"] = dict(origin)
+        partial = path.with_suffix(".partial")
+        with partial.open("w") as file:
+            file.write(json.dumps(data, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut may leave the new name with nothing in it
+        partial.replace(path)
+
+
+@contextlib.contextmanager
+def _alone(run: Path) -> Iterator[None]:
+    """One process at a time: stages of a cascade may be trained side by side in one directory."""
+    folder = os.open(run, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
 
 
 def check_config(run: str | os.PathLike, config: ImagenConfig) -> None:
@@ -125,16 +149,32 @@ def save_step(
     manager.save(step, args=args)
 
 
+def steps(run: str | os.PathLike, unet_number: int) -> list[int]:
+    """The steps of a U-Net in a run, the newest first, torn ones among them."""
+    path = stage_path(run, unet_number)
+    return sorted(ocp.utils.checkpoint_steps(path), reverse=True) if path.is_dir() else []
+
+
 def latest_step(run: str | os.PathLike, unet_number: int) -> int | None:
     """The newest whole step of a U-Net in a run, None if there is none."""
     path = stage_path(run, unet_number)
-    return max(ocp.utils.checkpoint_steps(path), default=None) if path.is_dir() else None
+    whole = (step for step in steps(run, unet_number) if not _torn(path / str(step)))
+    return next(whole, None)
+
+
+def set_aside(run: str | os.PathLike, unet_number: int, step: int) -> Path:
+    """Renames a step that cannot be read, so that its number is free."""
+    path = stage_path(run, unet_number) / str(step)
+    aside = path.with_name(f"{step}.damaged")
+    shutil.rmtree(aside, ignore_errors=True)
+    return path.rename(aside)
 
 
 def restore(run: str | os.PathLike, unet_number: int, step: int, item: str, target: Any) -> Any:
     """One tree of a step, placed as the `ShapeDtypeStruct`s of `target` say.
 
-    Raises ValueError if the step is not there or holds a tree of other shapes.
+    Raises ValueError if the step is not there, `Damaged` if it cannot be read or holds a tree of
+    other shapes.
     """
     path = stage_path(run, unet_number) / str(step) / item
     if not path.is_dir():
@@ -143,19 +183,19 @@ def restore(run: str | os.PathLike, unet_number: int, step: int, item: str, targ
         try:
             return checkpointer.restore(path, target)
         except (ValueError, KeyError, OSError) as error:
-            raise ValueError(
+            raise Damaged(
                 f"{path} is damaged, or of another architecture: {_first_line(error)}"
             ) from error
 
 
 def read_meta(run: str | os.PathLike, unet_number: int, step: int) -> dict[str, Any]:
-    """What training wrote beside the arrays of a step. Raises ValueError if that is damaged."""
+    """What training wrote beside the arrays of a step. Raises `Damaged`."""
     path = stage_path(run, unet_number) / str(step) / "meta"
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
         try:
             return checkpointer.restore(path)
         except (ValueError, OSError) as error:
-            raise ValueError(f"{path} is damaged: {_first_line(error)}") from error
+            raise Damaged(f"{path} is damaged: {_first_line(error)}") from error
 
 
 def load_params(
@@ -221,6 +261,11 @@ def save(run: str | os.PathLike, imagen: Imagen, *, step: int = 0) -> None:
         params = nnx.to_pure_dict(nnx.split(unet)[1])
         with open_manager(run, number) as manager:
             save_step(manager, step, {"params": params}, {"step": step})
+
+
+def _torn(step: Path) -> bool:
+    """Whether a file is empty: Orbax writes none."""
+    return any(file.is_file() and not file.stat().st_size for file in step.rglob("*"))
 
 
 def _first_line(error: Exception) -> str:

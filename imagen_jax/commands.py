@@ -32,12 +32,15 @@ def run(main: Callable[[], None]) -> None:
             raise
         sys.exit(f"error: {error}")
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if "RESOURCE_EXHAUSTED" in str(error):
+            sys.exit(
+                "error: the device's memory is full: a smaller --batch-size may fit; in training "
+                "also --accumulate, --remat nothing_saveable or --dtype bfloat16."
+            )
+        if jax.process_count() == 1 or os.environ.get("IMAGEN_JAX_TRACEBACK"):
             raise
-        sys.exit(
-            "error: the device's memory is full: a smaller --batch-size may fit; in training also "
-            "--accumulate, --remat nothing_saveable or --dtype bfloat16."
-        )
+        first = str(error).strip().splitlines()[0]
+        sys.exit(f"error: another process has stopped, or is out of reach: {first}")
     except KeyboardInterrupt:
         sys.exit("interrupted")
 

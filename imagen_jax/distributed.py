@@ -4,13 +4,16 @@ Call `start` before anything touches a device. Every process then runs the same 
 order on its own rows; process 0 alone talks and writes what is not an array.
 """
 
+import contextlib
 import importlib.util
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 
 def start(
@@ -37,6 +40,8 @@ def start(
             "to find the other pods of a Kubernetes job: pip install 'imagen-jax[k8s]'. Or give "
             "--coordinator, --process-id and --num-processes; --num-processes 1 to stay alone."
         )
+    # It would take SIGTERM for itself; train/interrupt.py hears it, and agrees with the others.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             coordinator,
@@ -55,6 +60,37 @@ def start(
 def talks() -> bool:
     """Whether this is the one process that prints, and writes what is not an array."""
     return jax.process_index() == 0
+
+
+def gather(text: str) -> list[str]:
+    """What every process says, in their order. All of them must ask."""
+    if jax.process_count() == 1:
+        return [text]
+    own = np.frombuffer(text.encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.int32(own.size))
+    padded = np.zeros(max(lengths.max(), 1), np.uint8)
+    padded[: own.size] = own
+    every = multihost_utils.process_allgather(padded)
+    return [bytes(row[:n]).decode() for row, n in zip(every, lengths, strict=True)]
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """What goes wrong inside in one process goes wrong in all: none is left to wait for it.
+
+    Nothing inside may wait for the others. Raises what was raised, and ValueError elsewhere.
+    """
+    error = None
+    try:
+        yield
+    except (ValueError, OSError) as raised:
+        error = raised
+    said = gather("" if error is None else str(error))
+    if error is not None:
+        raise error
+    for number, text in enumerate(said):
+        if text:
+            raise ValueError(f"process {number}: {text}")
 
 
 def in_cluster(environment: Mapping[str, str]) -> bool:

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -112,6 +113,24 @@ def test_another_cascade_is_refused(copy):
     checkpoint.write_config(copy, CASCADE, {"unet2": {"steps": 9}})
     training = json.loads((copy / "config.json").read_text())["training"]
     assert training == {"unet1": {"steps": 2}, "unet2": {"steps": 9}}
+
+
+def test_stages_trained_side_by_side_write_one_configuration(copy):
+    def write(name):
+        for steps in range(100):
+            checkpoint.write_config(copy, CASCADE, {name: {"steps": steps}})
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(write, ("unet1", "unet2")))
+    training = json.loads((copy / "config.json").read_text())["training"]
+    assert training == {"unet1": {"steps": 99}, "unet2": {"steps": 99}}
+
+
+def test_a_step_torn_by_a_power_cut_is_none(copy):
+    (copy / "unet1" / "2" / "ema" / "_METADATA").write_text("")
+    assert checkpoint.steps(copy, 1) == [2, 1]
+    assert checkpoint.latest_step(copy, 1) == 1
+    assert_equal(loaded(copy), params_of(11))
 
 
 def test_half_a_step_is_none(copy):

@@ -4,6 +4,7 @@ import collections
 import contextlib
 import signal
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from types import FrameType
 
 import jax
@@ -11,6 +12,10 @@ import jax
 from imagen_jax.sharding import Layout
 
 DELAY = 2  # steps after which processes look at each other's answers, so that none of them waits
+
+
+class Stopped(Exception):
+    """A signal was heard in the middle of something that can be done again."""
 
 
 class Interrupt:
@@ -38,11 +43,14 @@ class Interrupt:
 
     @contextlib.contextmanager
     def kept_from_children(self) -> Iterator[None]:
-        """Processes started inside never hear Ctrl-C, which a terminal sends to all: they work on
-        until this one ends them. While inside, this one does not hear it either."""
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        yield
-        signal.signal(signal.SIGINT, handler)
+        """Processes started inside never hear these signals, which a terminal sends to all (Slurm
+        too): they work on until this one ends them. This one hears them when it comes out."""
+        resource_tracker.ensure_running()  # started inside, it would lift the block
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, self.SIGNALS)
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number).name

@@ -22,10 +22,10 @@ from imagen_jax.sharding import Layout, make_layout
 from train import restore
 from train.announce import announce
 from train.feed import Feed
-from train.interrupt import Interrupt
-from train.metrics import Metrics, Window
+from train.interrupt import Interrupt, Stopped
+from train.metrics import Metrics, Window, read
 from train.profile import Profile
-from train.samples import write_samples
+from train.samples import picture_path, write_samples
 from train.settings import Settings
 from train.state import TrainState
 from train.step import LOG_SNR_EDGES, make_eval_step, make_train_step, step_flops
@@ -43,18 +43,19 @@ def run(settings: Settings, unet_number: int, layout: Layout | None = None) -> b
         return True
     _check_stage(config, unet_number)
     checkpoint.check_config(settings.run, config)
-    existing = checkpoint.latest_step(settings.run, unet_number)
+    layout = layout or make_layout(settings.mesh, rows=settings.rows)
+    existing, whole = restore.newest_steps(settings.run, unet_number)
     if existing is not None and not settings.resume:
         raise ValueError(
             f"{settings.run}/unet{unet_number} is at step {existing}: continue with --resume, or "
             "choose another --workdir."
         )
-    if existing is not None and existing >= settings.steps:
-        print(f"U-Net {unet_number} in {settings.run} has all of its {existing} steps.")
+    if whole is not None and whole >= settings.steps and not missing(settings, unet_number, whole):
+        print(f"U-Net {unet_number} in {settings.run} has all of its {whole} steps.")
         return True
-    layout = layout or make_layout(settings.mesh, rows=settings.rows)
-    feed = Feed.open(config, unet_number, settings, layout)
-    record = settings.record() | {"pictures": len(feed.train)}
+    with distributed.together():
+        feed = Feed.open(config, unet_number, settings, layout)
+    record = settings.record() | {"pictures": len(feed.train), "order": feed.train.fingerprint()}
     with Metrics(
         settings.run,
         unet_number,
@@ -64,17 +65,41 @@ def run(settings: Settings, unet_number: int, layout: Layout | None = None) -> b
     ) as metrics:
         announce(config, unet_number, settings, feed)
         if existing is None:
-            state = restore.begin(config, unet_number, settings, layout)
+            begun = restore.begin(config, unet_number, settings, layout)
         else:
-            state = restore.resume(config, unet_number, settings, layout, existing, record)
+            begun = restore.resume(config, unet_number, settings, layout, record)
         if distributed.talks():
             checkpoint.write_config(settings.run, config, {f"unet{unet_number}": record})
+        restore.check_shared(settings.run)
         with (
             checkpoint.open_manager(settings.run, unet_number, keep=settings.keep) as manager,
             Interrupt() as interrupt,
         ):
-            trainer = Trainer(config, unet_number, settings, layout, feed, metrics, manager, record)
-            return trainer.train(state, interrupt)
+            trainer = Trainer(
+                config, unet_number, settings, layout, feed, metrics, manager, interrupt, record
+            )
+            return trainer.train(begun)
+
+
+def due(settings: Settings, step: int) -> set[str]:
+    """What is to be looked at after a step: "evaluation", "samples"."""
+    last, found = step == settings.steps, set()
+    if last or step % settings.eval_every == 0:
+        found.add("evaluation")
+    if settings.sample_every and step and (last or step % settings.sample_every == 0):
+        found.add("samples")
+    return found
+
+
+def missing(settings: Settings, unet_number: int, step: int) -> set[str]:
+    """Of what is due at a step, what an interrupted run has not left; as process 0 sees it."""
+    found = due(settings, step)
+    evaluated = dict(unet=unet_number, step=step, kind="eval/train")
+    if any(evaluated.items() <= line.items() for line in read(settings.run)):
+        found.discard("evaluation")
+    if picture_path(settings, unet_number, step).exists():
+        found.discard("samples")
+    return set(json.loads(distributed.gather(json.dumps(sorted(found)))[0]))
 
 
 @dataclasses.dataclass
@@ -88,17 +113,18 @@ class Trainer:
     feed: Feed
     metrics: Metrics
     manager: ocp.CheckpointManager
+    interrupt: Interrupt
     record: Mapping[str, Any]
     saving: int | None = None  # the last step whose writing began
+    stopped_by: str | None = None  # the signal that was heard
 
-    def train(self, state: TrainState, interrupt: Interrupt) -> bool:
-        settings = self.settings
+    def train(self, begun: restore.Begun) -> bool:
+        settings, state = self.settings, begun.state
         step_fn = make_train_step(self.config, self.unet_number, settings, self.layout)
         self.evaluate_fn = make_eval_step(self.config, self.unet_number, settings, self.layout)
         key = self.layout.key(settings.seed)
-        first = int(state.step)
-        if first == 0:
-            self.evaluate(state, 0)
+        step = first = int(state.step)
+        self.watch(missing(settings, self.unet_number, first), state, first)
         options = dict(start_step=first, flip=settings.flip, workers=settings.workers)
         with (
             self.feed.batches(self.feed.train, **options) as batches,
@@ -113,37 +139,54 @@ class Trainer:
             Profile(settings.run / "profile", settings.profile) as profile,
         ):
             if settings.workers:
-                with interrupt.kept_from_children():
+                with self.interrupt.kept_from_children():
                     batches = itertools.chain([next(batches)], batches)
-            window = Window(settings, self.ideal_seconds())
-            for step in range(first + 1, settings.steps + 1):
+            window = Window(settings, self.ideal_seconds(), begun.measured)
+            while step < settings.steps and self.stopped_by is None:
+                step += 1
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):
                     state, measured = step_fn(state, self.feed.to_device(next(batches)), key)
                 window.add(step, measured)
                 profile.after(step, measured)
                 bar.update()
-                stopped_by = interrupt.heard(self.layout)
-                last = step == settings.steps
-                saves = last or stopped_by is not None or step % settings.save_every == 0
-                if saves or step % settings.log_every == 0:
-                    values = window.close()
+                self.stopped_by = self.interrupt.heard(self.layout)
+                last, on_line = step == settings.steps, step % settings.log_every == 0
+                if last or on_line:
+                    values = window.line(step)
                     bar.set_postfix(loss=f"{values['loss']:.4f}")
                     self.metrics.write(step, "train", values)
-                if saves:
+                if on_line:
+                    window.restart()
+                if last or self.stopped_by is not None or step % settings.save_every == 0:
                     with window.pause():
-                        self.save(step, state)
-                if stopped_by is not None:
-                    break
-                if last or step % settings.eval_every == 0:
-                    with window.pause():
-                        self.evaluate(state, step)
-                if settings.sample_every and (last or step % settings.sample_every == 0):
-                    with window.pause():
-                        write_samples(
-                            self.config, self.unet_number, settings, self.feed, state.ema, step
-                        )
+                        self.save(step, state, window.fetch())
+                with window.pause():
+                    self.watch(due(settings, step), state, step)
+                if self.stopped_by is not None and self.saving != step:
+                    self.save(step, state, window.fetch())
         self.wait()
-        return self.report(step, stopped_by)
+        return self.report(step, first)
+
+    def watch(self, wanted: set[str], state: TrainState, step: int) -> None:
+        """Evaluates and draws, unless a signal is heard: a resumed run makes up for it."""
+        if self.stopped_by is not None:
+            return
+        try:
+            if "evaluation" in wanted:
+                self.evaluate(state, step)
+            if "samples" in wanted:
+                write_samples(
+                    *(self.config, self.unet_number, self.settings, self.feed, state.ema, step),
+                    progress=self.listen,
+                )
+        except Stopped:
+            pass
+
+    def listen(self, *_) -> None:
+        """Raises Stopped if a signal was heard."""
+        self.stopped_by = self.interrupt.heard(self.layout)
+        if self.stopped_by is not None:
+            raise Stopped
 
     def ideal_seconds(self) -> float | None:
         """What a step would take at the peak of the devices, if that is known."""
@@ -154,17 +197,22 @@ class Trainer:
         work = step_flops(self.config, self.unet_number, self.settings)
         return work / (peak * len(devices))
 
-    def report(self, step: int, stopped_by: str | None) -> bool:
+    def report(self, step: int, first: int) -> bool:
         """Says what was skipped, and how to go on after a signal: then False."""
-        if self.feed.skipped:
-            print(f"skipped {len(self.feed.skipped)} of {self.feed.count} pictures, named above")
-        if stopped_by is None:
-            print(f"U-Net {self.unet_number} is at step {step}, saved in {self.settings.run}.")
+        run, skipped = self.settings.run, {}
+        for text in distributed.gather(json.dumps(self.feed.skipped)):
+            skipped |= json.loads(text)
+        for key in skipped.keys() - self.feed.skipped.keys():
+            print(f"skipped {key}: {skipped[key]}")
+        if skipped:
+            print(f"skipped {len(skipped)} of {self.feed.count} pictures, named above")
+        if self.stopped_by is None:
+            print(f"U-Net {self.unet_number} is at step {step}, saved in {run}.")
             return True
-        print(
-            f"{stopped_by}: stopped after step {step}, saved in {self.settings.run}. "
-            "Go on with the same command and --resume."
-        )
+        where = f"stopped after step {step}, saved in {run}"
+        if step == 0:
+            where = "stopped before the first step, nothing to save"
+        print(f"{self.stopped_by}: {where}. Go on with the same command and --resume.")
         return False
 
     def evaluate(self, state: TrainState, step: int) -> None:
@@ -177,17 +225,18 @@ class Trainer:
                 key = jax.random.fold_in(self.layout.key(0), i)
                 more = self.evaluate_fn(state.ema, batch, key)
                 sums, counts = sums + np.asarray(more[0]), counts + np.asarray(more[1])
+                self.listen()
             values = {"loss": float(sums.sum() / counts.sum())}
             for label, total, count in zip(bin_labels(), sums, counts, strict=True):
                 values[f"loss[{label}]"] = float(total / count) if count else None
             self.metrics.write(step, f"eval/{name}", values)
 
-    def save(self, step: int, state: TrainState) -> None:
+    def save(self, step: int, state: TrainState, measured: list[dict[str, float]]) -> None:
         """Begins to write a step, once the one before is whole."""
         self.wait()
         self.saving = step
         trees = {name: getattr(state, name) for name in restore.TREES}
-        meta = {"step": step, "data_position": step, "settings": self.record}
+        meta = {"step": step, "settings": self.record, "measured": measured}
         self._writing(lambda: checkpoint.save_step(self.manager, step, trees, meta))
 
     def wait(self) -> None:

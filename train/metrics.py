@@ -5,10 +5,10 @@ import importlib
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 import numpy as np
@@ -44,8 +44,11 @@ class Metrics:
         self.unet_number = unet_number
         self.board = boards and boards.SummaryWriter(str(run / "tensorboard"))
         self.wandb = client and client.init(project=wandb, dir=str(run), config=dict(settings))
-        self.file = (run / "metrics.jsonl").open("a")
-        _drop_torn_line(self.file)
+        path = run / "metrics.jsonl"
+        torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
+        self.file = path.open("a")
+        if torn:  # by a process that was killed as it wrote; another may be writing now
+            self.file.write("\n")
 
     def write(self, step: int, kind: str, values: Mapping[str, float | None]) -> None:
         """`kind` is train, or eval/heldout and eval/train; a value that is not finite is null."""
@@ -76,39 +79,61 @@ class Metrics:
             self.wandb.finish()
 
 
+def read(run: Path) -> Iterator[dict[str, Any]]:
+    """The lines of RUN/metrics.jsonl, without those that a killed process left torn."""
+    path = run / "metrics.jsonl"
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            continue
+
+
 class Window:
     """Metrics of the steps since the last line, fetched from the device all at once.
 
-    `ideal_seconds` is what a step would take at the peak of the devices, where that is known.
+    `measured` are those that an interrupted run had of them already: a line is the mean of the same
+    steps then. `ideal_seconds` is what a step would take at the peak of the devices, where that is
+    known.
     """
 
-    def __init__(self, settings: Settings, ideal_seconds: float | None = None):
+    def __init__(
+        self,
+        settings: Settings,
+        ideal_seconds: float | None = None,
+        measured: Sequence[Mapping[str, float]] = (),
+    ):
         self.batch_size, self.ideal_seconds = settings.batch_size, ideal_seconds
         self.learning_rate = learning_rate(settings)
-        self._restart()
+        self.measured = list(measured)
+        self.waiting: list[tuple[int, dict]] = []
+        self._restart_clock()
 
-    def _restart(self) -> None:
-        self.steps: list[tuple[int, dict]] = []
-        self.began = time.perf_counter()
+    def _restart_clock(self) -> None:
+        self.timed, self.began = 0, time.perf_counter()
 
     def add(self, step: int, measured: dict) -> None:
-        self.steps.append((step, measured))
-        if len(self.steps) > AHEAD:
-            jax.block_until_ready(self.steps[-1 - AHEAD][1])
+        self.waiting.append((step, measured))
+        self.timed += 1
+        if len(self.waiting) > AHEAD:
+            jax.block_until_ready(self.waiting[-1 - AHEAD][1])
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
         """Leaves what is done inside out of the speed."""
-        if self.steps:
-            jax.block_until_ready(self.steps[-1][1])
+        if self.waiting:
+            jax.block_until_ready(self.waiting[-1][1])
         paused = time.perf_counter()
         yield
         self.began += time.perf_counter() - paused
 
-    def close(self) -> dict[str, float | None]:
-        """Means and speed. ValueError names the first step with a loss or gradient not finite."""
-        numbers = [step for step, _ in self.steps]
-        fetched = jax.device_get([measured for _, measured in self.steps])
+    def fetch(self) -> list[dict[str, float]]:
+        """The measurements since the last line; what a checkpoint keeps of them.
+
+        ValueError names the first step with a loss or gradient that is not finite.
+        """
+        numbers = [step for step, _ in self.waiting]
+        fetched = jax.device_get([measured for _, measured in self.waiting])
         for number, measured in zip(numbers, fetched, strict=True):
             for name, what in (("loss", "the loss"), ("grad_norm", "the norm of the gradients")):
                 if not np.isfinite(measured[name]):
@@ -116,21 +141,26 @@ class Window:
                         f"{what} is {measured[name]} at step {number}. Checkpoints are of "
                         "steps before. A smaller --lr, --max-grad-norm or --dtype float32 may help."
                     )
+        self.measured += [{name: float(x) for name, x in one.items()} for one in fetched]
+        self.waiting = []
+        return list(self.measured)
+
+    def line(self, step: int) -> dict[str, float | None]:
+        """Means, and the speed of those steps that this process has taken."""
+        measured = self.fetch()
         seconds = time.perf_counter() - self.began
-        values = {name: float(np.mean([m[name] for m in fetched])) for name in fetched[0]}
-        values["learning_rate"] = float(self.learning_rate(numbers[-1] - 1))
-        values["steps_per_second"] = len(numbers) / seconds
-        values["images_per_second"] = len(numbers) * self.batch_size / seconds
+        values = {name: float(np.mean([m[name] for m in measured])) for name in measured[0]}
+        values["learning_rate"] = float(self.learning_rate(step - 1))
+        values["steps_per_second"] = self.timed / seconds
+        values["images_per_second"] = self.timed * self.batch_size / seconds
         ideal = self.ideal_seconds
-        values["model_flop_utilization"] = None if ideal is None else len(numbers) * ideal / seconds
-        self._restart()
+        values["model_flop_utilization"] = None if ideal is None else self.timed * ideal / seconds
         return values
 
-
-def _drop_torn_line(file: TextIO) -> None:
-    """What a process left that was killed as it wrote."""
-    written = Path(file.name).read_bytes()
-    file.truncate(written.rfind(b"\n") + 1)
+    def restart(self) -> None:
+        """After a line: the next one is of the steps to come."""
+        self.measured = []
+        self._restart_clock()
 
 
 def _extra(module: str, flag: str) -> ModuleType:

@@ -66,7 +66,7 @@ def main() -> None:
     if plan.out is not None:
         plan.out.parent.mkdir(parents=True, exist_ok=True)
         plan.out.write_text(json.dumps(numbers, indent=1) + "\n")
-    if not numbers["fits"]:
+    if numbers["fits"] is False:
         raise ValueError("it does not fit.")
 
 
@@ -108,7 +108,7 @@ def compiled(
     bound = None if chip is None else bound_of(planned, chip, memory, program)
     show(findings(planned, program, memory, bound, chip, told))
     numbers = numbers_of(planned) | {
-        "fits": chip is None or memory.total <= chip.hbm,
+        "fits": None if chip is None else memory.total <= chip.hbm,
         "compile_seconds": round(seconds, 1),
         "memory": dataclasses.asdict(memory) | {"total": memory.total},
         "collectives": report.moved(program),

@@ -66,7 +66,7 @@ class Data:
 class Optimization:
     """One step, and all that its compiled program depends on besides the cascade."""
 
-    batch_size: int = 32
+    batch_size: Annotated[int, tyro.conf.arg(aliases=["--batch"])] = 32
     """Pictures a step."""
     accumulate: int = 1
     """Parts that a batch is split into, one after another, to save memory."""

@@ -4,6 +4,7 @@ Nothing is decoded here. A `Source` is a value: splitting or shortening it gives
 same records, and it travels to worker processes by pickling, so readers hold no open files.
 """
 
+import hashlib
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -56,6 +57,13 @@ class Source:
     def key(self, i: int) -> str:
         """The key of record i, without reading it."""
         return self.keys[int(self.rows[i])]
+
+    def fingerprint(self) -> str:
+        """A hash of the keys in their order: what decides which picture a step meets."""
+        digest = hashlib.blake2b(digest_size=8)
+        for row in self.rows:
+            digest.update(self.keys[row].encode() + b"\0")
+        return digest.hexdigest()
 
     def split(self, which: Split) -> "Source":
         """The records to learn from, or those kept apart; fixed for a set whatever its order."""

@@ -16,13 +16,16 @@ from train.settings import Settings
 
 def train(settings: Settings, file: Path) -> None:
     """Runs the settings, and writes what it saw to `file`.npz."""
-    commands.quiet_writers()
-    distributed.start(settings.coordinator, settings.process_id, settings.num_processes)
-    step._compiler_options = lambda *_: RUN_ONCE
-    layout = make_layout(settings.mesh, rows=settings.rows, min_size=0)
-    seen, loop.make_train_step = watched(layout, settings)
-    loop.run(settings, 1, layout)
-    np.savez(file, **seen)
+
+    def main():
+        distributed.start(settings.coordinator, settings.process_id, settings.num_processes)
+        step._compiler_options = lambda *_: RUN_ONCE
+        layout = make_layout(settings.mesh, rows=settings.rows, min_size=0)
+        seen, loop.make_train_step = watched(layout, settings)
+        loop.run(settings, 1, layout)
+        np.savez(file, **seen)
+
+    commands.run(main)
 
 
 def watched(layout: Layout, settings: Settings) -> tuple[dict[str, np.ndarray], Callable]:

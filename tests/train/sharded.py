@@ -159,26 +159,33 @@ def leaves(tree) -> dict[str, np.ndarray]:
     }
 
 
-def assert_gradients_equal(got: dict[str, np.ndarray], want: dict[str, np.ndarray]) -> None:
-    """To 1e-5 of the largest value of each leaf, or 1e-9 of the tree's, which is larger."""
+def assert_gradients_equal(got: dict[str, np.ndarray], want: dict[str, np.ndarray]) -> float:
+    """To 1e-5 of the largest value of each leaf, or 1e-9 of the tree's, which is larger. Returns
+    the largest difference in these terms."""
     largest = max(np.abs(x).max() for x in want.values())
-    wrong = {}
-    for name, x in want.items():
-        error = np.abs(got[name] - x).max() / max(np.abs(x).max(), 1e-4 * largest)
-        if not error <= 1e-5:
-            wrong[name] = f"{error:.1e}"
-    assert not wrong, f"gradients differ: {wrong}"
+    return _worst(
+        "gradients",
+        {
+            name: np.abs(got[name] - x).max() / max(np.abs(x).max(), 1e-4 * largest)
+            for name, x in want.items()
+        },
+        1e-5,
+    )
 
 
-def assert_same_step(case: Case) -> None:
-    """Gradients, updated parameters and average equal those of the unsharded step."""
+def assert_same_step(case: Case) -> dict[str, float]:
+    """Gradients, updated parameters and average equal those of the unsharded step. Returns how far
+    they are apart."""
     got, want = outcome(case), outcome(case.unsharded)
-    assert_gradients_equal(got["gradients"], want["gradients"])
-    for tree in ("params", "ema"):
-        wrong = {
-            name: f"{np.abs(got[tree][name] - x).max():.1e}"
-            for name, x in want[tree].items()
-            if not np.abs(got[tree][name] - x).max() <= 1e-6
-        }
-        assert not wrong, f"{tree} differ: {wrong}"
     np.testing.assert_allclose(got["metrics"]["loss"], want["metrics"]["loss"], rtol=1e-5)
+    apart = {"gradients": assert_gradients_equal(got["gradients"], want["gradients"])}
+    for tree in ("params", "ema"):
+        errors = {name: np.abs(got[tree][name] - x).max() for name, x in want[tree].items()}
+        apart[tree] = _worst(tree, errors, 1e-6)
+    return apart
+
+
+def _worst(tree: str, errors: dict[str, float], bound: float) -> float:
+    wrong = {name: f"{error:.1e}" for name, error in errors.items() if not error <= bound}
+    assert not wrong, f"{tree} differ: {wrong}"
+    return float(max(errors.values()))

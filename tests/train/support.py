@@ -11,6 +11,7 @@ from imagen_jax import checkpoint
 from imagen_jax.config import ImagenConfig, UnetConfig
 from imagen_jax.nn import abstract
 from tests import SMALLEST_UNET
+from train.metrics import read
 from train.optimizer import make_optimizer
 from train.settings import Settings
 from train.state import TrainState
@@ -69,8 +70,7 @@ UNET_OF = {number: CASCADE.stage(number).unet for number in (1, 2)}
 
 
 def metrics(run: Path, kind: str = "train") -> list[dict]:
-    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [line for line in lines if line["kind"] == kind]
+    return [line for line in read(run) if line["kind"] == kind]
 
 
 def assert_equal(a, b) -> None:

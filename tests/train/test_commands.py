@@ -128,8 +128,10 @@ def test_super_resolution_by_name(monkeypatch, tmp_path, capsys):
     assert "U-Net 2 of 2: 8 -> 12 pixels" in capsys.readouterr().out
 
 
-def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
-    """The terminal sends SIGINT to every process of the command, those that decode included."""
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_saves_and_the_same_command_goes_on(tmp_path, sent):
+    """A terminal sends SIGINT to every process of the command, those that decode included, and
+    Slurm SIGTERM."""
     settings = support.settings(tmp_path)
     told = ("--config", settings.config, "--workdir", settings.run, "--log-every", "1")
     process = start(*told, "--steps", "100000", "--workers", "1")
@@ -137,12 +139,12 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
     while not (metrics.exists() and '"train"' in metrics.read_text()):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.2)
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, sent)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     step = checkpoint.latest_step(settings.run, 1)
     assert step >= 1
-    assert f"SIGINT: stopped after step {step}, saved in {settings.run}" in out
+    assert f"{sent.name}: stopped after step {step}, saved in {settings.run}" in out
     assert "--resume" in out
     # Nothing but the bar, which says how long it will take, and the loss.
     assert all(line.startswith("U-Net 1: ") for line in err.split("\n") if line), err

@@ -1,7 +1,6 @@
 """A trainer killed at random moments, saving included, loses nothing but the steps since the last
 save, and ends as if it had never been stopped."""
 
-import json
 import os
 import random
 import signal
@@ -14,7 +13,16 @@ from tests import RUN_ONCE
 from tests.train import forked, support
 from train import loop, step
 
-SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGINT)
+# How one life after another ends, and when: at any time, start included; some steps later; or as
+# soon as a step is being written.
+DEATHS = (
+    (signal.SIGKILL, "any time"),
+    (signal.SIGTERM, "steps later"),
+    (signal.SIGKILL, "writing"),
+    (signal.SIGINT, "steps later"),
+    (signal.SIGKILL, "steps later"),
+)
+LATER = 6  # steps, at most
 
 
 def life(settings) -> None:
@@ -28,16 +36,17 @@ def start(settings):
     return forked.start(life, settings, said=said, environment={})
 
 
-def lines(run) -> list[dict]:
-    """Whole lines of metrics; the last of a killed process may be torn."""
-    if not (run / "metrics.jsonl").exists():
-        return []
-    text = (run / "metrics.jsonl").read_text().split("\n")[:-1]
-    return [json.loads(line) for line in text if line.endswith("}") and '"train"' in line]
+def logged(settings) -> int:
+    return max((line["step"] for line in support.metrics(settings.run)), default=0)
+
+
+def half_written(settings) -> list:
+    """What Orbax has begun to write; left behind by a death until the next life clears it away."""
+    return list((settings.run / "unet1").glob("*tmp*"))
 
 
 def survive(folder, deaths: int, seed: int) -> None:
-    steps, died = 8 * deaths, 0
+    steps, in_writing = 12 * (deaths + 1), 0
     every_step = dict(steps=steps, save_every=1, keep=2, resume=True)
     (folder / "straight").mkdir()
     straight = support.settings(folder / "straight", **every_step)
@@ -46,28 +55,38 @@ def survive(folder, deaths: int, seed: int) -> None:
     uninterrupted.join()
     assert uninterrupted.exitcode == 0
     for number in range(deaths):
-        saved, seen = checkpoint.latest_step(settings.run, 1) or 0, len(lines(settings.run))
-        process, kind = start(settings), SIGNALS[number % len(SIGNALS)]
-        if number % 3:  # else the moment may lie before the first step
-            while len(lines(settings.run)) == seen and process.is_alive():
-                time.sleep(0.02)
-        time.sleep(chance.uniform(0, 0.2 if number % 3 else 3))
-        os.kill(process.pid, kind)
+        before, (sent, when) = logged(settings), DEATHS[number % len(DEATHS)]
+        process = start(settings)
+        if when == "any time":
+            time.sleep(chance.uniform(0, 3))
+        else:
+            least = before + (1 if when == "writing" else chance.randint(1, LATER - 2))
+            while logged(settings) < least and process.is_alive():
+                time.sleep(0.01)
+        while when == "writing" and not half_written(settings) and process.is_alive():
+            time.sleep(0.001)
+        os.kill(process.pid, sent)
         process.join()
-        died += process.exitcode == -signal.SIGKILL
-        now = checkpoint.latest_step(settings.run, 1) or 0
-        assert now >= saved, (number, kind, saved, now)
-    assert died >= deaths // 3  # the others heard a signal that asks them to stop
-    last = start(settings)
-    last.join()
-    assert last.exitcode == 0
+        in_writing += bool(half_written(settings))
+        last, saved = logged(settings), checkpoint.latest_step(settings.run, 1) or 0
+        told = (number, sent, process.exitcode, last, saved)
+        if sent == signal.SIGKILL:
+            # Of a step that was begun, the last but one is whole: a save waits for the one before.
+            assert process.exitcode == -sent and saved >= last - 2, told
+        else:
+            assert process.exitcode == 0 and saved == last > before, told
+    assert in_writing >= deaths // len(DEATHS)
+    final = start(settings)
+    final.join()
+    assert final.exitcode == 0
     for item in ("params", "ema", "opt_state"):
         support.assert_equal(
             support.saved(settings.run, steps, item), support.saved(straight.run, steps, item)
         )
     exact = ("loss", "grad_norm", "learning_rate")
-    want = {line["step"]: [line[name] for name in exact] for line in lines(straight.run)}
-    got = [(line["step"], [line[name] for name in exact]) for line in lines(settings.run)]
+    lines = support.metrics(straight.run)
+    want = {line["step"]: [line[name] for name in exact] for line in lines}
+    got = [(line["step"], [line[name] for name in exact]) for line in support.metrics(settings.run)]
     assert {step for step, _ in got} == set(want) == set(range(1, steps + 1))
     assert all(values == want[step] for step, values in got)
 

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import signal
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,10 +12,12 @@ import pytest
 from PIL import Image
 
 from imagen_jax import checkpoint, flops, nn
+from imagen_jax.data import open_source
 from imagen_jax.data.records import hashed_heldout
 from imagen_jax.imagen import Imagen
 from tests.train import support
 from train import loop
+from train.feed import Feed
 from train.metrics import Metrics, Window
 from train.step import make_train_step, step_flops
 
@@ -29,17 +32,19 @@ def straight(tmp_path_factory):
     return settings
 
 
-def assert_same_run(settings, straight):
-    """Parameters, average, optimiser and metrics of step 4, bit for bit."""
+def assert_same_run(settings, straight, again=()):
+    """Parameters, average, optimiser and metrics of step 4, bit for bit; `again` are the steps
+    that were taken twice."""
     for item in ("params", "ema", "opt_state"):
         support.assert_equal(
             support.saved(settings.run, 4, item), support.saved(straight.run, 4, item)
         )
-    rows = [
+    got, want = (
         [[line[key] for key in KEYS] for line in support.metrics(run)]
         for run in (settings.run, straight.run)
-    ]
-    assert rows[0] == rows[1] and len(rows[0]) == 4
+    )
+    assert len(want) == 4
+    assert sorted(got) == sorted(want + [want[step - 1] for step in again])
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(straight, tmp_path):
@@ -73,6 +78,66 @@ def test_a_signal_saves_and_the_run_goes_on(straight, tmp_path, monkeypatch, cap
     assert "has all of its 4 steps" in capsys.readouterr().out
 
 
+def test_lines_are_means_of_the_same_steps(tmp_path):
+    """Wherever a run was interrupted; the line of its end is one more, of the steps since."""
+    means = {}
+    for name, stops in (("straight", (7,)), ("stopped", (1, 2, 5, 7))):
+        (tmp_path / name).mkdir()
+        told = dict(log_every=3, save_every=100, resume=True)
+        settings = support.settings(tmp_path / name, **told)
+        for steps in stops:
+            assert loop.run(dataclasses.replace(settings, steps=steps), 1)
+        lines = support.metrics(settings.run)
+        means[name] = {line["step"]: [line[key] for key in KEYS[1:]] for line in lines}
+        assert set(means[name]) == {3, 6, *stops}
+    assert all(means["stopped"][step] == line for step, line in means["straight"].items())
+
+
+@pytest.mark.parametrize("during", ["evaluation", "samples"])
+def test_what_a_signal_kept_from_being_looked_at_is_made_up_for(
+    straight, tmp_path, monkeypatch, capsys, during
+):
+    """A signal is heard in the middle of it; the run that goes on leaves what it would have."""
+    settings = support.settings(tmp_path, sample_every=4, sample_steps=2, save_every=3)
+    if during == "evaluation":
+        embed = Feed.evaluation
+
+        def evaluation(feed, source):
+            if checkpoint.latest_step(settings.run, 1) is not None:  # not the one at step 0
+                signal.raise_signal(signal.SIGTERM)
+            yield from embed(feed, source)
+
+        monkeypatch.setattr(Feed, "evaluation", evaluation)
+    else:
+        shrink = loop.write_samples
+
+        def write_samples(*told, progress):
+            def interrupted(number, done, total):
+                signal.raise_signal(signal.SIGTERM)
+                progress(number, done, total)
+
+            shrink(*told, progress=interrupted)
+
+        monkeypatch.setattr(loop, "write_samples", write_samples)
+    assert not loop.run(settings, 1)
+    assert "SIGTERM: stopped after step 4" in capsys.readouterr().out
+    assert checkpoint.latest_step(settings.run, 1) == 4
+    picture = settings.run / "samples" / "unet1-0000004.png"
+    assert not picture.exists()
+    monkeypatch.undo()
+    assert loop.run(dataclasses.replace(settings, resume=True), 1)
+    assert_same_run(settings, straight)
+    names = [name for name in support.metrics(straight.run, "eval/train")[-1] if "loss" in name]
+    for kind in ("eval/heldout", "eval/train"):
+        got, want = (support.metrics(run, kind) for run in (settings.run, straight.run))
+        assert [line["step"] for line in got] == [0, 4]
+        assert [got[-1][name] for name in names] == [want[-1][name] for name in names]
+    assert picture.read_bytes() == (straight.run / "samples" / picture.name).read_bytes()
+    capsys.readouterr()
+    assert loop.run(dataclasses.replace(settings, resume=True), 1)
+    assert "has all of its 4 steps" in capsys.readouterr().out
+
+
 def test_what_a_run_leaves(straight):
     assert checkpoint.read_config(straight.run) == support.CASCADE
     recorded = json.loads((straight.run / "config.json").read_text())["training"]["unet1"]
@@ -87,14 +152,47 @@ def test_what_a_run_leaves(straight):
     assert support.metrics(straight.run)[-1]["images_per_second"] > 0
 
 
+def empty(step: Path) -> None:
+    """As a power cut leaves files that were renamed before they reached the disk."""
+    for file in (step / "params").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+
+
+def cut(step: Path) -> None:
+    (step / "meta" / "metadata").write_text('{"step')
+
+
+@pytest.mark.parametrize("damage", [empty, cut])
+def test_a_damaged_step_is_set_aside(straight, tmp_path, damage, capsys):
+    settings = support.settings(tmp_path, save_every=1, steps=3)
+    assert loop.run(settings, 1)
+    damage(settings.run / "unet1" / "3")
+    on = dataclasses.replace(settings, resume=True, steps=4)
+    assert loop.run(on, 1)
+    assert "damaged" in (said := capsys.readouterr().out) and "Going on from step 2." in said
+    assert_same_run(on, straight, again=[3])
+    assert (settings.run / "unet1" / "3.damaged").is_dir()
+    for step in (1, 2, 3, 4):
+        damage(settings.run / "unet1" / str(step))
+    with pytest.raises(ValueError, match="damaged.* No older step .* can be read"):
+        loop.run(dataclasses.replace(on, steps=5), 1)
+    assert checkpoint.steps(settings.run, 1) == [4, 3, 2, 1]
+
+
 def test_mistakes(straight, tmp_path):
     again = dataclasses.replace(straight, steps=6)
+    captions = tmp_path / "captions.txt"
+    captions.write_text(
+        "\n".join(record.caption for record in open_source("bundled").split("train").take(8))
+    )
     on = dataclasses.replace(again, resume=True)
     mistakes = {
         "is at step 4: continue with --resume": again,
         "--seed was 0 and is 1": dataclasses.replace(on, seed=1),
         "--batch-size was 4 and is 8": dataclasses.replace(on, batch_size=8),
         "--limit was 8 and is 9": dataclasses.replace(on, limit=9),
+        "--captions-from was None and is": dataclasses.replace(on, captions_from=captions),
         "--optimizer was adam and is adafactor": dataclasses.replace(on, optimizer="adafactor"),
         "describes another cascade: unets.0.dim is 8 there, 16 here": dataclasses.replace(
             on, config=support.other_cascade(tmp_path)
@@ -201,7 +299,7 @@ def test_the_first_bad_step_is_named(straight):
         with window.pause():
             pass
         with pytest.raises(ValueError, match=f"{what} is nan at step 8"):
-            window.close()
+            window.fetch()
 
 
 def test_a_failing_write_leaves_the_last_checkpoint(straight, tmp_path, monkeypatch):
@@ -244,11 +342,13 @@ def test_work_of_a_step_is_that_of_the_network_once(tmp_path):
     assert step_flops(support.CASCADE, 1, twice) == 2 * work
 
 
-def test_a_torn_line_is_dropped(tmp_path):
+def test_a_torn_line_is_passed_over(tmp_path):
+    """Left as it is: a line that another stage is writing now may look the same."""
     (tmp_path / "metrics.jsonl").write_text('{"kind": "train"}\n{"kind": "tr')
-    with Metrics(tmp_path, 1, settings={}) as metrics:
-        metrics.write(2, "train", {"loss": 1.0})
-    assert [line.get("step") for line in support.metrics(tmp_path)] == [None, 2]
+    for step in (2, 3):
+        with Metrics(tmp_path, 1, settings={}) as metrics:
+            metrics.write(step, "train", {"loss": 1.0})
+    assert [line.get("step") for line in support.metrics(tmp_path)] == [None, 2, 3]
 
 
 def test_tensorboard_gets_the_metrics(tmp_path, monkeypatch):

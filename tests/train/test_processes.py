@@ -2,6 +2,7 @@
 a save and a resume by another number of processes the same parameters."""
 
 import dataclasses
+import json
 import os
 import re
 import signal
@@ -13,28 +14,35 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from imagen_jax import checkpoint, distributed
 from imagen_jax.sharding import make_layout
 from tests.train import forked, support
 from tests.train.process import train, watched
-from train import loop
+from train import loop, restore
 
 DEVICES = 4
 
 
-def start(folder: Path, settings, processes: int) -> tuple[list[BaseProcess], list[Path]]:
-    """Starts the settings by so many processes; each says and notes what it does in a file."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def start(folder: Path, settings, processes: int, **own) -> tuple[list[BaseProcess], list[Path]]:
+    """Starts the settings by so many processes; each says and notes what it does in a file. `own`
+    are settings with a value for each."""
+    port = free_port()
     flags = f"--xla_force_host_platform_device_count={DEVICES // processes}"
     files = [folder / f"{processes}-{number}" for number in range(processes)]
     running = []
     for number, file in enumerate(files):
         told = dict(coordinator=f"localhost:{port}", process_id=number, num_processes=processes)
-        own = dataclasses.replace(settings, **told)
-        running.append(forked.start(train, own, file, said=file, environment={"XLA_FLAGS": flags}))
+        told |= {name: values[number] for name, values in own.items()}
+        args = (dataclasses.replace(settings, **told), file)
+        running.append(forked.start(train, *args, said=file, environment={"XLA_FLAGS": flags}))
     return running, files
 
 
@@ -47,10 +55,24 @@ def finish(running: list[BaseProcess], files: list[Path]) -> tuple[list[dict], l
     return [dict(np.load(f"{file}.npz")) for file in files], said
 
 
+def pictures(folder: Path, count: int, broken: int) -> Path:
+    """A folder of captioned pictures, each of a colour; one is cut off."""
+    folder.mkdir()
+    for i in range(count):
+        Image.new("RGB", (16, 16), (20 * i, 200 - 20 * i, 0)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"colour {i}")
+    cut = folder / f"{broken}.png"
+    cut.write_bytes(cut.read_bytes()[:40])
+    return folder
+
+
 @pytest.mark.parametrize("mesh", ["4x1", pytest.param("2x2", marks=pytest.mark.long)])
 def test_processes_are_one(tmp_path, monkeypatch, mesh):
-    """Two, of which one is told to stop; then four; then one alone, for comparison."""
-    same = dict(mesh=mesh, eps=1e-3, flip=True, save_every=1000)
+    """Two, of which one is told to stop; then four; then one alone, for comparison. A broken
+    picture stands in the second half of the first batch, which process 0 does not read."""
+    data = pictures(tmp_path / "pictures", 9, broken=5)
+    same = dict(mesh=mesh, eps=1e-3, flip=True, save_every=1000, data=str(data), limit=None)
+    same |= dict(heldout_fraction=0.0, sample_steps=2)
     settings = support.settings(tmp_path, steps=1000, **same)
     running, files = start(tmp_path, settings, 2)
     while not (settings.run / "metrics.jsonl").exists() or not support.metrics(settings.run):
@@ -59,11 +81,16 @@ def test_processes_are_one(tmp_path, monkeypatch, mesh):
     os.kill(running[1].pid, signal.SIGTERM)
     first, said = finish(running, files)
     stopped = checkpoint.latest_step(settings.run, 1)
-    assert f"SIGTERM: stopped after step {stopped}, saved" in said[0] and "U-Net" not in said[1]
+    assert f"SIGTERM: stopped after step {stopped}, saved" in said[0]
+    assert "skipped 1 of 9 pictures, named above" in said[0]
+    assert said[0].count("skipped 5.png: corrupt picture") == 1
+    assert said[1] == ""
 
-    settings = dataclasses.replace(settings, steps=stopped + 2, resume=True)
+    again = dict(steps=stopped + 2, resume=True, sample_every=stopped + 2)
+    settings = dataclasses.replace(settings, **again)
     second, said = finish(*start(tmp_path, settings, 4))
     assert f"U-Net 1 is at step {stopped + 2}" in said[0]
+    assert (settings.run / "samples" / f"unet1-{stopped + 2:07d}.png").exists()
 
     (tmp_path / "one").mkdir()
     alone = support.settings(tmp_path / "one", steps=stopped + 2, **same)
@@ -87,6 +114,55 @@ def test_processes_are_one(tmp_path, monkeypatch, mesh):
     steps = [line["step"] for line in support.metrics(settings.run)]
     assert steps == list(range(1, stopped + 3))
     assert checkpoint.read_config(settings.run) == support.CASCADE
+
+
+def join(told: dict, ready: Path) -> None:
+    distributed.start(**told)
+    ready.write_text("")
+    time.sleep(120)
+
+
+def test_a_signal_before_the_loop_ends_a_process(tmp_path):
+    """JAX's preemption service would take SIGTERM for itself, and nobody would hear of it."""
+    running, port = [], free_port()
+    ready = [tmp_path / f"ready{number}" for number in range(2)]
+    for number, file in enumerate(ready):
+        told = dict(coordinator=f"localhost:{port}", process_id=number, num_processes=2)
+        said = tmp_path / f"said{number}"
+        running.append(forked.start(join, told, file, said=said, environment={}))
+    while not all(file.exists() for file in ready):
+        assert all(process.is_alive() for process in running)
+        time.sleep(0.02)
+    for process in reversed(running):
+        os.kill(process.pid, signal.SIGTERM)
+        process.join(20)
+        assert process.exitcode == -signal.SIGTERM
+
+
+def test_what_goes_wrong_in_one_process_goes_wrong_in_all(tmp_path):
+    settings = support.settings(tmp_path, mesh="4x1")
+    running, files = start(tmp_path, settings, 2, data=("bundled", "nowhere"))
+    for process in running:
+        process.join(60)
+        assert process.exitcode == 1
+    said = [file.read_text().splitlines()[-1] for file in files]
+    assert said[1].startswith("error: no source 'nowhere'")
+    assert said[0] == said[1].replace("error: ", "error: process 1: ")
+
+
+def test_steps_that_not_all_processes_see(tmp_path, monkeypatch):
+    views = [[[6, 4], 6], [[4], 4]]
+    monkeypatch.setattr(distributed, "gather", lambda _: [json.dumps(view) for view in views])
+    with pytest.raises(ValueError, match=r"different steps in .*unet1 \(the newest: 6, 4\)"):
+        restore.newest_steps(tmp_path, 1)
+
+
+def test_a_folder_that_not_all_processes_see(tmp_path, monkeypatch):
+    answers = iter([["written"] * 3, ["yes", "yes", "no"]])
+    monkeypatch.setattr(distributed, "gather", lambda _: next(answers))
+    monkeypatch.setattr(restore, "VISIBLE_WITHIN", 0.0)
+    with pytest.raises(ValueError, match="process 2 of 3 does not see .* as process 0 writes it"):
+        restore.check_shared(tmp_path)
 
 
 def test_clusters_are_found_and_laptops_left_alone():

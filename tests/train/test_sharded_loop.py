@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import imagen_jax
+from imagen_jax import checkpoint
 from imagen_jax.sharding import make_layout
 from tests.train import support
 from train import loop, restore
@@ -52,15 +53,14 @@ def test_a_run_moves_between_meshes(straight, tmp_path):
 def test_no_device_is_given_a_whole_state(straight):
     layout = make_layout("4x2", rows=4, min_size=0)
     fresh = restore.begin(support.CASCADE, 1, straight, layout)
-    record = straight.record() | {"pictures": 8}
-    resumed = restore.resume(support.CASCADE, 1, straight, layout, 4, record)
-    for state in (fresh, resumed):
-        arrays = [x for x in jax.tree.leaves(state) if x.ndim > 1]
+    record = checkpoint.read_meta(straight.run, 1, 4)["settings"]
+    resumed = restore.resume(support.CASCADE, 1, straight, layout, record)
+    for begun in (fresh, resumed):
+        arrays = [x for x in jax.tree.leaves(begun.state) if x.ndim > 1]
         held = sum(x.addressable_shards[0].data.size for x in arrays)
         assert held < sum(x.size for x in arrays) / 6
+    alone = restore.begin(support.CASCADE, 1, straight, make_layout("1x1", rows=4))
     np.testing.assert_array_equal(
-        fresh.params["init_conv"]["kernel"],
-        restore.begin(support.CASCADE, 1, straight, make_layout("1x1", rows=4)).params["init_conv"][
-            "kernel"
-        ],
+        fresh.state.params["init_conv"]["kernel"],
+        alone.state.params["init_conv"]["kernel"],
     )

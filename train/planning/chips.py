@@ -11,7 +11,7 @@ import jax
 
 from imagen_jax import flops
 
-GiB = 2**30
+GiB, GB = 2**30, 10**9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,16 +36,25 @@ class Chip:
 
 # TPUs: docs.cloud.google.com/tpu/docs/<version>, read 2026-11. "Bidirectional ICI bandwidth per
 # chip" counts both directions: halved here, which is also the all-reduce bandwidth per pod divided
-# by its chips (v5e 51.2 TB/s / 256, v6e 102.4 TB/s / 256). GPUs: NVIDIA's data sheets.
-CHIPS = {
-    "v4": Chip("TPU v4", 32 * GiB, 1200e9, 1.1e15 / 4096, "32 GiB, 1200 GB/s, 1.1 PB/s / 4096"),
-    "v5e": Chip("TPU v5 lite", 16 * GiB, 819e9, 400e9 / 2, "16 GB, 819 GB/s, ICI 400 GB/s"),
-    "v5p": Chip("TPU v5", 95 * GiB, 2765e9, 1200e9 / 2, "95 GiB, 2765 GB/s, ICI 1200 GB/s"),
-    "v6e": Chip("TPU v6 lite", 32 * GiB, 1638e9, 800e9 / 2, "32 GB, 1638 GB/s, ICI 800 GB/s"),
-    "a100": Chip("NVIDIA A100", 80 * 10**9, 2039e9, 600e9 / 2, "80 GB SXM, NVLink 600 GB/s"),
-    "h100": Chip("NVIDIA H100", 80 * 10**9, 3350e9, 900e9 / 2, "80 GB SXM, NVLink 900 GB/s"),
-    "h200": Chip("NVIDIA H200", 141 * 10**9, 4800e9, 900e9 / 2, "141 GB SXM, NVLink 900 GB/s"),
-}
+# by its chips (v5e 51.2 TB/s / 256, v6e 102.4 TB/s / 256). GPUs: NVIDIA's data sheets; NVLink and
+# PCIe are given there for both directions too.
+CHIPS = [
+    Chip("TPU v4", 32 * GiB, 1200e9, 1.1e15 / 4096, "32 GiB, 1200 GB/s, 1.1 PB/s / 4096"),
+    Chip("TPU v5 lite", 16 * GiB, 819e9, 400e9 / 2, "16 GB, 819 GB/s, ICI 400 GB/s"),
+    Chip("TPU v5", 95 * GiB, 2765e9, 1200e9 / 2, "95 GiB, 2765 GB/s, ICI 1200 GB/s"),
+    Chip("TPU v6 lite", 32 * GiB, 1638e9, 800e9 / 2, "32 GB, 1638 GB/s, ICI 800 GB/s"),
+    Chip("NVIDIA V100", 32 * GB, 900e9, 300e9 / 2, "32 GB SXM2, 900 GB/s, NVLink 300 GB/s"),
+    Chip("NVIDIA A100", 80 * GB, 2039e9, 600e9 / 2, "80 GB SXM, 2039 GB/s, NVLink 600 GB/s"),
+    Chip("NVIDIA A100-SXM4-40GB", 40 * GB, 1555e9, 600e9 / 2, "1555 GB/s, NVLink 600 GB/s"),
+    Chip("NVIDIA A100-PCIE-40GB", 40 * GB, 1555e9, 64e9 / 2, "1555 GB/s, PCIe 64 GB/s"),
+    Chip("NVIDIA H100", 80 * GB, 3350e9, 900e9 / 2, "80 GB SXM, 3350 GB/s, NVLink 900 GB/s"),
+    Chip("NVIDIA H100 PCIe", 80 * GB, 2000e9, 128e9 / 2, "80 GB, 2 TB/s, PCIe 128 GB/s"),
+    Chip("NVIDIA H100 NVL", 94 * GB, 3900e9, 600e9 / 2, "94 GB, 3.9 TB/s, NVLink 600 GB/s"),
+    Chip("NVIDIA H200", 141 * GB, 4800e9, 900e9 / 2, "141 GB SXM, 4.8 TB/s, NVLink 900 GB/s"),
+    Chip("NVIDIA L4", 24 * GB, 300e9, 64e9 / 2, "24 GB, 300 GB/s, PCIe 64 GB/s"),
+    Chip("NVIDIA L40S", 48 * GB, 864e9, 64e9 / 2, "48 GB, 864 GB/s, PCIe 64 GB/s"),
+    Chip("NVIDIA B200", 180 * GB, 8000e9, 1800e9 / 2, "180 GB, 8 TB/s, NVLink 1.8 TB/s"),
+]
 
 TPUS = ("v4", "v5e", "v5p", "v6e")
 
@@ -91,9 +100,16 @@ def devices(topology: str) -> Sequence[jax.Device]:
 
 
 def chip(device: jax.Device) -> Chip | None:
-    """The published numbers of a device; None for a CPU, and where they are not known here."""
-    fit = [c for c in CHIPS.values() if device.device_kind.startswith(c.kind)]
-    return max(fit, key=lambda c: len(c.kind), default=None)
+    """The published numbers of a device; None for a CPU, and where they are not known here.
+
+    Of a device that is there the memory is what JAX may use of it (XLA_PYTHON_CLIENT_MEM_FRACTION).
+    """
+    fit = [c for c in CHIPS if device.device_kind.startswith(c.kind)]
+    published = max(fit, key=lambda c: len(c.kind), default=None)
+    if published is None or device.platform != "gpu":
+        return published
+    usable = (device.memory_stats() or {}).get("bytes_limit", published.hbm)
+    return dataclasses.replace(published, hbm=usable)
 
 
 def _tpus(name: str, shape: str, topology: str) -> Sequence[jax.Device]:
