@@ -160,8 +160,9 @@ class Trainer:
                 if last or self.stopped_by is not None or step % settings.save_every == 0:
                     with window.pause():
                         self.save(step, state, window.fetch())
-                with window.pause():
-                    self.watch(due(settings, step), state, step)
+                if wanted := due(settings, step):
+                    with window.pause():
+                        self.watch(wanted, state, step)
                 if self.stopped_by is not None and self.saving != step:
                     self.save(step, state, window.fetch())
         self.wait()

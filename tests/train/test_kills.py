@@ -60,7 +60,8 @@ def survive(folder, deaths: int, seed: int) -> None:
         if when == "any time":
             time.sleep(chance.uniform(0, 3))
         else:
-            least = before + (1 if when == "writing" else chance.randint(1, LATER - 2))
+            # After SIGKILL, more steps than may be lost.
+            least = before + chance.randint(4 if sent == signal.SIGKILL else 1, LATER)
             while logged(settings) < least and process.is_alive():
                 time.sleep(0.01)
         while when == "writing" and not half_written(settings) and process.is_alive():
