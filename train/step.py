@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import SingleDeviceSharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
@@ -76,7 +77,7 @@ def _train_step(
         in_shardings=(placed, layout.batch, layout.replicated),
         out_shardings=(placed, layout.replicated),
         donate_argnums=0,
-        compiler_options=_options_of(layout),
+        compiler_options=_compiler_options(layout.mesh.devices.flat[0]),
     )
     @layout.on_mesh
     def train_step(state: TrainState, batch: Batch, key: PRNGKey) -> tuple[TrainState, dict]:
@@ -110,7 +111,7 @@ def _eval_step(
         jax.jit,
         in_shardings=(placed, layout.batch, layout.replicated),
         out_shardings=layout.replicated,
-        compiler_options=_options_of(layout),
+        compiler_options=_compiler_options(layout.mesh.devices.flat[0]),
     )
     @layout.on_mesh
     def evaluate(params: Params, batch: Batch, key: PRNGKey) -> tuple[Array, Array]:
@@ -125,23 +126,23 @@ def _eval_step(
     return evaluate
 
 
-def _options_of(layout: Layout) -> dict[str, Any] | None:
-    """Those of a CPU are unknown to a compiler for TPUs, which may run on a CPU (train/plan.py)."""
-    return _compiler_options() if layout.mesh.devices.flat[0].platform == "cpu" else None
+_OPTIONS = {
+    # XLA's own convolutions and products, of its YNN library only the reductions: 10 % less time a
+    # step on two cores (benchmarks/README.md).
+    "cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"},
+    # Without it libtpu gathers kernels of few input channels as sums of padded arrays, at twice the
+    # bytes: the paper-sized base sends 13.8 GB a step on v5e:16x16 then, not 15.9.
+    "tpu": {"xla_tpu_prefer_async_allgather_to_allreduce": "true"},
+}
 
 
 @functools.cache
-def _compiler_options() -> dict[str, str] | None:
-    """On a CPU: XLA's own convolutions and products, of the YNN library only the reductions.
-
-    Measured on two cores at 10 % less time a step (benchmarks/README.md). The option is
-    experimental, so a jaxlib that does not know it goes without.
-    """
-    options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
-    if jax.default_backend() != "cpu":
-        return None
+def _compiler_options(device: jax.Device) -> dict[str, Any] | None:
+    """They are experimental: a compiler that does not know them goes without."""
+    options = _OPTIONS.get(device.platform)
+    one = jax.ShapeDtypeStruct((), jnp.float32, sharding=SingleDeviceSharding(device))
     try:
-        jax.jit(lambda x: x, compiler_options=options).lower(0.0).compile()
+        jax.jit(lambda x: x).trace(one).lower().compile(compiler_options=options)
     except jax.errors.JaxRuntimeError:
         return None
     return options

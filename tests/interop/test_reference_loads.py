@@ -261,7 +261,7 @@ def test_a_converted_run_trains_on_from_its_average(tmp_path, monkeypatch):
         return state
 
     monkeypatch.setattr(loop.restore, "begin", watched)
-    monkeypatch.setattr(step, "_compiler_options", lambda: RUN_ONCE)
+    monkeypatch.setattr(step, "_compiler_options", lambda *_: RUN_ONCE)
     settings = training.settings(tmp_path, init_from=tmp_path / "converted", steps=1)
     assert loop.run(settings, 1)
     ema = trainer.ema_unets[0].ema_model

@@ -12,7 +12,7 @@ from imagen_jax.sharding import single
 from tests.train import support
 from train.optimizer import make_optimizer
 from train.state import TrainState
-from train.step import make_train_step
+from train.step import _OPTIONS, _compiler_options, make_train_step
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +98,13 @@ def test_super_resolution_and_adafactor(settings):
     state, metrics = one_step(dataclasses.replace(settings, optimizer="adafactor"), 2)[2]
     assert np.isfinite(metrics["loss"])
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
+
+
+def test_options_that_a_compiler_does_not_know_are_left_out(monkeypatch):
+    device = jax.devices()[0]
+    for options, taken in (
+        ({"xla_backend_optimization_level": 0}, True),
+        ({"xla_cpu_option_of_another_version": True}, False),
+    ):
+        monkeypatch.setitem(_OPTIONS, device.platform, options)
+        assert _compiler_options.__wrapped__(device) == (options if taken else None)
