@@ -34,7 +34,8 @@ def run(mesh: str) -> dict[str, dict[str, str]]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", TEST, "-m", "long", "-k", mesh]
-        subprocess.run([*command, f"--junitxml={report}"])  # a case that fails is in the report
+        # The default family of reports has no properties. A case that fails is in the report.
+        subprocess.run([*command, "-o", "junit_family=xunit1", f"--junitxml={report}"])
         return {case.get("name").split("[")[1].rstrip("]"): _read(case) for case in _cases(report)}
 
 

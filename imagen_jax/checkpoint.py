@@ -86,13 +86,12 @@ def write_config(
 
 @contextlib.contextmanager
 def _alone(run: Path) -> Iterator[None]:
-    """One process at a time: stages of a cascade may be trained side by side in one directory."""
-    folder = os.open(run, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
+    """One process at a time, where the file system has locks: stages of a cascade may be trained
+    side by side in one directory."""
+    with (run / ".lock").open("a") as file:
+        with contextlib.suppress(OSError):  # it has none
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(folder)
 
 
 def check_config(run: str | os.PathLike, config: ImagenConfig) -> None:

@@ -41,9 +41,8 @@ MIN_SIZE = 2**18
 ROWS_FROM = 32
 """Feature maps of so many rows are split by rows over `model`, smaller ones by channels.
 
-Measured on emulated devices, in MB sent and MB of temporaries a device of a train step on a mesh
-2x4, against channels everywhere: a base of 32 pixels 117 and 166, not 140 and 199; super-resolution
-of 64 pixels 139 and 149, not 197 and 219. Rows from 16 up: 143 and 159, 137 and 137.
+Measured: for each of the paper-sized stages a step sends least, and keeps least on its way, from 32
+up (`benchmarks/placement.py`, numbers in benchmarks/README.md).
 """
 
 Role = Literal["batch", "channels", "heads", "tokens", "keys"]

@@ -10,8 +10,7 @@ import jaxtyping
 import pytest
 import torch
 
-from imagen_jax import config as config_module
-from imagen_jax import presets
+from imagen_jax import presets, unet_config
 from imagen_jax.config import ImagenConfig, NullUnetConfig, UnetConfig
 from imagen_jax.diffusion.schedules import log_snr
 from tests import cascades
@@ -197,7 +196,7 @@ def complains(kind, data, message):
 
 
 def test_ignored_fields_warn_once(monkeypatch):
-    monkeypatch.setattr(config_module, "_warned", set())
+    monkeypatch.setattr(unet_config, "_warned", set())
     with pytest.warns(UserWarning, match="UnetConfig.dropout = 0.1 has no effect") as caught:
         UnetConfig(dim=8, dropout=0.1)
     assert len(caught) == 1

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LEAVES = {"types", "fields", "config", "presets", "resize", "sharding"}
+LEAVES = {"types", "fields", "unet_config", "config", "presets", "resize", "sharding"}
 THEORY = LEAVES | {"diffusion", "nn", "text", "stages", "sampling", "imagen"}
 ALL = THEORY | {"checkpoint", "interop", "data", "commands", "distributed", "flops", "imagen_jax"}
 MAY_IMPORT = {
     "types": set(),
     "fields": set(),
-    "config": {"types", "fields"},
+    "unet_config": {"fields"},
+    "config": {"fields", "unet_config"},
     "presets": {"config"},
     "resize": {"types"},
     "sharding": {"types"},

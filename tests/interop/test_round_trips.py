@@ -16,7 +16,7 @@ import jax
 import pytest
 import torch
 
-from imagen_jax import config as config_module
+from imagen_jax import unet_config
 from imagen_jax.config import ElucidatedConfig, ImagenConfig, UnetConfig
 from imagen_jax.interop import keys, reference, run_dir
 from imagen_jax.interop.run_dir import RunDir
@@ -173,8 +173,8 @@ CASES = [
 
 @pytest.fixture(autouse=True)
 def ignored_fields_were_warned_of():
-    ignored = set(config_module._IGNORED)
-    with mock.patch.object(config_module, "_warned", ignored):
+    ignored = set(unet_config._IGNORED)
+    with mock.patch.object(unet_config, "_warned", ignored):
         yield
 
 

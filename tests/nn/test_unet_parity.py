@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from imagen_jax import config as config_module
+from imagen_jax import unet_config
 from imagen_jax.config import UnetConfig
 from imagen_jax.interop import keys
 from imagen_jax.nn import abstract, bind
@@ -49,8 +49,8 @@ class Case:
 
     @property
     def config(self) -> UnetConfig:
-        ignored = set(config_module._IGNORED)  # one warning a process, left to its own test
-        with mock.patch.object(config_module, "_warned", ignored):
+        ignored = set(unet_config._IGNORED)  # one warning a process, left to its own test
+        with mock.patch.object(unet_config, "_warned", ignored):
             return UnetConfig(**SMALL | self.unet)
 
     def inputs(self) -> dict[str, np.ndarray | float]:
