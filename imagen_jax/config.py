@@ -1,9 +1,9 @@
 """What a cascade is, as frozen data: JSON in, JSON out, every mistake named at construction.
 
-Field names and defaults are the arguments of imagen-pytorch 2.1.0: those of its `Imagen` here, of its
-`Unet` in unet_config.py. So a user of it recognises everything, and a configuration converts one to
-one. A field that the reference takes per U-Net (`timesteps`, ...) keeps the form it was given in,
-one value or a tuple; `ImagenConfig.stage` resolves it.
+Field names and defaults are the arguments of imagen-pytorch 2.1.0: those of its `Imagen` here, of
+its `Unet` in unet_config.py. So a user of it recognises everything, and a configuration converts
+one to one. A field that the reference takes per U-Net (`timesteps`, ...) keeps the form it was
+given in, one value or a tuple; `ImagenConfig.stage` resolves it.
 """
 
 import dataclasses
