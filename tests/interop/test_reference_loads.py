@@ -256,9 +256,9 @@ def test_a_converted_run_trains_on_from_its_average(tmp_path, monkeypatch):
     begun, begin = [], loop.restore.begin
 
     def watched(*arguments):
-        state = begin(*arguments)
-        begun.append(jax.tree.map(np.array, (state.params, state.ema)))
-        return state
+        found = begin(*arguments)
+        begun.append(jax.tree.map(np.array, (found.state.params, found.state.ema)))
+        return found
 
     monkeypatch.setattr(loop.restore, "begin", watched)
     monkeypatch.setattr(step, "_compiler_options", lambda *_: RUN_ONCE)
