@@ -108,7 +108,7 @@ def table(made: dict[str, dict[str, Any]]) -> str:
     ]
     for name, one in made.items():
         numbers = one["numbers"]
-        minutes = f"{one['seconds'] / 60:.0f} min, {one['host_bytes'] / 2**30:.0f} GiB"
+        minutes = f"{one['seconds'] / 60:.1f} min, {one['host_bytes'] / 2**30:.0f} GiB"
         if numbers is None or "seconds" not in numbers:
             lines.append(f"| {name} | {one['status']} | | | | | | {minutes} |")
             continue
