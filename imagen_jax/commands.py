@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import warnings
+from asyncio import CancelledError
 from collections.abc import Callable
 from pathlib import Path
 
@@ -60,7 +61,10 @@ def quiet_writers() -> None:
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
 
     def show(unraisable: object) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":  # an array too late to fail
+        error = unraisable.exc_value
+        # An array too late to fail, or one whose reading was given up.
+        closed = str(error) == "Event loop is closed"
+        if not closed and not isinstance(error.__cause__, (GeneratorExit, CancelledError)):
             sys.__unraisablehook__(unraisable)
 
     sys.unraisablehook = show

@@ -170,6 +170,42 @@ def test_damaged_meta_is_one_line(copy):
         checkpoint.read_meta(copy, 1, 2)
 
 
+def test_reading_that_is_given_up_is_silent():
+    """As Orbax drops the arrays that it still reads when one has failed."""
+    program = """
+from imagen_jax import commands
+
+commands.quiet_writers()
+
+
+async def read():
+    try:
+        await Endless()
+    except BaseException as error:
+        raise Exception("long details") from error
+
+
+class Endless:
+    def __await__(self):
+        while True:
+            yield
+
+
+class Loud:
+    def __del__(self):
+        raise ValueError("heard")
+
+
+reading = read()
+reading.send(None)
+del reading
+Loud()
+"""
+    told = [sys.executable, "-c", program]
+    done = subprocess.run(told, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "long details" not in done.stderr and "heard" in done.stderr
+
+
 def truncate_arrays(run: Path) -> None:
     for file in (run / "unet1" / "2" / "ema").rglob("*"):
         if file.is_file() and "metadata" not in file.name.lower():
