@@ -172,12 +172,11 @@ def set_aside(run: str | os.PathLike, unet_number: int, step: int) -> Path:
 def restore(run: str | os.PathLike, unet_number: int, step: int, item: str, target: Any) -> Any:
     """One tree of a step, placed as the `ShapeDtypeStruct`s of `target` say.
 
-    Raises ValueError if the step is not there, `Damaged` if it cannot be read or holds a tree of
-    other shapes.
+    Raises `Damaged` if the step has no such tree, one of other shapes, or one that cannot be read.
     """
     path = stage_path(run, unet_number) / str(step) / item
     if not path.is_dir():
-        raise ValueError(f"{path.parents[1]} holds no {item} of step {step}.")
+        raise Damaged(f"{path.parents[1]} holds no {item} of step {step}.")
     with ocp.StandardCheckpointer() as checkpointer:
         try:
             return checkpointer.restore(path, target)

@@ -1,7 +1,8 @@
 """The training loop: restore, step, measure, save; stopped by a signal, it goes on exactly.
 
 Everything that a step depends on is a function of the seed and the step number: the batch, the
-noise, the learning rate. So a checkpoint is the train state and one integer.
+noise, the learning rate. So a checkpoint is the train state, its step, and what was measured since
+the last line of metrics.
 """
 
 import dataclasses
@@ -124,7 +125,9 @@ class Trainer:
         self.evaluate_fn = make_eval_step(self.config, self.unet_number, settings, self.layout)
         key = self.layout.key(settings.seed)
         step = first = int(state.step)
-        self.watch(missing(settings, self.unet_number, first), state, first)
+        # A run that begins anew may have another's lines before it.
+        wanted = missing(settings, self.unet_number, first) if first else due(settings, first)
+        self.watch(wanted, state, first)
         options = dict(start_step=first, flip=settings.flip, workers=settings.workers)
         with (
             self.feed.batches(self.feed.train, **options) as batches,
@@ -166,7 +169,7 @@ class Trainer:
                 if self.stopped_by is not None and self.saving != step:
                     self.save(step, state, window.fetch())
         self.wait()
-        return self.report(step, first)
+        return self.report(step)
 
     def watch(self, wanted: set[str], state: TrainState, step: int) -> None:
         """Evaluates and draws, unless a signal is heard: a resumed run makes up for it."""
@@ -198,7 +201,7 @@ class Trainer:
         work = step_flops(self.config, self.unet_number, self.settings)
         return work / (peak * len(devices))
 
-    def report(self, step: int, first: int) -> bool:
+    def report(self, step: int) -> bool:
         """Says what was skipped, and how to go on after a signal: then False."""
         run, skipped = self.settings.run, {}
         for text in distributed.gather(json.dumps(self.feed.skipped)):
