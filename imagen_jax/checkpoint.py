@@ -14,7 +14,6 @@ with files that never reached the disk: an empty file marks a torn step, which i
 """
 
 import contextlib
-import dataclasses
 import fcntl
 import json
 import os
@@ -31,6 +30,7 @@ from jax.typing import DTypeLike
 
 from imagen_jax import nn
 from imagen_jax.config import ImagenConfig, NullUnetConfig
+from imagen_jax.fields import first_difference
 from imagen_jax.imagen import Imagen
 from imagen_jax.sharding import Layout
 from imagen_jax.types import Params
@@ -100,24 +100,6 @@ def check_config(run: str | os.PathLike, config: ImagenConfig) -> None:
     difference = first_difference(read_config(run), config) if path.exists() else None
     if difference:
         raise ValueError(f"{path} describes another cascade: {difference}.")
-
-
-def first_difference(there: Any, here: Any, name: str = "") -> str | None:
-    """The first field in which two configurations differ, as `unets.0.dim is 64 there, 32 here`."""
-    if dataclasses.is_dataclass(there) and type(there) is type(here):
-        pairs = [
-            (field.name, getattr(there, field.name), getattr(here, field.name))
-            for field in dataclasses.fields(there)
-        ]
-    elif isinstance(there, tuple) and isinstance(here, tuple) and len(there) == len(here):
-        pairs = [(str(i), *pair) for i, pair in enumerate(zip(there, here, strict=True))]
-    else:
-        return None if there == here else f"{name} is {there!r} there, {here!r} here"
-    for part, a, b in pairs:
-        found = first_difference(a, b, f"{name}.{part}".lstrip("."))
-        if found:
-            return found
-    return None
 
 
 def open_manager(
@@ -209,7 +191,7 @@ def load_params(
     They go where `layout` says, by default to one device. `ema` means the online parameters where
     no average was kept (`imagen_jax.save`).
     """
-    config = read_config(run).stage(unet_number).unet
+    config = read_config(run).unets[unet_number - 1]
     step = latest_step(run, unet_number) if step is None else step
     if step is None or isinstance(config, NullUnetConfig):
         return None

@@ -4,17 +4,24 @@ Field names and defaults are the arguments of imagen-pytorch 2.1.0: those of its
 its `Unet` in unet_config.py. So a user of it recognises everything, and a configuration converts
 one to one. A field that the reference takes per U-Net (`timesteps`, ...) keeps the form it was
 given in, one value or a tuple; `ImagenConfig.stage` resolves it.
+
+Sizes are (height, width), in that order everywhere; one integer means a square.
 """
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
+from imagen_jax.diffusion.losses import Loss, Objective
+from imagen_jax.diffusion.process import Process
+from imagen_jax.diffusion.samplers import Options
+from imagen_jax.diffusion.schedules import Schedule
+from imagen_jax.diffusion.vp import VP
 from imagen_jax.fields import Config
+from imagen_jax.stage import LowRes, SamplingDefaults, Stage, show
+from imagen_jax.types import Size, pair
 from imagen_jax.unet_config import NullUnetConfig, ResizeMode, UnetConfig
 
-Schedule = Literal["cosine", "linear"]
-Objective = Literal["noise", "v", "x_start"]
 Real = int | float  # the reference's config class has whole numbers where both make sense
 T = TypeVar("T")
 
@@ -64,20 +71,20 @@ class ImagenConfig(Config):
     `elucidated` is ours: the hyper-parameters of an `ElucidatedImagen`, None for an `Imagen`.
     The U-Nets are adapted as the reference does: the first has no low-resolution input, all
     others have one, and text width and channels are the cascade's. `unets` and `image_sizes` are
-    tuples once constructed.
+    tuples once constructed. Sizes are an integer or (h, w) for each U-Net, all of one aspect.
     """
 
     unets: UnetConfig | NullUnetConfig | tuple[UnetConfig | NullUnetConfig, ...]
-    image_sizes: int | tuple[int, ...]
+    image_sizes: int | Size | tuple[int | Size, ...]
     text_encoder_name: str = "google/t5-v1_1-base"
     text_embed_dim: int | None = None
     channels: int = 3
     timesteps: int | tuple[int, ...] = 1000
     cond_drop_prob: float = 0.1
-    loss_type: Literal["l1", "l2", "huber"] = "l2"
+    loss_type: Loss = "l2"
     noise_schedules: Schedule | tuple[Schedule, ...] = "cosine"
     pred_objectives: Objective | tuple[Objective, ...] = "noise"
-    random_crop_sizes: int | None | tuple[int | None, ...] = None
+    random_crop_sizes: int | None | tuple[int | Size | None, ...] = None
     lowres_noise_schedule: Schedule = "linear"
     lowres_sample_noise_level: float = 0.2
     per_sample_random_aug_noise_level: bool = False
@@ -92,10 +99,10 @@ class ImagenConfig(Config):
     elucidated: ElucidatedConfig | None = None
 
     def __post_init__(self):
-        for name, one in (("unets", (UnetConfig, NullUnetConfig)), ("image_sizes", int)):
-            if isinstance(getattr(self, name), one):
-                object.__setattr__(self, name, (getattr(self, name),))
+        if isinstance(self.unets, (UnetConfig, NullUnetConfig)):
+            object.__setattr__(self, "unets", (self.unets,))
         self._check_types()
+        object.__setattr__(self, "image_sizes", _sizes(self.image_sizes, len(self.unets)))
         self._check_stages()
         self._check_values()
         if self.text_embed_dim is None:
@@ -108,13 +115,7 @@ class ImagenConfig(Config):
         object.__setattr__(
             self, "unets", tuple(self._cast(i, unet) for i, unet in enumerate(self.unets))
         )
-        for number, (unet, size) in enumerate(zip(self.unets, self.image_sizes, strict=True), 1):
-            trained = self.stage(number).random_crop_size or size
-            if isinstance(unet, UnetConfig) and trained % unet.downsampling:
-                raise ValueError(
-                    f"U-Net {number} halves the picture to 1/{unet.downsampling}; "
-                    f"its size {trained} is no multiple of that."
-                )
+        self._check_sizes()
 
     def _check_stages(self) -> None:
         count = len(self.unets)
@@ -138,10 +139,10 @@ class ImagenConfig(Config):
             )
         if any(isinstance(unet, NullUnetConfig) for unet in self.unets[1:]):
             raise ValueError("a NullUnet can only be the first of the unets.")
-        if self._per_stage("random_crop_sizes")[0] is not None:
+        if self.per_stage("random_crop_sizes")[0] is not None:
             raise ValueError(
-                f"random_crop_sizes = {self.random_crop_sizes}: the base is never cropped; "
-                "its entry must be null, as in (null, 64)."
+                f"random_crop_sizes[0] must be None, got {self.random_crop_sizes}: the base U-Net "
+                "is trained on complete images. As in (None, 64), which JSON writes [null, 64]."
             )
 
     def _check_values(self) -> None:
@@ -152,14 +153,34 @@ class ImagenConfig(Config):
         ):
             if not lo <= getattr(self, name) <= hi:
                 raise ValueError(f"{name} = {getattr(self, name)} must lie in [{lo}, {hi}].")
-        if min(self._per_stage("timesteps")) < 1:
+        if min(self.per_stage("timesteps")) < 1:
             raise ValueError(f"timesteps = {self.timesteps} must be positive.")
         number = self.only_train_unet_number
         if number is not None and not 1 <= number <= len(self.unets):
-            raise ValueError(f"only_train_unet_number = {number} is none of 1 .. {len(self.unets)}")
-        for crop, size in zip(self._per_stage("random_crop_sizes"), self.image_sizes, strict=True):
-            if crop is not None and crop > size:
-                raise ValueError(f"a crop of {crop} pixels does not fit a picture of {size}.")
+            raise ValueError(f"only_train_unet_number = {number} is not in 1 .. {len(self.unets)}.")
+
+    def _check_sizes(self) -> None:
+        sizes = [pair(size) for size in self.image_sizes]
+        crops = self.per_stage("random_crop_sizes")
+        for number, (unet, size, crop) in enumerate(zip(self.unets, sizes, crops, strict=True), 1):
+            trained = size if crop is None else pair(crop)
+            if min(trained) < 1:
+                raise ValueError(f"U-Net {number}: the size {show(trained)} must be positive.")
+            if trained[0] > size[0] or trained[1] > size[1]:
+                raise ValueError(
+                    f"U-Net {number}: crops of {show(trained)} pixels are larger than its images, "
+                    f"{show(size)}."
+                )
+            if size[0] * sizes[0][1] != size[1] * sizes[0][0]:
+                raise ValueError(
+                    f"image_sizes = {self.image_sizes}: all stages must have one aspect ratio; "
+                    f"{show(size)} is not a multiple of {show(sizes[0])}."
+                )
+            if isinstance(unet, UnetConfig) and any(n % unet.downsampling for n in trained):
+                raise ValueError(
+                    f"U-Net {number} reduces the resolution to 1/{unet.downsampling}; "
+                    f"its size {show(trained)} is not a multiple of that."
+                )
 
     def _cast(self, index: int, unet: UnetConfig | NullUnetConfig) -> UnetConfig | NullUnetConfig:
         if isinstance(unet, NullUnetConfig):
@@ -173,7 +194,8 @@ class ImagenConfig(Config):
             channels_out=self.channels,
         )
 
-    def _per_stage(self, name: str) -> tuple[Any, ...]:
+    def per_stage(self, name: str) -> tuple[Any, ...]:
+        """The field `name` with one entry per U-Net."""
         value = getattr(self, name)
         if name != "noise_schedules":
             return value if isinstance(value, tuple) else (value,) * len(self.unets)
@@ -182,23 +204,66 @@ class ImagenConfig(Config):
         padded = given + ("cosine",) * (2 - len(given))
         return (padded + ("linear",) * len(self.unets))[: len(self.unets)]
 
-    def stage(self, unet_number: int) -> "StageConfig":
-        """Everything that training or sampling U-Net `unet_number` (from 1) needs to know."""
-        if not 1 <= unet_number <= len(self.unets):
-            raise ValueError(f"unet_number = {unet_number} is none of 1 .. {len(self.unets)}.")
-        i = unet_number - 1
-        gamma = self._per_stage("min_snr_gamma")[i]
-        return StageConfig(
+    def stage(self, unet_number: int) -> Stage:
+        """Everything static that training or sampling U-Net `unet_number` (from 1) depends on."""
+        i = self._index(unet_number)
+        crop = self.per_stage("random_crop_sizes")[i]
+        return Stage(
             unet_number=unet_number,
-            unet=self.unets[i],
-            image_size=self.image_sizes[i],
-            previous_image_size=self.image_sizes[i - 1] if i else None,
-            timesteps=self._per_stage("timesteps")[i],
-            noise_schedule=self._per_stage("noise_schedules")[i],
-            pred_objective=self._per_stage("pred_objectives")[i],
-            random_crop_size=self._per_stage("random_crop_sizes")[i],
-            dynamic_thresholding=self._per_stage("dynamic_thresholding")[i],
-            min_snr_gamma=gamma if self._per_stage("min_snr_loss_weight")[i] else None,
+            network=self.unets[i],
+            process=self._process(i),
+            size=pair(self.image_sizes[i]),
+            channels=self.channels,
+            lowres=self._lowres(i),
+            crop=None if crop is None else pair(crop),
+            condition_on_text=self.condition_on_text,
+            cond_drop_prob=self.cond_drop_prob,
+            auto_normalize_img=self.auto_normalize_img,
+            resize_mode=self.resize_mode,
+            dynamic_thresholding=self.per_stage("dynamic_thresholding")[i],
+        )
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The cascade, stage by stage."""
+        return tuple(self.stage(number) for number in range(1, len(self.unets) + 1))
+
+    def sampling_defaults(self, unet_number: int) -> SamplingDefaults:
+        """The numbers that sampling U-Net `unet_number` takes unless others are given."""
+        i = self._index(unet_number)
+        return SamplingDefaults(
+            num_steps=self.per_stage("timesteps")[i],
+            percentile=self.dynamic_thresholding_percentile,
+            lowres_noise_level=self.lowres_sample_noise_level,
+            options=Options(),
+        )
+
+    def _index(self, unet_number: int) -> int:
+        if not 1 <= unet_number <= len(self.unets):
+            raise ValueError(f"unet_number = {unet_number} is not in 1 .. {len(self.unets)}.")
+        return unet_number - 1
+
+    def _process(self, i: int) -> Process:
+        if self.elucidated is not None:
+            raise ValueError(
+                "this is an elucidated cascade (ElucidatedImagen): its loss and its sampler are "
+                "not here yet."
+            )
+        gamma = self.per_stage("min_snr_gamma")[i]
+        return VP(
+            schedule=self.per_stage("noise_schedules")[i],
+            objective=self.per_stage("pred_objectives")[i],
+            loss_type=self.loss_type,
+            min_snr_gamma=gamma if self.per_stage("min_snr_loss_weight")[i] else None,
+        )
+
+    def _lowres(self, i: int) -> LowRes | None:
+        if i == 0:
+            return None
+        return LowRes(
+            size=pair(self.image_sizes[i - 1]),
+            process=VP(schedule=self.lowres_noise_schedule),
+            per_sample=self.per_sample_random_aug_noise_level,
         )
 
     @classmethod
@@ -212,20 +277,13 @@ class ImagenConfig(Config):
         return super().from_dict(data)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class StageConfig:
-    """One stage of an `ImagenConfig`, its per-U-Net tuples resolved."""
-
-    unet_number: int
-    unet: UnetConfig | NullUnetConfig
-    image_size: int
-    previous_image_size: int | None
-    timesteps: int
-    noise_schedule: Schedule
-    pred_objective: Objective
-    random_crop_size: int | None
-    dynamic_thresholding: bool
-    min_snr_gamma: float | None
+def _sizes(sizes: int | Size | tuple[int | Size, ...], count: int) -> tuple[int | Size, ...]:
+    """One entry per U-Net; a square as one integer. For one U-Net, (h, w) may come alone."""
+    if isinstance(sizes, int):
+        sizes = (sizes,)
+    if count == 1 and len(sizes) == 2 and all(isinstance(side, int) for side in sizes):
+        sizes = (sizes,)
+    return tuple(s if isinstance(s, int) or s[0] != s[1] else s[0] for s in sizes)
 
 
 def _unet_from(data: Any) -> UnetConfig | NullUnetConfig:

@@ -61,7 +61,11 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is Literal:
         return value in args and type(value) in {type(arg) for arg in args}
     if origin is tuple:
-        return isinstance(value, tuple) and all(_fits(v, args[0]) for v in value)
+        if not isinstance(value, tuple):
+            return False
+        if args[-1] is Ellipsis:
+            return all(_fits(v, args[0]) for v in value)
+        return len(value) == len(args) and all(map(_fits, value, args))
     if hint is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if hint is int:
@@ -77,5 +81,25 @@ def _spell(hint: Any) -> str:
     if origin is Literal:
         return "one of " + ", ".join(map(repr, args))
     if origin is tuple:
+        if args[-1] is not Ellipsis:
+            return f"({', '.join(map(_spell, args))})"
         return f"a tuple of {_spell(args[0])}"
     return "null" if hint is type(None) else f"{hint.__name__}"
+
+
+def first_difference(there: Any, here: Any, name: str = "") -> str | None:
+    """The first field in which two configurations differ, as `unets.0.dim is 64 there, 32 here`."""
+    if dataclasses.is_dataclass(there) and type(there) is type(here):
+        pairs = [
+            (field.name, getattr(there, field.name), getattr(here, field.name))
+            for field in dataclasses.fields(there)
+        ]
+    elif isinstance(there, tuple) and isinstance(here, tuple) and len(there) == len(here):
+        pairs = [(str(i), *pair) for i, pair in enumerate(zip(there, here, strict=True))]
+    else:
+        return None if there == here else f"{name} is {there!r} there, {here!r} here"
+    for part, a, b in pairs:
+        found = first_difference(a, b, f"{name}.{part}".lstrip("."))
+        if found:
+            return found
+    return None

@@ -1,205 +1,285 @@
-"""One stage of the cascade: its sampling programs, `start`, `advance` and `finish`.
+"""Sampling: a stage's three compiled programs, and the cascade that runs them stage by stage.
 
-The host runs `advance` in slices of the steps, for progress and cancelling. The theory only ever
-sees the closure
+    start    noise and conditioning, prepared once
+    advance  a slice of the denoising steps; the host repeats it, for progress and cancelling
+    finish   images in [0, 1]
 
-    denoise(x_t, log_snr, x0_previous=None) -> network output, guidance applied
-
-Randomness comes from one key, or is given as a sequence of noises, in the reference's order.
+Each image's noise is a function of its own key, so that it does not depend on its batch; or noises
+are given as a sequence, in the reference's order.
 """
 
+import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from imagen_jax import nn
-from imagen_jax.config import ImagenConfig, StageConfig
-from imagen_jax.diffusion import guidance, process, samplers, schedules
+from imagen_jax.conditioning import Condition, Conditioning, Guided
+from imagen_jax.diffusion import samplers
+from imagen_jax.diffusion.process import RenoiseVariance, q_sample
 from imagen_jax.resize import resize
-from imagen_jax.stages import check_kind, normalize, to_float, unnormalize
-from imagen_jax.types import AnyArray, Image, Params, PRNGKey, TextEmbeds, TextMask
+from imagen_jax.sharding import Layout
+from imagen_jax.stage import SamplingDefaults, Stage, to_float
+from imagen_jax.streams import RowKeys, normal, stream
+from imagen_jax.types import AnyArray, Image, Params, TextEmbeds, TextMask
 
+SLICES = 20
+"""The compiled loop is called this many times per stage, so progress is reported that often."""
 
-class Conditioning(NamedTuple):
-    """What a stage's network is told at every step, prepared once."""
-
-    text: nn.TextCond | None
-    lowres: Array | None
-    lowres_log_snr: Array | None
-    cond_images: Array | None
-    inpaint: samplers.Inpaint | None
+Progress = Callable[[int, int, int], None]
+"""progress(unet_number, steps done, steps in all). Raise in it to stop."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
-    """What a stage's compiled programs are made for; everything else about sampling is data."""
+    """Compile-time options of a stage's programs; everything else is a traced argument."""
 
-    config: ImagenConfig
-    unet_number: int
+    stage: Stage
     dtype: DTypeLike
     guided: bool
+    sampler: str
     remove_parallel_component: bool = True
-    sampler: Literal["ancestral", "ddim"] = "ancestral"
-    inpaint_variance: Literal["exact", "reference"] = "exact"
+    inpaint_variance: RenoiseVariance = "exact"
 
-    @property
-    def stage(self) -> StageConfig:
-        return self.config.stage(self.unet_number)
-
-    def without_numbers(self) -> "Program":
-        """The same for all configurations that differ in what the programs get as data."""
-        config = dataclasses.replace(
-            self.config,
-            timesteps=1,
-            dynamic_thresholding_percentile=1.0,
-            lowres_sample_noise_level=0.0,
-        )
-        return dataclasses.replace(self, config=config)
+    def __post_init__(self):
+        samplers.find_sampler(self.sampler)
+        if self.inpaint_variance not in ("exact", "reference"):
+            raise ValueError(
+                f"inpaint_variance must be 'exact' or 'reference', got {self.inpaint_variance!r}."
+            )
 
 
-class Guidance(NamedTuple):
+class Numbers(NamedTuple):
     """Numbers that may change from call to call without another compilation."""
 
-    cond_scale: Array
-    keep_parallel_frac: Array
-    percentile: Array
-    eta: Array
+    cond_scale: Float[AnyArray, ""]
+    keep_parallel_frac: Float[AnyArray, ""]
+    percentile: Float[AnyArray, ""]
+    options: samplers.Options
+
+
+class Given(NamedTuple):
+    """Arrays that a stage's images are generated from, images in [0, 1] or uint8."""
+
+    text_embeds: TextEmbeds | None = None
+    text_masks: TextMask | None = None
+    previous: Float[AnyArray, "b h2 w2 c"] | None = None
+    """Images of the stage before."""
+    lowres_noise_level: Float[AnyArray, ""] | None = None
+    """Time of the noise put on them."""
+    cond_images: AnyArray | None = None
+    init_images: AnyArray | None = None
+    inpaint_images: AnyArray | None = None
+    inpaint_masks: Bool[AnyArray, "b h3 w3"] | None = None
+    resample_times: Int[AnyArray, ""] | None = None
+
+
+class Randomness(NamedTuple):
+    """One key per image, or the noises of the stage."""
+
+    keys: RowKeys | None = None
+    noises: Float[AnyArray, "count b h w c"] | None = None
+
+    def image(self, name: str, place: int, shape: tuple[int, ...]) -> Array:
+        """Noise for a named purpose, which is at `place` among given ones."""
+        if self.keys is None:
+            return jnp.asarray(self.noises[place])
+        return normal(stream(self.keys, name), shape)
+
+    def steps(self, grid: samplers.Grid, first: int, shape, times: Array | None) -> samplers.Noise:
+        """The noises of the steps; given ones begin at `first`."""
+        if self.keys is None:
+            return samplers.given_noises(self.noises[first:], grid, times)
+        keys = stream(self.keys, "step")
+
+        def noise(i: Array, r: Array, which: int) -> Array:
+            one = jax.vmap(lambda k: jax.random.fold_in(jax.random.fold_in(k, i), 3 * r + which))
+            return normal(one(keys), shape)
+
+        return noise
 
 
 @functools.partial(jax.jit, static_argnames=("program", "batch_size"))
 def start(
     params: Params,
+    given: Given,
+    randomness: Randomness,
+    grid: samplers.Grid,
     *,
     program: Program,
     batch_size: int,
-    key: PRNGKey | None = None,
-    noises: Float[Array, "count b h w c"] | None = None,
-    text_embeds: TextEmbeds | None = None,
-    text_masks: TextMask | None = None,
-    previous: Float[AnyArray, "b h2 w2 c"] | None = None,
-    lowres_noise_level: Float[Array, ""] | None = None,
-    cond_images: AnyArray | None = None,
-    init_images: AnyArray | None = None,
-    inpaint_images: AnyArray | None = None,
-    inpaint_masks: Bool[AnyArray, "b h3 w3"] | None = None,
-    resample_times: Int[Array, ""] | None = None,
-) -> tuple[samplers.Carry, Conditioning]:
-    """The noise a stage begins with and what its network is told; pictures in [0, 1].
+) -> tuple[samplers.State, Conditioning, samplers.Inpaint | None]:
+    """The state at the first level of the grid, the conditioning inputs, and the known part.
 
-    With guidance the text conditioning has two rows a picture: with the text and without.
+    With guidance the conditioning has two rows an image: with the text and without.
     """
-    config, stage = program.config, program.stage
-    check_kind(config)
-    size, b = stage.image_size, batch_size
-    shape = (b, size, size, config.channels)
-    lowres_key, init_key = (None, None) if key is None else _stage_keys(key)[:2]
-    fit = functools.partial(resize, size=size, mode=config.resize_mode)
-
-    text = None
-    if text_embeds is not None:
-        unet = nn.bind(stage.unet, params, dtype=program.dtype)
-        keep = jnp.ones(b, bool)
-        if program.guided:
-            keep = jnp.tile(jnp.array([True, False]), b)
-            text_embeds, text_masks = (jnp.repeat(a, 2, axis=0) for a in (text_embeds, text_masks))
-        text = unet.encode_text(text_embeds, text_masks, keep_mask=keep)
-
-    lowres = lowres_log_snr = None
-    if previous is not None:
-        level = jnp.full((b,), lowres_noise_level)
-        lowres_log_snr = schedules.log_snr(level, config.lowres_noise_schedule)
-        noise = jax.random.normal(lowres_key, shape) if noises is None else noises[0]
-        lowres = process.q_sample(normalize(config, fit(previous)), lowres_log_snr, noise)
-
-    x = jax.random.normal(init_key, shape) if noises is None else noises[int(lowres is not None)]
-    if init_images is not None:
-        # The picture is resized in [-1, 1] and added, as the reference does.
-        x = x + fit(normalize(config, to_float(init_images)))
-    inpaint = None
-    if inpaint_images is not None:
-        masks = fit(jnp.asarray(inpaint_masks, jnp.float32)[..., None]) > 0
-        known = fit(normalize(config, to_float(inpaint_images)))
-        inpaint = samplers.Inpaint(known, masks, resample_times)
-    cond_images = None if cond_images is None else to_float(cond_images)
-    conditioning = Conditioning(text, lowres, lowres_log_snr, cond_images, inpaint)
-    return samplers.Carry(x, jnp.zeros_like(x)), conditioning
+    stage, b = program.stage, batch_size
+    fit = functools.partial(resize, size=stage.size, mode=stage.resize_mode)
+    lowres = lowres_time = text = inpaint = None
+    if given.previous is not None:
+        time = jnp.full((b,), given.lowres_noise_level)
+        level = stage.lowres.process.training_level(time)
+        noise = randomness.image("lowres_noise", 0, stage.sample_shape)
+        lowres = q_sample(stage.normalize(fit(given.previous)), level, noise)
+        lowres_time = level.conditioning
+    cond_images = None if given.cond_images is None else to_float(given.cond_images)
+    conditioning = Conditioning(None, lowres, lowres_time, cond_images)
+    embeds, masks, keep = given.text_embeds, given.text_masks, jnp.ones(b, bool)
+    if program.guided:
+        conditioning, embeds, masks = jax.tree.map(
+            lambda a: jnp.repeat(a, 2, axis=0), (conditioning, embeds, masks)
+        )
+        keep = jnp.tile(jnp.array([True, False]), b)
+    if embeds is not None:
+        network = nn.bind(stage.network, params, dtype=program.dtype)
+        text = network.encode_text(embeds, masks, keep_mask=keep)
+    if given.inpaint_images is not None:
+        known = fit(stage.normalize(to_float(given.inpaint_images)))
+        known_where = fit(jnp.asarray(given.inpaint_masks, jnp.float32)[..., None]) != 0
+        inpaint = samplers.Inpaint(known, known_where, given.resample_times)
+    noise = randomness.image("initial_noise", int(lowres is not None), stage.sample_shape)
+    x = stage.process.prior(noise, stage.process.level(jnp.broadcast_to(grid.positions[0], b)))
+    if given.init_images is not None:
+        # The image is resized in [-1, 1] and added, as the reference does.
+        x = x + fit(stage.normalize(to_float(given.init_images)))
+    state = samplers.start(samplers.find_sampler(program.sampler), x)
+    return state, conditioning._replace(text=text), inpaint
 
 
-@functools.partial(jax.jit, static_argnames="program", donate_argnames="carry")
+@functools.partial(jax.jit, static_argnames="program", donate_argnames="state")
 def advance(
     params: Params,
-    carry: samplers.Carry,
+    state: samplers.State,
     conditioning: Conditioning,
-    numbers: Guidance,
+    inpaint: samplers.Inpaint | None,
+    numbers: Numbers,
     grid: samplers.Grid,
     first: Int[Array, ""],
     last: Int[Array, ""],
+    randomness: Randomness,
     *,
     program: Program,
-    key: PRNGKey | None = None,
-    noises: Float[Array, "count b h w c"] | None = None,
-) -> samplers.Carry:
+) -> samplers.State:
     """Steps `first` up to `last` (excluded) of the grid."""
     stage = program.stage
-    step = samplers.ancestral
-    if program.sampler == "ddim":
-        step = functools.partial(samplers.ddim, eta=numbers.eta)
+    place = 1 + (conditioning.lowres is not None)
+    times = None if inpaint is None else inpaint.resample_times
     return samplers.run_slice(
-        denoiser(nn.bind(stage.unet, params, dtype=program.dtype), conditioning, numbers, program),
-        carry,
+        estimator(params, conditioning, numbers, program),
+        stage.process,
+        state,
         grid,
         first,
         last,
-        objective=stage.pred_objective,
-        step=step,
+        sampler=samplers.find_sampler(program.sampler),
+        noise=randomness.steps(grid, place, stage.sample_shape, times),
+        options=numbers.options,
         percentile=numbers.percentile if stage.dynamic_thresholding else None,
-        self_cond=stage.unet.self_cond,
-        inpaint=conditioning.inpaint,
+        self_cond=stage.network.self_cond,
+        inpaint=inpaint,
         variance=program.inpaint_variance,
-        key=None if key is None else _stage_keys(key)[2],
-        noises=None if noises is None else noises[1 + (conditioning.lowres is not None) :],
     )
 
 
-def denoiser(
-    unet: Callable, conditioning: Conditioning, numbers: Guidance, program: Program
-) -> Callable:
-    """The closure that the samplers see: both halves of the guidance in one batch."""
-    told = dict(
-        text_cond=conditioning.text,
-        lowres_cond_img=conditioning.lowres,
-        lowres_noise_times=conditioning.lowres_log_snr,
-        cond_images=conditioning.cond_images,
+def estimator(
+    params: Params, conditioning: Conditioning, numbers: Numbers, program: Program
+) -> Condition | Guided:
+    """The network as the samplers call it, guidance applied."""
+    network = nn.bind(program.stage.network, params, dtype=program.dtype)
+    conditioned = Condition(network, conditioning)
+    if not program.guided:
+        return conditioned
+    return Guided(
+        conditioned,
+        numbers.cond_scale,
+        numbers.keep_parallel_frac,
+        program.remove_parallel_component,
     )
 
-    def denoise(x_t, log_snr, x0_previous=None):
-        output = unet(x_t, log_snr, self_cond=x0_previous, **told).astype(jnp.float32)
-        if not program.guided:
-            return output
-        pairs = output.reshape(-1, 2, *output.shape[1:])
-        return guidance.guide(
-            pairs[:, 0],
-            pairs[:, 1],
-            numbers.cond_scale,
-            remove_parallel_component=program.remove_parallel_component,
-            keep_parallel_frac=numbers.keep_parallel_frac,
+
+@functools.partial(jax.jit, static_argnames="program")
+def finish(
+    state: samplers.State, inpaint: samplers.Inpaint | None = None, *, program: Program
+) -> Image:
+    """The finished images in [0, 1]."""
+    return program.stage.unnormalize(samplers.finish(state.x, inpaint))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Steps:
+    """How many steps a stage takes, and over which range of noise."""
+
+    num_steps: int
+    skip_steps: int = 0
+    sigma_min: float | None = None
+    sigma_max: float | None = None
+
+
+def sample_stage(
+    params: Params,
+    program: Program,
+    given: Given,
+    randomness: Randomness,
+    *,
+    batch_size: int,
+    steps: Steps,
+    numbers: Numbers,
+    layout: Layout | None = None,
+    progress: Progress | None = None,
+) -> Image:
+    """Runs one stage: prepares, loops in slices and finishes; images (b, h, w, c) in [0, 1].
+
+    `layout` is the mesh that the parameters are on, None for one device.
+    """
+    number = program.stage.unet_number
+    grid = samplers.make_grid(program.stage.process, **dataclasses.asdict(steps))
+    total = int(grid.num_steps)
+    _check_noises(given, randomness, total)
+    with contextlib.nullcontext() if layout is None else layout.use():
+        state, conditioning, inpaint = start(
+            params, given, randomness, grid, program=program, batch_size=batch_size
         )
+        stride = math.ceil(total / SLICES)
+        for first in range(0, total, stride):
+            last = min(first + stride, total)
+            if progress is not None:
+                progress(number, first, total)
+            bounds = np.int32(first), np.int32(last)
+            state = advance(
+                params, state, conditioning, inpaint, numbers, grid, *bounds, randomness,
+                program=program,
+            )  # fmt: skip
+            if progress is not None:
+                jax.block_until_ready(state)
+        if progress is not None:
+            progress(number, total, total)
+        return finish(state, inpaint, program=program)
 
-    return denoise
+
+def numbers_for(
+    defaults: SamplingDefaults, *, cond_scale: float, keep_parallel_frac: float, eta: float
+) -> Numbers:
+    """The traced numbers of a stage, as float32."""
+    options = defaults.options._replace(eta=eta)
+    numbers = Numbers(cond_scale, keep_parallel_frac, defaults.percentile, options)
+    return jax.tree.map(np.float32, numbers)
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def finish(carry: samplers.Carry, conditioning: Conditioning, *, config: ImagenConfig) -> Image:
-    """The finished pictures in [0, 1]."""
-    return unnormalize(config, samplers.finish(carry.x, conditioning.inpaint))
-
-
-def _stage_keys(key: PRNGKey) -> Array:
-    """Keys of the low-resolution noise, the initial noise and the steps."""
-    return jax.random.split(key, 3)
+def _check_noises(given: Given, randomness: Randomness, num_steps: int) -> None:
+    if randomness.noises is None:
+        return
+    times = None if given.inpaint_images is None else int(given.resample_times)
+    wanted = samplers.count_noises(num_steps, resample_times=times)
+    wanted += 1 + (given.previous is not None)
+    if len(randomness.noises) != wanted:
+        raise ValueError(
+            f"the draws hold {len(randomness.noises)} noises; this stage needs {wanted}."
+        )

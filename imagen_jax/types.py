@@ -4,13 +4,13 @@ Axes:  b batch · h, w pixels · c channels · l text tokens · m conditioning t
        n heads · k the width of one head or of the conditioning vector
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Bool, Float, Key
 
+Size = tuple[int, int]  # (height, width) in pixels
 AnyArray = jax.Array | np.ndarray  # public calls accept NumPy
 
 Image = Float[AnyArray, "b h w c"]  # in [-1, 1] inside the diffusion, in [0, 1] in public calls
@@ -21,4 +21,7 @@ KeepMask = Bool[AnyArray, "b"]  # True keeps the text, False replaces it by the 
 PRNGKey = Key[jax.Array, ""]
 Params = dict[str, Any]  # a pure dict of arrays, nested as the module is
 
-Denoiser = Callable[..., Image]  # denoise(x_t, log_snr, x0_previous=None) -> network output
+
+def pair(size: int | Size) -> Size:
+    """One integer means a square."""
+    return (size, size) if isinstance(size, int) else size

@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from imagen_jax.data import labelled_grid, to_pil
-from imagen_jax.imagen import Progress
+from imagen_jax.sampling import Progress
 
 CELLS = (128, 256)  # pixels: the smallest and the largest picture of a grid
 COLUMNS = 8

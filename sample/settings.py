@@ -84,7 +84,9 @@ class Settings:
         Raises ValueError for numbers that do not fit the cascade.
         """
         last, count = self.last_stage(config), len(config.unets)
-        timesteps = tuple(config.stage(number).timesteps for number in range(1, count + 1))
+        timesteps = tuple(
+            config.sampling_defaults(number).num_steps for number in range(1, count + 1)
+        )
         scales = (GUIDED,) + (1.0,) * (count - 1)
         if config.cond_drop_prob == 0 or not config.condition_on_text:
             scales = (1.0,) * count
@@ -123,7 +125,7 @@ class Settings:
         steps = {}
         for number in range(first, self.last_stage(config) + 1):
             step = checkpoint.latest_step(self.checkpoint, number)
-            if isinstance(config.stage(number).unet, NullUnetConfig):
+            if isinstance(config.unets[number - 1], NullUnetConfig):
                 raise ValueError(
                     f"U-Net {number} of {self.checkpoint} is a NullUnet: this cascade enlarges "
                     "pictures and draws none from text."

@@ -16,7 +16,7 @@ from imagen_jax import nn
 from imagen_jax.config import ImagenConfig, NullUnetConfig, UnetConfig
 from imagen_jax.imagen import Imagen
 from imagen_jax.interop.reference import import_imagen_pytorch
-from imagen_jax.stages import Draws
+from imagen_jax.training import Draws
 from tests import SMALLEST_UNET, parity
 
 WIDTH = 6  # of the text

@@ -12,10 +12,10 @@ import pytest
 import torch
 from flax import nnx
 
-from imagen_jax import nn, stages
+from imagen_jax import nn, training
 from imagen_jax.config import NullUnetConfig
 from imagen_jax.imagen import Imagen
-from imagen_jax.stages import Draws
+from imagen_jax.training import Draws
 from tests import cascades
 from tests.cascades import cascade
 
@@ -102,14 +102,14 @@ def draws_for(config, number, coin=None) -> Draws:
     stage, random = config.stage(number), np.random.default_rng(number)
 
     def noise(size):
-        return random.standard_normal((BATCH, size, size, config.channels), np.float32)
+        return random.standard_normal((BATCH, *size, config.channels), np.float32)
 
     level = random.uniform(size=BATCH if config.per_sample_random_aug_noise_level else 1)
     return Draws(
         times=np.float32([0.02, 0.4, 0.97]),
-        noise=noise(stage.image_size),
+        noise=noise(stage.size),
         lowres_times=np.broadcast_to(np.float32(level), (BATCH,)) if number > 1 else None,
-        lowres_noise=noise(stage.random_crop_size or stage.image_size) if number > 1 else None,
+        lowres_noise=noise(stage.trained_size) if number > 1 else None,
         keep_mask=np.array([True, False, True]) if config.condition_on_text else None,
         self_cond=None if coin is None else np.array(coin),
     )
@@ -169,7 +169,10 @@ def network(unet, x, time, given, **more):
 
 
 class Recorder:
-    """A network that answers nothing and keeps what it was told."""
+    """A network that answers nothing and keeps what it was given."""
+
+    def encode_text(self, *_, **__):
+        return None
 
     def __call__(self, x, time, **told):
         self.told = dict(told, x=x)
@@ -184,8 +187,8 @@ def test_conditioning_pictures_are_cropped_with_the_picture():
     )
     cond = np.random.default_rng(5).uniform(size=(BATCH, 8, 8, 2)).astype(np.float32)
     seen = Recorder()
-    stages.stage_losses(
-        config, seen, IMAGES[:, :8, :8], unet_number=2, draws=draws, cond_images=cond, **TEXT
+    training.stage_losses(
+        config.stage(2), seen, IMAGES[:, :8, :8], draws=draws, cond_images=cond, **TEXT
     )
     for i, (top, left) in enumerate(draws.crop):
         window = slice(top, top + 4), slice(left, left + 4)
@@ -220,11 +223,11 @@ def test_texts_are_masked_where_they_are_zero():
 def test_a_given_draw_leaves_the_others_as_they_were():
     config = cascade(random_crop_sizes=(None, 4), **SELF_COND)
     key = jax.random.key(0)
-    drawn = stages.complete_draws(config, 2, BATCH, key, None)
+    drawn = training.complete_draws(config.stage(2), BATCH, key, None)
     for field in dataclasses.fields(Draws):
         value = np.zeros_like(getattr(drawn, field.name))
         given = Draws(**{field.name: value})
-        completed = stages.complete_draws(config, 2, BATCH, key, given)
+        completed = training.complete_draws(config.stage(2), BATCH, key, given)
         for other in dataclasses.fields(Draws):
             want = value if other == field else getattr(drawn, other.name)
             np.testing.assert_array_equal(getattr(completed, other.name), want)
@@ -234,7 +237,7 @@ def test_what_is_drawn():
     """Ranges, and one level of noise for the batch unless per_sample_random_aug_noise_level."""
     for each in (False, True):
         config = cascade(random_crop_sizes=(None, 5), per_sample_random_aug_noise_level=each)
-        draws = stages.complete_draws(config, 2, 500, jax.random.key(0), None)
+        draws = training.complete_draws(config.stage(2), 500, jax.random.key(0), None)
         assert len(np.unique(draws.lowres_times)) == (500 if each else 1)
         assert set(np.unique(draws.crop)) == {0, 1, 2, 3}
         assert 0.85 < np.mean(draws.keep_mask) < 0.95
@@ -267,7 +270,7 @@ def test_errors():
     imagen, key = cascades.ours(cascade()), jax.random.key(0)
     loss = functools.partial(imagen.loss, IMAGES, key=key)
     complains("1 .. 2", loss, **TEXT)
-    complains("unet_number = 3 is none of 1 .. 2", loss, unet_number=3, **TEXT)
+    complains("unet_number = 3 is not in 1 .. 2", loss, unet_number=3, **TEXT)
     loss = functools.partial(loss, unet_number=2)
     complains("give texts or text_embeds", loss)
     complains("5 wide, text_embed_dim is 6", loss, text_embeds=TEXT["text_embeds"][..., :5])
@@ -279,8 +282,14 @@ def test_errors():
     draws = dataclasses.replace(draws_for(imagen.config, 2), lowres_noise=None)
     complains("draws with lowres_noise", loss, IMAGES, draws=draws)
     complains("4 channels, the cascade 3", loss, np.ones((BATCH, 8, 8, 4), np.float32), key=key)
-    complains("5 pixels wide; U-Net 2", loss, IMAGES[:, :5, :5], key=key)
+    complains("5 x 5 pixels; U-Net 2", loss, IMAGES[:, :5, :5], key=key)
     complains("square", loss, IMAGES[:, :9], key=key)
+    complains(r"images must be \(b, h, w, c\)", loss, IMAGES[0], key=key)
+    complains("unet_number = 0 is not in 1 .. 2", imagen.loss, IMAGES, unet_number=0, key=key,
+              **TEXT)  # fmt: skip
+    for name, value in (("times", np.zeros(2)), ("noise", np.zeros((3, 8, 5, 3)))):
+        given = dataclasses.replace(draws_for(imagen.config, 2), **{name: np.float32(value)})
+        complains(f"draws.{name} must have the shape", loss, IMAGES, draws=given)
 
 
 def test_errors_of_other_cascades():
@@ -291,6 +300,8 @@ def test_errors_of_other_cascades():
     complains("only_train_unet_number = 1, not 2", only.loss, IMAGES, **given, **TEXT)
     config = cascade(unet=dict(cond_images_channels=2))
     complains("cond_images are missing", cascades.ours(config).loss, IMAGES, **given, **TEXT)
+    complains("cond_images must be square", cascades.ours(config).loss, IMAGES,
+              cond_images=COND_IMAGES[:, :4], **given, **TEXT)  # fmt: skip
     config = cascade()
     config = dataclasses.replace(config, unets=(NullUnetConfig(), config.unets[1]))
     null = cascades.ours(config)
@@ -298,4 +309,9 @@ def test_errors_of_other_cascades():
     complains("either its unets or rngs", Imagen, config)
     complains("1 unets for 2 configurations", Imagen, config, unets=null.unets[:1])
     other = cascades.ours(cascade(unet=dict(cond_images_channels=2)))
-    complains("U-Net 1 is not the one", Imagen, cascade(), unets=other.unets)
+    complains(
+        "U-Net 1 is not the one of the configuration: unets.0.cond_images_channels is 2",
+        Imagen,
+        cascade(),
+        unets=other.unets,
+    )

@@ -16,7 +16,7 @@ from flax import nnx
 from PIL import Image as PILImage
 
 from imagen_jax import imagen as imagen_module
-from imagen_jax import nn
+from imagen_jax import nn, sampling
 from imagen_jax.config import NullUnetConfig
 from imagen_jax.diffusion import samplers
 from imagen_jax.imagen import Imagen
@@ -45,6 +45,7 @@ COND_IMAGES = RANDOM.integers(0, 256, (BATCH, 6, 6, 2), np.uint8)
 UNCONDITIONAL = dict(unet=dict(cond_on_text=False), condition_on_text=False)
 NOT_NORMALISED = UNCONDITIONAL | dict(auto_normalize_img=False, dynamic_thresholding=False)
 INPAINT = dict(inpaint_images=PICTURES, inpaint_masks=MASKS)
+KEYS = jax.random.split(jax.random.key(9), 3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,7 +239,7 @@ def compilations(caplog) -> Iterator[list[str]]:
 
 def test_numbers_compile_nothing(caplog):
     """Neither another seed, text, guidance, number of steps nor threshold."""
-    config = cascade(pred_objectives=("v", "noise"))
+    config = cascade(pred_objectives=("x_start", "noise"))
     first = cascades.ours(config)
     changed = dict(timesteps=9, dynamic_thresholding_percentile=0.5, lowres_sample_noise_level=0.1)
     second = cascades.ours(dataclasses.replace(config, **changed))
@@ -259,10 +260,52 @@ def test_numbers_compile_nothing(caplog):
     assert names.count("jit(advance)") == 1
 
 
+def test_a_stage_is_compiled_for_its_own_fields(caplog):
+    """Another second stage, encoder or training probability leaves the first as it is."""
+    config = cascade(pred_objectives=("x_start", "noise"), timesteps=3)
+    draw(imagen=cascades.ours(config))
+    other = dataclasses.replace(
+        config,
+        pred_objectives=("x_start", "v"),
+        text_encoder_name="t5-small",
+        only_train_unet_number=1,
+    )
+    with compilations(caplog) as names:
+        draw(imagen=cascades.ours(other))
+    assert names.count("jit(advance)") == names.count("jit(start)") == 1
+
+
+# ---- an image is a function of its own key
+
+
+def alone(key, row: int, **given):
+    text = {name: array[row : row + 1] for name, array in TEXT.items()}
+    return plain().sample(key=key, cond_scale=2.0, **text | given)[0]
+
+
+@pytest.mark.parametrize("given", [{}, dict(sampler="ddim", eta=0.5)])
+def test_an_image_depends_on_its_own_key_alone(given):
+    """Whatever its batch, and wherever it is in it; to the bit where the batch shape is equal."""
+    both = plain().sample(key=KEYS[:2], cond_scale=2.0, **TEXT | given)
+    swapped = {name: array[::-1] for name, array in TEXT.items()}
+    other = plain().sample(key=KEYS[:2][::-1], cond_scale=2.0, **swapped | given)
+    np.testing.assert_array_equal(both, other[::-1])
+    for row in range(BATCH):
+        np.testing.assert_allclose(alone(KEYS[row : row + 1], row, **given), both[row], atol=1e-4)
+    assert np.abs(alone(KEYS[2:], 0, **given) - both[0]).max() > 0.1
+
+
+def test_inpainting_depends_on_its_own_key_alone():
+    given = dict(inpaint_resample_times=2)
+    both = plain().sample(key=KEYS[:2], cond_scale=2.0, **TEXT | INPAINT | given)
+    own = {name: array[1:] for name, array in INPAINT.items()}
+    np.testing.assert_allclose(alone(KEYS[1:2], 1, **own, **given), both[1], atol=1e-4)
+
+
 def test_slices_make_no_difference(monkeypatch):
     whole = {}
     for slices in (1, 2, 20):
-        monkeypatch.setattr(imagen_module, "SLICES", slices)
+        monkeypatch.setattr(sampling, "SLICES", slices)
         whole[slices] = draw(timesteps=7)
     np.testing.assert_array_equal(whole[1], whole[2])
     np.testing.assert_array_equal(whole[1], whole[20])
@@ -272,7 +315,7 @@ def test_progress(monkeypatch):
     calls = []
     draw(timesteps=(3, 2), progress=lambda *call: calls.append(call))
     assert calls == [(1, 0, 3), (1, 1, 3), (1, 2, 3), (1, 3, 3), (2, 0, 2), (2, 1, 2), (2, 2, 2)]
-    monkeypatch.setattr(imagen_module, "SLICES", 2)
+    monkeypatch.setattr(sampling, "SLICES", 2)
     calls.clear()
     draw(stop_at_unet_number=1, skip_steps=1, progress=lambda *call: calls.append(call))
     assert calls == [(1, 0, 4), (1, 2, 4), (1, 4, 4)]
@@ -317,18 +360,44 @@ def test_raising_in_progress_stops():
         (dict(inpaint_masks=MASKS), "both inpaint_images and inpaint_masks"),
         (
             dict(inpaint_images=PICTURES[:1], inpaint_masks=MASKS[:1]),
-            "1 inpaint_images and 1 masks for a batch of 2",
+            "text_embeds 2, inpaint_images 1, inpaint_masks 1",
         ),
         (dict(start_at_unet_number=2), "needs start_image_or_video"),
         (
             dict(start_at_unet_number=2, start_image_or_video=PICTURES[:1]),
-            "1 start images for a batch of 2",
+            "text_embeds 2, start_image_or_video 1",
         ),
-        (dict(start_at_unet_number=2, stop_at_unet_number=1), "U-Nets 2 to 1"),
+        (
+            dict(start_at_unet_number=2, stop_at_unet_number=1),
+            r"start_at_unet_number \(2\) must not exceed stop_at_unet_number \(1\)",
+        ),
         (dict(start_at_unet_number=3), "1 .. 2"),
         (dict(start_at_unet_number=0), "1 .. 2"),
         (dict(stop_at_unet_number=3), "1 .. 2"),
         (dict(cond_images=COND_IMAGES), "cond_images are given"),
+        (dict(sampler="DDIM"), "sampler 'DDIM' is not one of .*; did you mean 'ddim'"),
+        (dict(sampler="euler"), "sampler 'euler' is not one of"),
+        (dict(inpaint_variance="other"), "inpaint_variance must be 'exact' or 'reference'"),
+        (dict(batch_size=3), "batch sizes differ: text_embeds 2, batch_size 3"),
+        (dict(key=KEYS), "3 keys for a batch of 2"),
+        (dict(sigma_min=0.1), "sigma_min and sigma_max are for elucidated cascades"),
+        (
+            dict(init_images=PICTURES[:, :5]),
+            r"init_images of U-Net 1 must be square.*\(2, 5, 7, 3\)",
+        ),
+        (dict(cond_images=COND_IMAGES[:, :3]), "cond_images must be square"),
+        (
+            dict(inpaint_images=PICTURES[:, :5], inpaint_masks=MASKS),
+            r"inpaint_images must be square, \(b, h, w, c\); got \(2, 5, 7, 3\)",
+        ),
+        (
+            dict(inpaint_images=PICTURES, inpaint_masks=MASKS[:, :5]),
+            r"inpaint_masks must be square, \(b, h, w\); got \(2, 5, 7\)",
+        ),
+        (
+            dict(start_at_unet_number=2, start_image_or_video=PICTURES[:, :, :5]),
+            "start_image_or_video must be square",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else ", ".join(value),
 )

@@ -6,6 +6,7 @@ import jax
 
 from imagen_jax import nn
 from imagen_jax.config import ImagenConfig
+from imagen_jax.stage import show
 from train.feed import Feed
 from train.settings import Settings
 
@@ -13,11 +14,11 @@ from train.settings import Settings
 def announce(config: ImagenConfig, unet_number: int, settings: Settings, feed: Feed) -> None:
     """Prints what is about to be trained, on what, where and how."""
     stage = config.stage(unet_number)
-    count = sum(math.prod(x.shape) for x in jax.tree.leaves(nn.abstract(stage.unet)[1]))
-    size = f"{stage.image_size} pixels"
-    if stage.previous_image_size is not None:
-        size = f"{stage.previous_image_size} -> {size}"
-        if stage.pred_objective == "noise" and stage.unet.memory_efficient:
+    count = sum(math.prod(x.shape) for x in jax.tree.leaves(nn.abstract(stage.network)[1]))
+    size = f"{show(stage.size)} pixels"
+    if stage.lowres is not None:
+        size = f"{show(stage.lowres.size)} -> {size}"
+        if getattr(stage.process, "objective", None) == "noise" and stage.network.memory_efficient:
             print(
                 "note: memory-efficient super-resolution drifts in colour when it predicts noise; "
                 "pred_objectives 'v' does not."

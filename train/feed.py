@@ -11,10 +11,11 @@ from jaxtyping import Int32
 from tqdm import tqdm
 
 from imagen_jax import text
+from imagen_jax.cascade import check_text
 from imagen_jax.config import ImagenConfig
 from imagen_jax.data import Batches, Record, Source, decode, make_batches, open_source
-from imagen_jax.imagen import check_text
 from imagen_jax.sharding import Layout
+from imagen_jax.stage import Stage
 from imagen_jax.types import AnyArray, TextEmbeds, TextMask
 from train.settings import Settings
 from train.step import Batch
@@ -71,7 +72,7 @@ class Feed:
         settings = self.settings
         return make_batches(
             source,
-            image_size=self.config.stage(self.unet_number).image_size,
+            image_size=self.stage.size,
             batch_size=settings.batch_size,
             seed=settings.seed,
             start_step=start_step,
@@ -86,7 +87,7 @@ class Feed:
 
     def usable(self, source: Source) -> Iterator[tuple[Record, np.ndarray]]:
         """The records that can be trained on, and their pictures."""
-        size = self.config.stage(self.unet_number).image_size
+        size = self.stage.size
         for i in range(len(source)):
             try:
                 record = source[i]
@@ -103,9 +104,13 @@ class Feed:
             tqdm.write(f"skipped {key}: {reason}")
 
     @property
+    def stage(self) -> Stage:
+        return self.config.stage(self.unet_number)
+
+    @property
     def text_len(self) -> int:
         """Tokens of a caption: what the U-Net reads, and at most T5's 256."""
-        return min(256, self.config.stage(self.unet_number).unet.max_text_len)
+        return min(256, self.stage.network.max_text_len)
 
     def _tokenize(self, captions: list[str]):
         return self.encoder.tokenize(captions, self.text_len)

@@ -20,6 +20,8 @@ from tqdm import tqdm
 from imagen_jax import checkpoint, distributed, flops
 from imagen_jax.config import ImagenConfig, NullUnetConfig
 from imagen_jax.sharding import Layout, make_layout
+from imagen_jax.stage import Stage
+from imagen_jax.streams import stream
 from train import restore
 from train.announce import announce
 from train.feed import Feed
@@ -27,7 +29,7 @@ from train.interrupt import Interrupt, Stopped
 from train.metrics import Metrics, Window, read
 from train.profile import Profile
 from train.samples import picture_path, write_samples
-from train.settings import Settings
+from train.settings import Optimization, Settings
 from train.state import TrainState
 from train.step import LOG_SNR_EDGES, make_eval_step, make_train_step, step_flops
 
@@ -119,11 +121,15 @@ class Trainer:
     saving: int | None = None  # the last step whose writing began
     stopped_by: str | None = None  # the signal that was heard
 
+    @property
+    def stage(self) -> Stage:
+        return self.config.stage(self.unet_number)
+
     def train(self, begun: restore.Begun) -> bool:
         settings, state = self.settings, begun.state
-        step_fn = make_train_step(self.config, self.unet_number, settings, self.layout)
-        self.evaluate_fn = make_eval_step(self.config, self.unet_number, settings, self.layout)
-        key = self.layout.key(settings.seed)
+        step_fn = make_train_step(self.stage, settings.section(Optimization), self.layout)
+        self.evaluate_fn = make_eval_step(self.stage, settings.compute_dtype, self.layout)
+        key = stream(self.layout.key(settings.seed), "train", self.unet_number)
         step = first = int(state.step)
         # A run that begins anew may have another's lines before it.
         wanted = missing(settings, self.unet_number, first) if first else due(settings, first)
@@ -198,7 +204,7 @@ class Trainer:
         peak = flops.peak(devices[0].device_kind)
         if peak is None:
             return None
-        work = step_flops(self.config, self.unet_number, self.settings)
+        work = step_flops(self.stage, self.settings.section(Optimization))
         return work / (peak * len(devices))
 
     def report(self, step: int) -> bool:
@@ -226,7 +232,7 @@ class Trainer:
                 continue
             sums = counts = np.zeros(len(LOG_SNR_EDGES) + 1)
             for i, batch in enumerate(self.feed.evaluation(source)):
-                key = jax.random.fold_in(self.layout.key(0), i)
+                key = stream(self.layout.key(0), "evaluation", self.unet_number, i)
                 more = self.evaluate_fn(state.ema, batch, key)
                 sums, counts = sums + np.asarray(more[0]), counts + np.asarray(more[1])
                 self.listen()
@@ -272,7 +278,7 @@ def bin_labels() -> list[str]:
 
 
 def _check_stage(config: ImagenConfig, unet_number: int) -> None:
-    if isinstance(config.stage(unet_number).unet, NullUnetConfig):
+    if isinstance(config.unets[unet_number - 1], NullUnetConfig):
         raise ValueError(f"U-Net {unet_number} is a NullUnet: it cannot be trained.")
     if config.only_train_unet_number not in (None, unet_number):
         raise ValueError(

@@ -25,7 +25,7 @@ from imagen_jax.config import NullUnetConfig
 from imagen_jax.sharding import Layout, make_layout
 from train.planning import chips, programs, report
 from train.planning.hlo import Program
-from train.settings import Settings, parse
+from train.settings import Optimization, Settings, parse
 
 LARGEST = 5  # arrays that are named
 
@@ -79,8 +79,9 @@ def trace(plan: Plan, settings: Settings, layout: Layout) -> programs.Planned:
     if number > len(config.unets) or isinstance(config.unets[number - 1], NullUnetConfig):
         raise ValueError(f"--unet-number {plan.unet_number}: the cascade has no such U-Net.")
     if plan.sample:
-        return programs.sampling_step(config, number, settings.batch_size, dtype, layout)
-    return programs.train_step(config, number, settings, layout)
+        return programs.sampling_step(config.stage(number), settings.batch_size, dtype, layout)
+    optimization = settings.section(Optimization)
+    return programs.train_step(config.stage(number), optimization, layout)
 
 
 def compiled(

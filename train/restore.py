@@ -13,7 +13,9 @@ import numpy as np
 
 from imagen_jax import checkpoint, distributed, nn
 from imagen_jax.config import ImagenConfig, UnetConfig
+from imagen_jax.fields import first_difference
 from imagen_jax.sharding import Layout
+from imagen_jax.streams import stream
 from imagen_jax.types import Params
 from train.optimizer import make_optimizer
 from train.settings import Settings, flag
@@ -124,7 +126,7 @@ def _saved(
                 f"{MEASURED.get(name) or flag(name)} was {was} and is {now}: that would not "
                 "continue the run. Start another with --init-from."
             )
-    shapes = TrainState.shapes(config.stage(unet_number).unet, make_optimizer(settings))
+    shapes = TrainState.shapes(config.unets[unet_number - 1], make_optimizer(settings))
     target = layout.targets(shapes)
     trees = {
         name: checkpoint.restore(settings.run, unet_number, step, name, getattr(target, name))
@@ -136,11 +138,11 @@ def _saved(
 
 def begin(config: ImagenConfig, unet_number: int, settings: Settings, layout: Layout) -> Begun:
     """The state before the first step: weights of `--init-from`, or drawn from the seed."""
-    unet, optimizer = config.stage(unet_number).unet, make_optimizer(settings)
+    unet, optimizer = config.unets[unet_number - 1], make_optimizer(settings)
     if settings.init_from is not None:
         params = _weights_of(settings.init_from, unet_number, unet, layout)
     else:
-        key = jax.random.fold_in(layout.key(settings.seed), unet_number)
+        key = stream(layout.key(settings.seed), "init", unet_number)
         params = nn.init_fn(unet, layout)(key)
     create = functools.partial(TrainState.create, optimizer=optimizer)
     placed = layout.place(TrainState.shapes(unet, optimizer))
@@ -148,8 +150,8 @@ def begin(config: ImagenConfig, unet_number: int, settings: Settings, layout: La
 
 
 def _weights_of(run: Path, unet_number: int, unet: UnetConfig, layout: Layout) -> Params:
-    source = checkpoint.read_config(run).stage(unet_number).unet
-    difference = checkpoint.first_difference(source, unet, f"unets.{unet_number - 1}")
+    source = checkpoint.read_config(run).unets[unet_number - 1]
+    difference = first_difference(source, unet, f"unets.{unet_number - 1}")
     if difference:
         raise ValueError(f"--init-from {run}: {difference}.")
     params = checkpoint.load_params(run, unet_number, layout=layout)

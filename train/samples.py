@@ -3,13 +3,15 @@
 import itertools
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 
-from imagen_jax import distributed, sampling, stages
+from imagen_jax import distributed, sampling
 from imagen_jax.config import ImagenConfig
 from imagen_jax.data import labelled_grid, pad_embeds
-from imagen_jax.imagen import Progress, sample_stage
+from imagen_jax.sampling import Progress
+from imagen_jax.stage import to_float
+from imagen_jax.streams import row_keys, stream
+from imagen_jax.training import shrink
 from imagen_jax.types import Params
 from train.feed import Feed
 from train.settings import Settings
@@ -33,31 +35,39 @@ def write_samples(
     stage = config.stage(unet_number)
     records, pictures = zip(*itertools.islice(feed.usable(feed.train), SHOWN), strict=True)
     real = np.stack(pictures)
-    told = {}
+    given = sampling.Given()
     if feed.encoder is not None:
         tokens = feed.encoder.tokenize([record.caption for record in records], feed.text_len)
-        told["text_embeds"], told["text_masks"] = feed.embed(tokens)
+        embeds, masks = feed.embed(tokens)
+        given = given._replace(text_embeds=embeds, text_masks=masks)
     elif config.condition_on_text:
         embeds, masks = pad_embeds([record.embeds for record in records], feed.text_len)
-        told = dict(text_embeds=embeds, text_masks=masks)
-    if stage.previous_image_size is not None:
-        told["previous"] = stages.shrink(config, stage, stages.to_float(real))
-        told["lowres_noise_level"] = jnp.float32(config.lowres_sample_noise_level)
-    guided = config.condition_on_text and settings.cond_scale != 1
-    program = sampling.Program(
-        config=config, unet_number=unet_number, dtype=settings.compute_dtype, guided=guided
-    )
-    with feed.layout.use():
-        images = sample_stage(
-            params,
-            program,
-            batch_size=len(records),
-            key=feed.layout.key(settings.seed),
-            num_steps=settings.sample_steps,
-            cond_scale=settings.cond_scale,
-            progress=progress,
-            **told,
+        given = given._replace(text_embeds=embeds, text_masks=masks)
+    defaults = config.sampling_defaults(unet_number)
+    if stage.lowres is not None:
+        given = given._replace(
+            previous=shrink(stage, to_float(real)),
+            lowres_noise_level=np.float32(defaults.lowres_noise_level),
         )
+    key = stream(feed.layout.key(settings.seed), "preview", unet_number)
+    images = sampling.sample_stage(
+        params,
+        sampling.Program(
+            stage=stage,
+            dtype=settings.compute_dtype,
+            guided=config.condition_on_text and settings.cond_scale != 1,
+            sampler=stage.process.sampler,
+        ),
+        given,
+        sampling.Randomness(keys=row_keys(key, len(records))),
+        batch_size=len(records),
+        steps=sampling.Steps(num_steps=settings.sample_steps),
+        numbers=sampling.numbers_for(
+            defaults, cond_scale=settings.cond_scale, keep_parallel_frac=0.0, eta=0.0
+        ),
+        layout=feed.layout,
+        progress=progress,
+    )
     images = feed.layout.fetch(images)
     captions = [record.caption or "" for record in records]
     rows = [("sampled", list(images), captions), ("real", list(real), captions)]

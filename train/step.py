@@ -13,13 +13,14 @@ from jax.sharding import SingleDeviceSharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
-from imagen_jax import flops, nn, stages
-from imagen_jax.config import ImagenConfig
+from imagen_jax import flops, nn, training
 from imagen_jax.diffusion import losses
 from imagen_jax.sharding import Layout, constrain, single
+from imagen_jax.stage import Stage
+from imagen_jax.streams import stream
 from imagen_jax.types import Params, PRNGKey
 from train.optimizer import ema_decay, make_optimizer, update_ema
-from train.settings import Optimization, Settings
+from train.settings import Optimization
 from train.state import TrainState
 
 LOG_SNR_EDGES = np.arange(-10.0, 10.1, 2.5, dtype=np.float32)
@@ -28,49 +29,42 @@ LOG_SNR_EDGES = np.arange(-10.0, 10.1, 2.5, dtype=np.float32)
 Batch = dict[str, Array]  # images, and text_embeds with text_masks where there is text
 
 
-def make_train_step(
-    config: ImagenConfig, unet_number: int, settings: Settings, layout: Layout | None = None
-) -> Callable:
+def make_train_step(stage: Stage, settings: Optimization, layout: Layout | None = None) -> Callable:
     """step(state, batch, key) -> (state, metrics), compiled for a mesh (by default one device).
 
-    The state is donated, and placed as `layout` says before and after. `key` is the same for the
-    whole run: the step folds its number in, so that a resumed run draws what an uninterrupted one
-    would. With accumulation the draws are those of the whole batch.
+    The state is donated, and placed as `layout` says before and after. `key` is the stage's for the
+    complete run: the step folds its number in, so that a resumed run draws what an uninterrupted
+    one would. With accumulation the draws are those of the complete batch.
     """
-    return _train_step(config, unet_number, settings.section(Optimization), layout or single())
+    return _train_step(stage, settings, layout or single())
 
 
-def make_eval_step(
-    config: ImagenConfig, unet_number: int, settings: Settings, layout: Layout | None = None
-) -> Callable:
+def make_eval_step(stage: Stage, dtype: DTypeLike, layout: Layout | None = None) -> Callable:
     """evaluate(params, batch, key) -> (sums, counts) of the loss in the bins of LOG_SNR_EDGES."""
-    return _eval_step(config, unet_number, settings.compute_dtype, layout or single())
+    return _eval_step(stage, dtype, layout or single())
 
 
-def step_flops(config: ImagenConfig, unet_number: int, settings: Settings) -> int:
+def step_flops(stage: Stage, settings: Optimization) -> int:
     """Operations of the network for one step's batch, forward and backward: the model's, without
     what `remat` does again."""
-    stage, one = config.stage(unet_number), jax.ShapeDtypeStruct
-    plain = dataclasses.replace(settings.section(Optimization), remat=None)
-    batch = {"images": one((1, stage.image_size, stage.image_size, config.channels), jnp.uint8)}
-    if config.condition_on_text:
-        length = min(256, stage.unet.max_text_len)
-        batch["text_embeds"] = one((1, length, config.text_embed_dim), jnp.float32)
+    one = jax.ShapeDtypeStruct
+    batch = {"images": one((1, *stage.sample_shape), jnp.uint8)}
+    if stage.condition_on_text:
+        length = min(256, stage.network.max_text_len)
+        batch["text_embeds"] = one((1, length, stage.network.text_embed_dim), jnp.float32)
         batch["text_masks"] = one((1, length), jnp.bool_)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    draws = jax.eval_shape(lambda k: stages.complete_draws(config, unet_number, 1, k, None), key)
-    gradient = jax.value_and_grad(_loss(config, unet_number, plain))
-    params = nn.abstract(stage.unet)[1]
+    draws = jax.eval_shape(lambda k: training.complete_draws(stage, 1, k, None), key)
+    gradient = jax.value_and_grad(_loss(stage, dataclasses.replace(settings, remat=None)))
+    params = nn.abstract(stage.network)[1]
     return settings.batch_size * flops.count(gradient, params, batch, draws, key)
 
 
 @functools.lru_cache(maxsize=8)
-def _train_step(
-    config: ImagenConfig, unet_number: int, settings: Optimization, layout: Layout
-) -> Callable:
+def _train_step(stage: Stage, settings: Optimization, layout: Layout) -> Callable:
     optimizer = make_optimizer(settings)
-    loss_fn = _loss(config, unet_number, settings)
-    placed = layout.place(TrainState.shapes(config.stage(unet_number).unet, optimizer))
+    loss_fn = _loss(stage, settings)
+    placed = layout.place(TrainState.shapes(stage.network, optimizer))
 
     @functools.partial(
         jax.jit,
@@ -83,7 +77,7 @@ def _train_step(
     def train_step(state: TrainState, batch: Batch, key: PRNGKey) -> tuple[TrainState, dict]:
         key = jax.random.fold_in(key, state.step)
         size = batch["images"].shape[0]
-        draws = _split_rows(stages.complete_draws(config, unet_number, size, key, None))
+        draws = _split_rows(training.complete_draws(stage, size, key, None))
         loss, grads = _accumulated(loss_fn, state.params, batch, draws, key, settings.accumulate)
         grads = jax.lax.with_sharding_constraint(grads, placed.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -101,11 +95,8 @@ def _train_step(
 
 
 @functools.lru_cache(maxsize=8)
-def _eval_step(
-    config: ImagenConfig, unet_number: int, dtype: DTypeLike, layout: Layout
-) -> Callable:
-    unet_config = config.stage(unet_number).unet
-    placed = layout.place(nn.abstract(unet_config)[1])
+def _eval_step(stage: Stage, dtype: DTypeLike, layout: Layout) -> Callable:
+    placed = layout.place(nn.abstract(stage.network)[1])
 
     @functools.partial(
         jax.jit,
@@ -115,12 +106,10 @@ def _eval_step(
     )
     @layout.on_mesh
     def evaluate(params: Params, batch: Batch, key: PRNGKey) -> tuple[Array, Array]:
-        unet = nn.bind(unet_config, params, dtype=dtype)
+        network = nn.bind(stage.network, params, dtype=dtype)
         size = batch["images"].shape[0]
-        draws = _split_rows(stages.complete_draws(config, unet_number, size, key, None))
-        loss, log_snr = stages.stage_losses(
-            config, unet, unet_number=unet_number, draws=draws, **batch
-        )
+        draws = _split_rows(training.complete_draws(stage, size, key, None))
+        loss, log_snr = training.stage_losses(stage, network, draws=draws, **batch)
         return losses.binned(loss, log_snr, LOG_SNR_EDGES)
 
     return evaluate
@@ -150,16 +139,14 @@ def _compiler_options(device: jax.Device) -> dict[str, Any] | None:
     return options
 
 
-def _loss(config: ImagenConfig, unet_number: int, settings: Optimization) -> Callable:
+def _loss(stage: Stage, settings: Optimization) -> Callable:
     """loss(params, batch, draws, key) -> the mean over the batch."""
-    unet_config = config.stage(unet_number).unet
 
-    def loss(params: Params, batch: Batch, draws: stages.Draws, key: PRNGKey) -> Array:
-        unet = nn.bind(unet_config, params, dtype=settings.compute_dtype, remat=settings.remat)
-        per_picture, _ = stages.stage_losses(
-            config, unet, unet_number=unet_number, draws=draws, key=key, **batch
-        )
-        return jnp.mean(per_picture)
+    def loss(params: Params, batch: Batch, draws: training.Draws, key: PRNGKey) -> Array:
+        dtype = settings.compute_dtype
+        network = nn.bind(stage.network, params, dtype=dtype, remat=settings.remat)
+        losses, _ = training.stage_losses(stage, network, draws=draws, key=key, **batch)
+        return jnp.mean(losses)
 
     return loss
 
@@ -170,7 +157,7 @@ def _split_rows(tree: PyTree) -> PyTree:
 
 
 def _accumulated(
-    loss_fn: Callable, params: Params, batch: Batch, draws: stages.Draws, key: PRNGKey, parts: int
+    loss_fn: Callable, params: Params, batch: Batch, draws: training.Draws, key: PRNGKey, parts: int
 ) -> tuple[Array, Params]:
     """Loss and gradients of the batch, taken in `parts` one after another.
 
@@ -189,7 +176,7 @@ def _accumulated(
         batch, draws, i = part
         batch, draws = _split_rows((batch, draws))
         return jax.tree.map(
-            jnp.add, total, value_and_grad(params, batch, draws, jax.random.fold_in(key, i))
+            jnp.add, total, value_and_grad(params, batch, draws, stream(key, "part", i))
         ), None
 
     zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))

@@ -1,10 +1,11 @@
-"""The theory of diffusion as pure functions; it knows no network.
+"""The theory of diffusion as pure functions; it knows no network and no configuration of one.
 
+    process     noise levels, predictions, the protocol of a noise process, and what follows for all
+    vp          the variance-preserving process, by schedule and objective
     schedules   t -> log-SNR -> alpha, sigma
-    process     x_t from x_0, the posterior, x_0 / noise / v
-    losses      objectives, min-SNR weights, loss per log-SNR bin
+    losses      elementwise losses, min-SNR weights, loss per log-SNR bin
     guidance    classifier-free guidance and thresholds
-    samplers    ancestral and DDIM steps, and the loop that runs them
+    samplers    a table of step functions, and the loop that runs them
 
-A network enters as a callable, `denoise(x_t, log_snr, x0_previous=None) -> output`.
+A network enters as a callable, `network(x, level) -> raw answer`.
 """

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, UInt32
 
-from imagen_jax.diffusion.process import Sample
+from imagen_jax.diffusion.process import Level, Prediction, Sample, eps_from_x0
 from imagen_jax.types import AnyArray
 
 Scale = float | Float[AnyArray, ""] | Float[AnyArray, "b"]
@@ -54,6 +54,21 @@ def project(x: Sample, onto: Sample) -> tuple[Sample, Sample]:
     unit = axis / jnp.maximum(length, 1e-12)
     parallel = _dot(flat, unit) * unit
     return tuple(part.reshape(x.shape).astype(x.dtype) for part in (parallel, flat - parallel))
+
+
+def threshold(
+    prediction: Prediction,
+    x: Sample,
+    level: Level,
+    percentile: float | Float[AnyArray, ""] | None,
+) -> Prediction:
+    """The prediction with x_0 in range: dynamically by `percentile`, or clipped where it is None.
+
+    The noise follows from x and the new x_0, so that the two stay consistent.
+    """
+    x0 = prediction.x0
+    x0 = static_threshold(x0) if percentile is None else dynamic_threshold(x0, percentile)
+    return prediction._replace(x0=x0, eps=eps_from_x0(x, x0, level))
 
 
 def static_threshold(x0: Sample) -> Sample:

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from imagen_jax.config import Objective
 from imagen_jax.types import AnyArray, LogSNR
 
 Loss = Literal["l1", "l2", "huber"]
+Objective = Literal["noise", "v", "x_start"]
 Bins = Float[Array, "bins"]
 
 
@@ -29,7 +29,7 @@ def elementwise(
         case "huber":
             size = jnp.abs(error)
             return jnp.where(size < 1.0, 0.5 * jnp.square(error), size - 0.5)
-    raise ValueError(f"loss_type = {loss_type!r} is none of 'l1', 'l2', 'huber'.")
+    raise ValueError(f"loss_type must be 'l1', 'l2' or 'huber', got {loss_type!r}.")
 
 
 def per_sample(
@@ -57,7 +57,7 @@ def min_snr_weight(
             return k
         case "v":
             return k / (snr + 1.0)
-    raise ValueError(f"objective = {objective!r} is none of 'noise', 'v', 'x_start'.")
+    raise ValueError(f"objective must be 'noise', 'v' or 'x_start', got {objective!r}.")
 
 
 def binned(

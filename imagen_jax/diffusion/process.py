@@ -1,114 +1,140 @@
-"""The forward process, its posterior, and the algebra between x_0, eps and v.
+"""What noise means: levels, predictions, and the protocol of a noise process.
 
-With alpha, sigma at the log-SNR l and alpha', sigma' at the less noisy l' > l:
+A level scales a sample x_0 and the noise eps, one pair of numbers a sample:
 
-    x_t = alpha x_0 + sigma eps                                                              (1)
-    v = alpha eps - sigma x_0,   x_0 = alpha x_t - sigma v                                   (2)
-    q(x' | x_t, x_0) = N(alpha' (x_t (1 - c) / alpha + c x_0), sigma'^2 c),                  (3)
-        c = -expm1(l - l')
+    x = alpha x_0 + sigma eps,    log-SNR l = 2 log(alpha / sigma)                           (1)
 
-(1) and (3): Variational Diffusion Models, Kingma et al. 2021, Eq. 1 and 32-33; (2): Progressive
-Distillation, Salimans & Ho 2022, Appendix D. Arrays are `b *dims`, pictures and videos alike; a
-log-SNR is one number a sample.
+Variance-preserving processes have alpha^2 + sigma^2 = 1, EDM has alpha = 1. From (1) alone follow,
+for every process, the posterior between two levels, l' > l being the less noisy one, and the way
+back from it (RePaint):
+
+    q(x' | x, x_0) = N(alpha' (x (1 - c) / alpha + c x_0), sigma'^2 c),   c = -expm1(l - l')  (2)
+    q(x | x')      = N((alpha / alpha') x', sigma^2 c)                                       (3)
+
+(1), (2): Variational Diffusion Models, Kingma et al. 2021, Eq. 1 and 32-33. Arrays are `b *dims`,
+images and videos alike.
+
+A process is a frozen, hashable dataclass. It owns its schedule or its distribution of noise levels,
+the preconditioning of the network, the objective, the weight of the loss, and its sampling grid. A
+network enters as a callable of (x, level) and answers in whatever form the objective asks for.
 """
 
-from typing import Literal
+from collections.abc import Callable
+from typing import ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
-from jaxtyping import Float
+import numpy as np
+from jaxtyping import Array, Float
 
-from imagen_jax.config import Objective
-from imagen_jax.diffusion.schedules import alpha_sigma
-from imagen_jax.types import AnyArray, LogSNR
+from imagen_jax.types import AnyArray, PRNGKey
 
 Sample = Float[AnyArray, "b *dims"]
-PerSample = Float[AnyArray, "b *ones"]  # (b, 1, 1, 1) beside a picture
-
-ALPHA_MIN = 1e-8
-
-
-def q_sample(x0: Sample, log_snr: LogSNR, noise: Sample) -> Sample:
-    """x_t of (1)."""
-    alpha, sigma = alpha_sigma(_beside(log_snr, x0))
-    return alpha * x0 + sigma * noise
+PerSample = Float[AnyArray, "b"]
+RenoiseVariance = Literal["exact", "reference"]
 
 
-def posterior(
-    x_t: Sample, x0: Sample, log_snr: LogSNR, log_snr_next: LogSNR
-) -> tuple[Sample, PerSample, PerSample]:
-    """Mean, variance and log variance (of the variance clipped at 1e-20) of (3).
+class Level(NamedTuple):
+    """One noise level a sample. See (1).
+
+    `log_snr` is kept beside the scales, since it cannot be recovered from them once they are
+    rounded. `conditioning` is what the network is given for the level.
+    """
+
+    alpha: PerSample
+    sigma: PerSample
+    log_snr: PerSample
+    conditioning: PerSample
+
+
+class Prediction(NamedTuple):
+    """A network's estimates at a level, consistent with (1): x = alpha x0 + sigma eps."""
+
+    x0: Sample
+    eps: Sample
+    log_variance: Sample | None = None
+    """Of the posterior, from networks that learn it."""
+
+
+Network = Callable[[Sample, Level], Array]
+"""network(x, level) -> its raw answer: the channels of x, and those of a learned variance."""
+
+
+@runtime_checkable
+class Process(Protocol):
+    """A noise process. `VP` is the reference's `GaussianDiffusionContinuousTimes`."""
+
+    sampler: ClassVar[str]
+    """Name of the sampler that suits the process: the default."""
+
+    def draw(self, key: PRNGKey, count: int) -> PerSample:
+        """Random numbers that decide the levels of training, as `training_level` takes them."""
+
+    def training_level(self, draw: PerSample) -> Level: ...
+
+    def level(self, position: PerSample) -> Level:
+        """The level at a position of the process: its own coordinate, in which `grid` is given."""
+
+    def at(self, ratio: PerSample) -> Level:
+        """The level at a ratio sigma / alpha."""
+
+    def predict(self, network: Network, x: Sample, level: Level) -> Prediction:
+        """The network's estimates at x. Preconditioning happens here and in `losses`."""
+
+    def target(self, x0: Sample, noise: Sample, level: Level) -> Sample:
+        """What the network should answer; the inverse of `predict`."""
+
+    def losses(self, network: Network, x0: Sample, noise: Sample, level: Level) -> PerSample:
+        """Weighted loss of each sample, in float32."""
+
+    def grid(
+        self, num_steps: int, *, sigma_min: float | None = None, sigma_max: float | None = None
+    ) -> Float[np.ndarray, "points"]:
+        """num_steps + 1 positions, from noise to data. Raises ValueError for a range that the
+        process does not have."""
+
+    def prior(self, noise: Sample, level: Level) -> Sample:
+        """What sampling starts from at the first level of its grid."""
+
+
+def q_sample(x0: Sample, level: Level, noise: Sample) -> Sample:
+    """x of (1)."""
+    return beside(level.alpha, x0) * x0 + beside(level.sigma, x0) * noise
+
+
+def eps_from_x0(x: Sample, x0: Sample, level: Level) -> Sample:
+    """The eps that leads from x_0 to x in (1)."""
+    return (x - beside(level.alpha, x) * x0) / beside(level.sigma, x)
+
+
+def posterior(x: Sample, x0: Sample, level: Level, less_noisy: Level) -> tuple[Sample, Array]:
+    """Mean and log variance (of the variance, at least 1e-20) of (2).
 
     imagen_pytorch.py, `GaussianDiffusionContinuousTimes.q_posterior`.
     """
-    alpha, _ = alpha_sigma(_beside(log_snr, x_t))
-    alpha_next, sigma_next = alpha_sigma(_beside(log_snr_next, x_t))
-    c = -jnp.expm1(_beside(log_snr - log_snr_next, x_t))
-    mean = alpha_next * (x_t * (1.0 - c) / alpha + c * x0)
-    variance = sigma_next**2 * c
-    return mean, variance, jnp.log(jnp.maximum(variance, 1e-20))
-
-
-def predict_x0(x_t: Sample, output: Sample, log_snr: LogSNR, objective: Objective) -> Sample:
-    """The estimate of x_0 in a network's output.
-
-    For `noise` alpha is kept above 1e-8, as in the reference: at t = 1 of the cosine schedule it
-    is 4.4e-8, and the estimate enormous until it is thresholded.
-    """
-    alpha, sigma = alpha_sigma(_beside(log_snr, x_t))
-    match objective:
-        case "noise":
-            return (x_t - sigma * output) / jnp.maximum(alpha, ALPHA_MIN)
-        case "v":
-            return alpha * x_t - sigma * output
-        case "x_start":
-            return output
-    raise ValueError(f"objective = {objective!r} is none of 'noise', 'v', 'x_start'.")
-
-
-def target(x0: Sample, noise: Sample, log_snr: LogSNR, objective: Objective) -> Sample:
-    """What a network of this objective should have answered; the inverse of `predict_x0`."""
-    alpha, sigma = alpha_sigma(_beside(log_snr, x0))
-    match objective:
-        case "noise":
-            return noise
-        case "v":
-            return alpha * noise - sigma * x0
-        case "x_start":
-            return x0
-    raise ValueError(f"objective = {objective!r} is none of 'noise', 'v', 'x_start'.")
-
-
-def noise_from_x0(x_t: Sample, x0: Sample, log_snr: LogSNR) -> Sample:
-    """The eps that leads from x_0 to x_t in (1)."""
-    alpha, sigma = alpha_sigma(_beside(log_snr, x_t))
-    return (x_t - alpha * x0) / sigma
+    c = -jnp.expm1(level.log_snr - less_noisy.log_snr)
+    kept, variance = beside(c, x), beside(less_noisy.sigma**2 * c, x)
+    mean = beside(less_noisy.alpha, x) * (x * (1.0 - kept) / beside(level.alpha, x) + kept * x0)
+    return mean, jnp.log(jnp.maximum(variance, 1e-20))
 
 
 def renoise(
-    x: Sample,
-    log_snr_from: LogSNR,
-    log_snr_to: LogSNR,
-    noise: Sample,
-    *,
-    variance: Literal["exact", "reference"] = "exact",
+    x: Sample, level: Level, noisier: Level, noise: Sample, *, variance: RenoiseVariance = "exact"
 ) -> Sample:
-    """Takes x back from the less noisy log-SNR to the noisier one (RePaint, Lugmayr et al. 2022).
+    """A draw from (3): takes x back to the noisier level (RePaint, Lugmayr et al. 2022).
 
-    `exact` adds the variance by which the scaled x falls short of sigma_to^2, so that a sample of
-    the marginal (1) stays one. `reference` takes the difference of the standard deviations
-    instead (imagen_pytorch.py, `q_sample_from_to`), which leaves too little noise.
+    `reference` adds the difference of the standard deviations instead of the root of that of the
+    variances (imagen_pytorch.py, `q_sample_from_to`), which leaves too little noise.
     """
-    alpha, sigma = alpha_sigma(_beside(log_snr_from, x))
-    alpha_to, sigma_to = alpha_sigma(_beside(log_snr_to, x))
     match variance:
-        case "exact":  # sigma_to^2 - (alpha_to / alpha)^2 sigma^2, without the cancellation
-            std = sigma_to * jnp.sqrt(-jnp.expm1(_beside(log_snr_to - log_snr_from, x)))
+        case "exact":
+            std = noisier.sigma * jnp.sqrt(-jnp.expm1(noisier.log_snr - level.log_snr))
         case "reference":
-            std = (sigma_to * alpha - sigma * alpha_to) / alpha
+            std = (noisier.sigma * level.alpha - level.sigma * noisier.alpha) / level.alpha
         case _:
-            raise ValueError(f"variance = {variance!r} is neither 'exact' nor 'reference'.")
-    return x * (alpha_to / alpha) + noise * std
+            raise ValueError(f"variance must be 'exact' or 'reference', got {variance!r}.")
+    return x * beside(noisier.alpha / level.alpha, x) + noise * beside(std, x)
 
 
-def _beside(per_sample: LogSNR, x: Sample) -> PerSample:
-    return per_sample.reshape(-1, *(1,) * (x.ndim - 1))
+def beside(per_sample: PerSample, x: Sample) -> Float[Array, "b *ones"]:
+    """(b,) as (b, 1, ..., 1), to scale the samples of x."""
+    return jnp.asarray(per_sample).reshape(-1, *(1,) * (x.ndim - 1))

@@ -1,67 +1,101 @@
-"""Reverse-time samplers: one step function each, one loop for all.
+"""Reverse-time samplers: one step function each in one table, and one loop for all.
 
-A step goes from x_t at the log-SNR l to x' at the next, less noisy l' > l, given the estimate of
-x_0. With alpha, sigma at l and alpha', sigma' at l':
+A step takes x at a level to x' at the next, less noisy one. It may ask for the estimate of
+(x_0, eps) as often as it likes. With alpha, sigma at the level and alpha', sigma' at the next:
 
-    ancestral    x' = mean + std z      of the posterior q(x' | x_t, x_0)                       (1)
-    DDIM         x' = alpha' x_0 + sqrt(sigma'^2 - s^2) eps + s z,
-                 eps = (x_t - alpha x_0) / sigma,   s = eta sigma' sqrt(1 - exp(l - l'))        (2)
+    ancestral   x' = mean + std z      of the posterior q(x' | x, x_0)                         (1)
+    ddim        x' = alpha' x_0 + sqrt(sigma'^2 - s^2) eps + s z,
+                s = eta sigma' sqrt(1 - exp(l - l'))                                           (2)
 
 (1): Ho et al. 2020, as imagen-pytorch samples; (2): Song et al. 2021, Eq. 12; eta = 1 is (1).
 
-The loop runs over a grid of log-SNRs that is padded to a fixed length, between bounds that are
-traced: another number of steps is no other program, and the caller can run it in slices, to show
-progress or to stop. `jax.jit` is the caller's, around whatever builds its `denoise`.
+The last step returns the estimate of x_0: a schedule may end with a little noise, which nothing
+would remove.
+
+The loop runs over a grid of positions of the process, padded to a fixed length, between bounds that
+are traced: the number of steps is data up to the padding (1,024 steps, then 2,048, ...), and the
+caller can run the loop in slices, to show progress or to stop.
 """
 
+import difflib
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from imagen_jax.config import Objective, Schedule
-from imagen_jax.diffusion.guidance import dynamic_threshold, static_threshold
+from imagen_jax.diffusion.guidance import threshold
 from imagen_jax.diffusion.process import (
+    Level,
+    Prediction,
+    Process,
+    RenoiseVariance,
     Sample,
-    noise_from_x0,
+    beside,
     posterior,
-    predict_x0,
     q_sample,
     renoise,
 )
-from imagen_jax.diffusion.schedules import alpha_sigma, log_snr
-from imagen_jax.types import AnyArray, Denoiser, LogSNR, PRNGKey
+from imagen_jax.types import AnyArray
 
 Count = int | np.integer | Int[AnyArray, ""]
-Noises = Float[AnyArray, "count b *dims"]
-Step = Callable[..., Sample]
-"""step(x_t, x0, log_snr, log_snr_next, noise, *, last) -> x'. `last` (a traced bool) marks the
-step that ends at t = 0: it adds no noise. A solver of higher order is one more of these, with what
-it remembers of earlier steps as a further keyword."""
+Scalar = float | Float[AnyArray, ""]
+Noise = Callable[[Array, Array, int], Sample]
+"""noise(step, resampling, which): the loop's draws. `which` is 0 for the known part of inpainting,
+1 for the step, 2 for going back to the noisier level."""
 
 
 class Grid(NamedTuple):
-    """log-SNRs from noise to picture, and how many steps lie between them; data, not shape."""
+    """Positions from noise to data, and the number of steps between them; data, not shape."""
 
-    log_snr: Float[AnyArray, "padded"]
+    positions: Float[AnyArray, "padded"]
     num_steps: Count
 
 
-class Carry(NamedTuple):
+class State(NamedTuple):
     """What one step hands to the next."""
 
     x: Sample
-    x0: Sample  # the latest estimate, thresholded; zeros before the first step
+    x0: Sample
+    """The latest estimate, in range; zeros before the first step."""
+    memory: Any = ()
+    """What a sampler of several steps remembers."""
+
+
+class Options(NamedTuple):
+    """Numbers of the samplers; they may change without another compilation."""
+
+    eta: Scalar = 0.0
+    """Noise of `ddim`: 0 is deterministic, 1 ancestral."""
+
+
+class Step(NamedTuple):
+    """What a step is given besides the state."""
+
+    process: Process
+    now: Level
+    next: Level
+    noise: Sample
+    last: Bool[AnyArray, ""]
+    options: Options
+
+
+Estimate = Callable[[Sample, Level, Sample], Prediction]
+"""estimate(x, level, previous x_0) -> the network's prediction, guided and in range."""
+
+
+class Sampler(NamedTuple):
+    step: Callable[[State, Estimate, Step], State]
+    memory: Callable[[Sample], Any] = lambda x: ()
+    """Of the initial x: what the sampler remembers before its first step."""
 
 
 class Inpaint(NamedTuple):
-    """The known part of a picture (RePaint): where `mask` is True, `image` (in [-1, 1]) is kept.
+    """The known part of an image (RePaint): where `mask` is True, `image` (in [-1, 1]) is kept.
 
-    The mask is (b, h, w, 1). Every step is made `resample_times` times, renoised between.
+    The mask is (b, h, w, 1). Every step is repeated `resample_times` times, going back between.
     """
 
     image: Sample
@@ -69,21 +103,48 @@ class Inpaint(NamedTuple):
     resample_times: Count = 5
 
 
-def time_grid(num_steps: int) -> Float[np.ndarray, "points"]:
-    """num_steps + 1 times from 1 to 0, with the roundings of `torch.linspace(1, 0, num_steps + 1)`.
+def ancestral(state: State, estimate: Estimate, step: Step) -> State:
+    """A draw from the posterior (1)."""
+    prediction = estimate(state.x, step.now, state.x0)
+    mean, log_variance = posterior(state.x, prediction.x0, step.now, step.next)
+    std = jnp.where(step.last, 0.0, jnp.exp(0.5 * log_variance))
+    return State(mean + std * step.noise, prediction.x0)
 
-    torch counts from both ends with a float32 step, the product and the sum rounded once.
-    """
-    step = np.float64(np.float32(1.0) / np.float32(num_steps))
-    i = np.arange(num_steps + 1)
-    times = np.where(i < (num_steps + 1) // 2, 1.0 - step * i, step * (num_steps - i))
-    return times.astype(np.float32)
+
+def ddim(state: State, estimate: Estimate, step: Step) -> State:
+    """The step (2)."""
+    prediction, options = estimate(state.x, step.now, state.x0), step.options
+    x0, eps = prediction.x0, prediction.eps
+    fresh = beside(options.eta**2 * -jnp.expm1(step.now.log_snr - step.next.log_snr), x0)
+    noise = jnp.sqrt(1.0 - fresh) * eps + jnp.sqrt(fresh) * step.noise
+    return State(jnp.where(step.last, x0, q_sample(x0, step.next, noise)), x0)
+
+
+SAMPLERS: dict[str, Sampler] = {
+    "ancestral": Sampler(ancestral),
+    "ddim": Sampler(ddim),
+}
+
+
+def find_sampler(name: str) -> Sampler:
+    """Raises ValueError for an unknown name, with the nearest known one."""
+    if name not in SAMPLERS:
+        near = difflib.get_close_matches(name.lower(), SAMPLERS, n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        raise ValueError(f"sampler {name!r} is not one of {', '.join(SAMPLERS)}{hint}")
+    return SAMPLERS[name]
 
 
 def make_grid(
-    num_steps: int, schedule: Schedule, *, skip_steps: int = 0, multiple: int = 1024
+    process: Process,
+    num_steps: int,
+    *,
+    skip_steps: int = 0,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+    multiple: int = 1024,
 ) -> Grid:
-    """The log-SNRs of `num_steps` steps of equal time, without the first `skip_steps`.
+    """The grid of `num_steps` steps, without the first `skip_steps`.
 
     Padded with its last entry to a multiple of `multiple`, plus one. Raises ValueError unless
     0 <= skip_steps < num_steps.
@@ -92,46 +153,9 @@ def make_grid(
         raise ValueError(
             f"skip_steps = {skip_steps} of num_steps = {num_steps} must leave at least one step."
         )
-    points = log_snr(time_grid(num_steps)[skip_steps:], schedule)
-    steps = len(points) - 1
-    return Grid(np.pad(points, (0, -steps % multiple), mode="edge"), np.int32(steps))
-
-
-def ancestral(
-    x_t: Sample,
-    x0: Sample,
-    log_snr: LogSNR,
-    log_snr_next: LogSNR,
-    noise: Sample,
-    *,
-    last: bool | Bool[AnyArray, ""],
-) -> Sample:
-    """A draw from the posterior (1); its mean at the last step."""
-    mean, _, log_variance = posterior(x_t, x0, log_snr, log_snr_next)
-    return mean + jnp.where(last, 0.0, jnp.exp(0.5 * log_variance)) * noise
-
-
-def ddim(
-    x_t: Sample,
-    x0: Sample,
-    log_snr: LogSNR,
-    log_snr_next: LogSNR,
-    noise: Sample,
-    *,
-    last: bool | Bool[AnyArray, ""],
-    eta: float | Float[AnyArray, ""] = 0.0,
-) -> Sample:
-    """The step (2), deterministic at eta = 0.
-
-    The last step answers x_0 itself: at t = 0 a schedule still has a little noise, which nothing
-    would remove.
-    """
-    eps = noise_from_x0(x_t, x0, log_snr)
-    ones = (1,) * (x_t.ndim - 1)
-    alpha_next, sigma_next = alpha_sigma(log_snr_next.reshape(-1, *ones))
-    fresh = eta**2 * -jnp.expm1(log_snr - log_snr_next).reshape(-1, *ones)
-    noisy = alpha_next * x0 + sigma_next * (jnp.sqrt(1.0 - fresh) * eps + jnp.sqrt(fresh) * noise)
-    return jnp.where(last, x0, noisy)
+    positions = process.grid(num_steps, sigma_min=sigma_min, sigma_max=sigma_max)[skip_steps:]
+    steps = len(positions) - 1
+    return Grid(np.pad(positions, (0, -steps % multiple), mode="edge"), np.int32(steps))
 
 
 def count_noises(num_steps: int, *, resample_times: int | None = None) -> int:
@@ -141,73 +165,82 @@ def count_noises(num_steps: int, *, resample_times: int | None = None) -> int:
     return num_steps * (3 * resample_times - 1) - (resample_times - 1)
 
 
+def given_noises(
+    noises: Float[AnyArray, "count b *dims"], grid: Grid, times: Count | None
+) -> Noise:
+    """Draws from a run's recorded noises, in the reference's order (`Imagen.p_sample_loop`).
+
+    One a step; with inpainting (`times` resamplings), for every resampling the known part's, the
+    step's and the renoising's, the last one only where x goes back: not before the next step, and
+    not in the last. `count_noises` says how many.
+    """
+    noises = jnp.asarray(noises)
+
+    def noise(i: Array, r: Array, which: int) -> Sample:
+        if times is None:
+            return noises[i]
+        per_resampling = jnp.where(i == grid.num_steps - 1, 2, 3)
+        return noises[i * (3 * times - 1) + r * per_resampling + which]
+
+    return noise
+
+
+def start(sampler: Sampler, x: Sample) -> State:
+    return State(x, jnp.zeros_like(x), sampler.memory(x))
+
+
 def run_slice(
-    denoise: Denoiser,
-    carry: Carry,
+    network: Callable[..., Array],
+    process: Process,
+    state: State,
     grid: Grid,
-    start: Count,
+    first: Count,
     stop: Count,
     *,
-    objective: Objective,
-    step: Step = ancestral,
-    percentile: float | Float[AnyArray, ""] | None = None,
+    sampler: Sampler,
+    noise: Noise,
+    options: Options = Options(),  # noqa: B008 - immutable
+    percentile: Scalar | None = None,
     self_cond: bool = False,
     inpaint: Inpaint | None = None,
-    variance: Literal["exact", "reference"] = "exact",
-    key: PRNGKey | None = None,
-    noises: Noises | None = None,
-) -> Carry:
-    """Steps `start` to `stop` (excluded) of the grid; numbers and arrays may all be traced.
+    variance: RenoiseVariance = "exact",
+) -> State:
+    """Steps `first` to `stop` (excluded) of the grid; numbers and arrays may all be traced.
 
-    `percentile` chooses dynamic thresholding, None static. `denoise` gets the previous estimate
-    of x_0 only with `self_cond`. `variance` is that of `renoise`, between resamplings.
-
-    Noise is drawn from `key`, by the step's number, or taken from `noises`, the whole run's, in
-    the reference's order: one a step; with inpainting, for every resampling the known part's, the
-    step's and the renoising's, the last one only where there is a renoising, so not before the
-    next step and not in the last (imagen_pytorch.py, `Imagen.p_sample_loop`; `count_noises` says
-    how many). Raises ValueError unless exactly one of the two is given.
+    `network(x, level)`, and with `self_cond` `network(x, level, previous x_0)`, answers as the
+    process asks. `percentile` chooses dynamic thresholding, None static. `variance` is that of
+    `renoise`, between resamplings.
     """
-    if (key is None) == (noises is None):
-        raise ValueError("give either a key or the noises, and not both.")
 
-    def at(i: Array) -> LogSNR:
-        return jnp.broadcast_to(jnp.asarray(grid.log_snr)[i], carry.x.shape[:1])
+    def at(i: Array) -> Level:
+        position = jnp.broadcast_to(jnp.asarray(grid.positions)[i], state.x.shape[:1])
+        return process.level(position)
 
-    def estimate(x: Sample, level: LogSNR, x0_previous: Sample) -> Sample:
-        output = denoise(x, level, x0_previous) if self_cond else denoise(x, level)
-        x0 = predict_x0(x, output.astype(x.dtype), level, objective)
-        return static_threshold(x0) if percentile is None else dynamic_threshold(x0, percentile)
+    def estimate(x: Sample, level: Level, previous: Sample) -> Prediction:
+        answer = (lambda x, level: network(x, level, previous)) if self_cond else network
+        return threshold(process.predict(answer, x, level), x, level, percentile)
 
-    def advance(i: Array, carry: Carry) -> Carry:
+    def advance(i: Array, state: State) -> State:
         now, then, last = at(i), at(i + 1), i == grid.num_steps - 1
         times = 1 if inpaint is None else inpaint.resample_times
 
-        def noise(r: Array, which: int) -> Sample:
-            """Draw `which` of resampling r: 0 for the known part, 1 the step, 2 renoising."""
-            if noises is None:
-                drawn = jax.random.fold_in(jax.random.fold_in(key, i), 3 * r + which)
-                return jax.random.normal(drawn, carry.x.shape, carry.x.dtype)
-            if inpaint is None:
-                return jnp.asarray(noises)[i]
-            return jnp.asarray(noises)[i * (3 * times - 1) + r * jnp.where(last, 2, 3) + which]
-
-        def resample(r: Array, carry: Carry) -> Carry:
-            x = carry.x
+        def resample(r: Array, state: State) -> State:
             if inpaint is not None:
-                x = jnp.where(inpaint.mask, q_sample(inpaint.image, now, noise(r, 0)), x)
-            x0 = estimate(x, now, carry.x0)
-            x = step(x, x0, now, then, noise(r, 1), last=last)
+                known = q_sample(inpaint.image, now, noise(i, r, 0))
+                state = state._replace(x=jnp.where(inpaint.mask, known, state.x))
+            given = Step(process, now, then, noise(i, r, 1), last, options)
+            state = sampler.step(state, estimate, given)
             if inpaint is not None:
-                back = renoise(x, then, now, noise(r, 2), variance=variance)
-                x = jnp.where((r < times - 1) & ~last, back, x)
-            return Carry(x, x0)
+                back = renoise(state.x, then, now, noise(i, r, 2), variance=variance)
+                goes_back = (r < times - 1) & ~last
+                state = state._replace(x=jnp.where(goes_back, back, state.x))
+            return state
 
         if inpaint is None:
-            return resample(jnp.int32(0), carry)
-        return lax.fori_loop(0, times, resample, carry)
+            return resample(jnp.int32(0), state)
+        return lax.fori_loop(0, times, resample, state)
 
-    return lax.fori_loop(start, stop, advance, carry)
+    return lax.fori_loop(first, stop, advance, state)
 
 
 def finish(x: Sample, inpaint: Inpaint | None = None) -> Sample:

@@ -10,14 +10,16 @@ the rounding is part of what a trained checkpoint has seen.
 """
 
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from imagen_jax.config import Schedule
 from imagen_jax.types import AnyArray
+
+Schedule = Literal["cosine", "linear"]
 
 COS_FLOOR = 4.3711388e-8  # |cos| of float32's pi / 2; keeps l(1) = -33.89 whatever the hardware
 

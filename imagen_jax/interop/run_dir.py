@@ -49,7 +49,7 @@ class RunDir:
         path = self._item(number, weights)
         if not path.is_dir():
             raise ValueError(f"{self.path} holds no {weights} weights of U-Net {number}.")
-        target = keys.target(self.config.stage(number).unet)
+        target = keys.target(self.config.unets[number - 1])
         handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=CONCURRENT_GB)
         with ocp.Checkpointer(handler) as checkpointer:
             try:
@@ -68,7 +68,7 @@ class RunDir:
 
     def params_or_null(self, number: int, weights: Weights) -> Params:
         """`params`; for a `NullUnet` that was never stored, the zero it begins with."""
-        is_null = isinstance(self.config.stage(number).unet, NullUnetConfig)
+        is_null = isinstance(self.config.unets[number - 1], NullUnetConfig)
         if is_null and number not in self.steps:
             return {"dummy_parameter": np.zeros(1, np.float32)}
         return self.params(number, weights)

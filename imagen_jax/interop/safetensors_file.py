@@ -118,7 +118,7 @@ def _views(path: Path) -> dict[str, np.ndarray]:
 def _params(
     config: ImagenConfig, tensors: Mapping[str, np.ndarray], steps: Mapping[int, Any]
 ) -> dict[int, Params]:
-    targets = {number: keys.target(config.stage(number).unet) for number in steps}
+    targets = {number: keys.target(config.unets[number - 1]) for number in steps}
     expected = {
         f"unets.{number - 1}.{name}": leaf.shape
         for number, target in targets.items()

@@ -64,7 +64,7 @@ def differing(state: StateDict, params: Params) -> list[str]:
 def forwards(source: Checkpoint, run: RunDir, which: Weights) -> Iterator[Forward]:
     """(b): the stages compared, one after another. Raises ImportError without imagen-pytorch."""
     for number, state in enumerate(source.weights(which), 1):
-        unet = source.config.stage(number).unet
+        unet = source.config.unets[number - 1]
         if isinstance(unet, NullUnetConfig):
             continue
         theirs = reference_outputs(unet, state)

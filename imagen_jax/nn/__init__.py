@@ -1,6 +1,31 @@
-"""The networks. They know no diffusion: a noisy picture and a log-SNR in, a prediction out."""
+"""The networks. They know no diffusion: a noisy picture and a number in, a prediction out."""
 
-from imagen_jax.nn.pure import abstract, bind, init_fn, init_params
+from imagen_jax.nn.build import (
+    NETWORKS,
+    Network,
+    abstract,
+    bind,
+    build,
+    cast,
+    init_fn,
+    init_params,
+    params_of,
+    stored_dtypes,
+)
 from imagen_jax.nn.unet import NullUnet, TextCond, Unet
 
-__all__ = ["NullUnet", "TextCond", "Unet", "abstract", "bind", "init_fn", "init_params"]
+__all__ = [
+    "NETWORKS",
+    "Network",
+    "NullUnet",
+    "TextCond",
+    "Unet",
+    "abstract",
+    "bind",
+    "build",
+    "cast",
+    "init_fn",
+    "init_params",
+    "params_of",
+    "stored_dtypes",
+]

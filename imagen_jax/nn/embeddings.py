@@ -4,10 +4,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from imagen_jax.config import UnetConfig
 from imagen_jax.nn.layers import FourierFeatures, affine_layer_norm, linear
 from imagen_jax.sharding import constrain
 from imagen_jax.types import LogSNR
+from imagen_jax.unet_config import UnetConfig
 
 
 class TimeEmbedding(nnx.Module):

@@ -5,11 +5,11 @@ import functools
 from flax import nnx
 from jaxtyping import Array
 
-from imagen_jax.config import UnetConfig
 from imagen_jax.nn.attention import KeyValue
 from imagen_jax.nn.blocks import ResnetBlock
 from imagen_jax.nn.layers import ConvPair, CrossEmbed, NearestUpsample, PixelShuffle, PixelUnshuffle
 from imagen_jax.nn.transformer import Transformer
+from imagen_jax.unet_config import UnetConfig
 
 
 class Level(nnx.Module):

@@ -9,12 +9,9 @@ it predicts is the diffusion's business. Four kinds of conditioning meet here:
     pictures      concatenated to the input: [cond_images, x, self_cond, lowres_cond_img]
 
 `t` scales and shifts every residual block, the tokens are attended to. What depends on the text
-alone is computed by `encode_text` once, and serves every step of a sampler (`text_cond=`). Where
-`text_cond` has g rows for each picture (with and without text, for guidance), the picture passes
-the first convolution once and is repeated g times.
+alone is computed by `encode_text` once, and serves every step of a sampler (`text_cond=`).
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -23,7 +20,6 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from imagen_jax.config import UnetConfig
 from imagen_jax.nn import levels
 from imagen_jax.nn.attention import KeyValue
 from imagen_jax.nn.blocks import ConvBlock, ResnetBlock
@@ -32,6 +28,7 @@ from imagen_jax.nn.layers import CrossEmbed, affine_layer_norm, conv, linear
 from imagen_jax.nn.transformer import PerceiverResampler, Transformer
 from imagen_jax.resize import resize
 from imagen_jax.sharding import constrain
+from imagen_jax.streams import stream
 from imagen_jax.types import (
     AnyArray,
     Image,
@@ -41,13 +38,14 @@ from imagen_jax.types import (
     TextEmbeds,
     TextMask,
 )
+from imagen_jax.unet_config import UnetConfig
 
 
 class TextCond(NamedTuple):
     """Everything a U-Net derives from a text, independent of picture and time.
 
     `hiddens` is added to `t`; the rest are keys and values for each attention layer that sees
-    the text, arranged as the layers are. Rows are texts: b, or g * b for g per picture.
+    the text, arranged as the layers are.
     """
 
     hiddens: Float[Array, "b k"]
@@ -198,7 +196,7 @@ class Unet(nnx.Module):
         cond_drop_prob: float = 0.0,
         keep_mask: KeepMask | None = None,
         key: PRNGKey | None = None,
-    ) -> Float[Array, "b2 h w c_out"]:
+    ) -> Float[Array, "b h w c_out"]:
         """Predicts noise, v or the picture from a noisy picture `x` in [-1, 1] at log-SNR `time`.
 
         Text comes as `text_embeds` or, prepared by `encode_text`, as `text_cond`. Texts drop out
@@ -206,8 +204,8 @@ class Unet(nnx.Module):
         on the dropout of linear attention. `lowres_noise_times` is a log-SNR as well.
         Raises ValueError for missing or unexpected inputs.
         """
-        config = self.config
-        if text_embeds is not None and text_cond is None and config.cond_on_text:
+        self._check_inputs(text_embeds, text_cond, lowres_noise_times, self_cond)
+        if text_embeds is not None and text_cond is None:
             keep_mask = _keep_mask(x.shape[0], cond_drop_prob, keep_mask, key)
             text_cond = self.encode_text(text_embeds, text_mask, keep_mask=keep_mask)
         x = self._inputs(x, lowres_cond_img, cond_images, self_cond)
@@ -219,14 +217,26 @@ class Unet(nnx.Module):
             t, tokens = t + lowres_t, jnp.concatenate([tokens, lowres_tokens], axis=1)
         tokens = self.norm_cond(tokens)
         if text_cond is not None:
-            copies = text_cond.hiddens.shape[0] // x.shape[0]
-            repeat = functools.partial(jnp.repeat, repeats=copies, axis=0)
-            if copies > 1:
-                t, tokens, x = repeat(t), repeat(tokens), repeat(x)
-                residual = x
-                lowres_cond_img = None if lowres_cond_img is None else repeat(lowres_cond_img)
             t = t + text_cond.hiddens
         return self._trunk(x, t, tokens, text_cond, residual, lowres_cond_img, key)
+
+    def _check_inputs(
+        self,
+        text_embeds: TextEmbeds | None,
+        text_cond: TextCond | None,
+        lowres_noise_times: LogSNR | None,
+        self_cond: Image | None,
+    ) -> None:
+        config = self.config
+        for given, wanted, what in (
+            (text_embeds is not None or text_cond is not None, config.cond_on_text, "text"),
+            (self_cond is not None, config.self_cond, "self_cond"),
+        ):
+            if given and not wanted:
+                raise ValueError(f"this U-Net is not conditioned on {what}, but {what} is given.")
+        if config.lowres_cond != (lowres_noise_times is not None):
+            wants = "needs" if config.lowres_cond else "has no use for"
+            raise ValueError(f"this U-Net {wants} lowres_cond_img and lowres_noise_times.")
 
     def _inputs(
         self,
@@ -264,7 +274,7 @@ class Unet(nnx.Module):
                     f"for cond_images_channels = {config.cond_images_channels}."
                 )
             cond_images = jnp.asarray(cond_images)
-            parts.insert(0, resize(cond_images, x.shape[1], mode=config.resize_mode))
+            parts.insert(0, resize(cond_images, x.shape[1:3], mode=config.resize_mode))
         x = jnp.concatenate([jnp.asarray(part, self.dtype) for part in parts], axis=-1)
         return constrain(x, "batch")
 
@@ -284,7 +294,9 @@ class Unet(nnx.Module):
         none = [(None, None)] * n
         text_downs, text_ups = (none, none) if text is None else (text.downs, text.ups)
         text_mid1, text_mid2 = (None, None) if text is None else text.mids
-        keys = [None] * (2 * n) if key is None else list(jax.random.split(key, 2 * n))
+        keys = (
+            [None] * (2 * n) if key is None else [stream(key, "dropout", i) for i in range(2 * n)]
+        )
         skip_scale = 2**-0.5 if config.scale_skip_connection else 1.0
 
         if self.init_resnet_block is not None:
@@ -320,7 +332,7 @@ class Unet(nnx.Module):
             x = x if level.after is None else level.after(x)
 
         if self.upsample_combiner is not None:
-            size = x.shape[1]
+            size = x.shape[1:3]
             combined = [
                 block(resize(feature, size))
                 for block, feature in zip(self.upsample_combiner, features, strict=True)
@@ -369,4 +381,4 @@ def _keep_mask(
         return jnp.full((b,), cond_drop_prob == 0.0)
     if key is None:
         raise ValueError(f"cond_drop_prob = {cond_drop_prob} needs a key or a keep_mask.")
-    return jax.random.bernoulli(jax.random.fold_in(key, 0), 1 - cond_drop_prob, (b,))
+    return jax.random.bernoulli(stream(key, "text_drop"), 1 - cond_drop_prob, (b,))

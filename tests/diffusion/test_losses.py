@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from imagen_jax.diffusion import losses, process
-from imagen_jax.diffusion.schedules import log_snr
+from imagen_jax.diffusion import losses
+from imagen_jax.diffusion.vp import VP
 
 RNG = np.random.default_rng(0)
 OUTPUT, X0, NOISE = RNG.normal(size=(3, 4, 5, 6, 3)).astype(np.float32)
@@ -56,10 +56,9 @@ def test_weighted_loss_matches_reference(imagen, objective, gamma):
         pred_objective=objective,
         min_snr_gamma=gamma,
     )
-    level = jnp.asarray(log_snr(TIMES, "cosine"))
-    truth = process.target(jnp.asarray(2 * X0 - 1), jnp.asarray(NOISE), level, objective)
-    weight = losses.min_snr_weight(level, objective, gamma)
-    got = jnp.mean(weight * losses.per_sample(jnp.asarray(OUTPUT), truth, "l2"))
+    process = VP(objective=objective, min_snr_gamma=gamma)
+    level = process.training_level(TIMES)
+    got = process.losses(lambda *_: jnp.asarray(OUTPUT), 2 * X0 - 1, NOISE, level).mean()
     np.testing.assert_allclose(got, want.item(), rtol=1e-5)
 
 

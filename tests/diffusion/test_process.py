@@ -9,22 +9,69 @@ import pytest
 import torch
 
 from imagen_jax.diffusion import process
-from imagen_jax.diffusion.schedules import alpha_sigma, log_snr
+from imagen_jax.diffusion.schedules import log_snr
+from imagen_jax.diffusion.vp import VP, x0_from_output
 
 OBJECTIVES = ("noise", "v", "x_start")
-LEVELS = jnp.array([-4.0, -1.0, 1.0, 4.0])
 X0, NOISE = jax.random.normal(jax.random.key(0), (2, 4, 3, 5, 3))
 
 
-@pytest.mark.parametrize("a, b", list(itertools.product(OBJECTIVES, OBJECTIVES)))
+PROCESSES = {objective: VP(objective=objective) for objective in OBJECTIVES}
+RATIOS = jnp.array([7.0, 1.5, 0.7, 0.1])  # sigma / alpha
+
+
+@pytest.mark.parametrize("a, b", list(itertools.product(PROCESSES, PROCESSES)))
 def test_round_trip_between_parameterisations(a, b):
-    """Output of a -> x_0 and noise -> output of b -> x_0."""
-    x_t = process.q_sample(X0, LEVELS, NOISE)
-    x0 = process.predict_x0(x_t, process.target(X0, NOISE, LEVELS, a), LEVELS, a)
-    noise = process.noise_from_x0(x_t, x0, LEVELS)
-    np.testing.assert_allclose(noise, NOISE, atol=2e-5)
-    output = process.target(x0, noise, LEVELS, b)
-    np.testing.assert_allclose(process.predict_x0(x_t, output, LEVELS, b), X0, atol=2e-5)
+    """Answer of a -> x_0, noise and score -> answer of b -> x_0, at the same ratio."""
+    first, second = PROCESSES[a], PROCESSES[b]
+    level = first.at(RATIOS)
+    x = process.q_sample(X0, level, NOISE)
+    found = first.predict(lambda *_: first.target(X0, NOISE, level), x, level)
+    np.testing.assert_allclose(found.x0, X0, atol=5e-5)
+    np.testing.assert_allclose(found.eps, NOISE, atol=5e-5)
+    score = -found.eps / process.beside(level.sigma, x)  # of the Gaussian q(x | x_0)
+    noise = -score * process.beside(level.sigma, x)
+    level = second.at(RATIOS)
+    x = process.q_sample(found.x0, level, noise)
+    again = second.predict(lambda *_: second.target(found.x0, noise, level), x, level)
+    np.testing.assert_allclose(again.x0, X0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_levels_are_consistent(name):
+    one = PROCESSES[name]
+    for level in (one.at(RATIOS), one.training_level(one.draw(jax.random.key(0), 500))):
+        ratio = level.sigma / level.alpha
+        np.testing.assert_allclose(level.log_snr, -2 * jnp.log(ratio), atol=1e-4)
+    np.testing.assert_allclose(one.at(RATIOS).sigma / one.at(RATIOS).alpha, RATIOS, rtol=1e-5)
+    grid = one.grid(7)
+    levels = one.level(grid)
+    assert grid.shape == (8,) and np.all(np.diff(levels.log_snr) > 0)
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_the_optimum_of_the_loss_is_the_posterior_mean(name):
+    """On Gaussian data of variance v it is x_0 = g x with g = alpha v / (alpha^2 v + sigma^2)."""
+    one, v = PROCESSES[name], 0.3
+    level = one.at(RATIOS)
+    x0, noise = jax.random.normal(jax.random.key(1), (2, 4, 200_000))
+    x0 = x0 * v**0.5
+    gain = level.alpha * v / (level.alpha**2 * v + level.sigma**2)
+
+    def loss(factor):
+        def answer(x, level):
+            estimate = factor * gain[:, None] * one_x
+            eps = process.eps_from_x0(one_x, estimate, level)
+            return one.target(estimate, eps, level)
+
+        one_x = process.q_sample(x0, level, noise)
+        return one.losses(answer, x0, noise, level)
+
+    best = loss(1.0)
+    for factor in (0.97, 1.03):
+        assert np.all(loss(factor) > best)
+    slope = jax.jacfwd(loss)(1.0) / best
+    np.testing.assert_allclose(slope, 0.0, atol=0.05)
 
 
 @pytest.mark.parametrize("level, level_next", [(-3.0, -1.0), (0.0, 0.5), (2.0, 8.0)])
@@ -41,10 +88,9 @@ def test_posterior_is_bayes(level, level_next):
     mean = (p * line).sum()
     variance = (p * (line - mean) ** 2).sum()
 
-    got = process.posterior(
-        jnp.full((1, 1), x_t), jnp.full((1, 1), x0), jnp.array([level]), jnp.array([level_next])
-    )
-    want = (mean, variance, np.log(variance))
+    levels = VP().level(jnp.array([level])), VP().level(jnp.array([level_next]))
+    got = process.posterior(jnp.full((1, 1), x_t), jnp.full((1, 1), x0), *levels)
+    want = (mean, np.log(variance))
     for value, expected in zip(got, want, strict=True):
         np.testing.assert_allclose(value[0, 0], expected, rtol=1e-5, atol=1e-5)
 
@@ -54,18 +100,18 @@ def test_matches_reference(reference, schedule):
     """At the ends of the schedules too, where alpha is 4.4e-8 and the variance is clipped."""
     theirs = reference.GaussianDiffusionContinuousTimes(noise_schedule=schedule)
     t, t_next = np.float32([1.0, 0.999, 0.5, 0.001]), np.float32([0.999, 0.9, 0.499, 0.0])
-    level, level_next = jnp.asarray(log_snr(t, schedule)), jnp.asarray(log_snr(t_next, schedule))
+    level, level_next = (VP().level(log_snr(times, schedule)) for times in (t, t_next))
     t, t_next, x, noise = (torch.from_numpy(np.array(a)) for a in (t, t_next, X0, NOISE))
     pairs = [
         (process.q_sample(X0, level, NOISE), theirs.q_sample(x, t, noise)[0]),
-        (process.predict_x0(X0, NOISE, level, "v"), theirs.predict_start_from_v(x, t, noise)),
+        (x0_from_output(X0, NOISE, level, "v"), theirs.predict_start_from_v(x, t, noise)),
         (
-            process.predict_x0(X0, NOISE, level, "noise"),
+            x0_from_output(X0, NOISE, level, "noise"),
             theirs.predict_start_from_noise(x, t, noise),
         ),
         *zip(
             process.posterior(X0, NOISE, level, level_next),
-            theirs.q_posterior(noise, x, t, t_next=t_next),
+            theirs.q_posterior(noise, x, t, t_next=t_next)[::2],
             strict=True,
         ),
         (
@@ -80,8 +126,8 @@ def test_matches_reference(reference, schedule):
 
 def test_variance_is_clipped_in_the_logarithm():
     """Two equal levels leave no variance."""
-    _, variance, log_variance = process.posterior(X0, X0, LEVELS, LEVELS)
-    np.testing.assert_array_equal(variance, 0.0)
+    level = VP().at(RATIOS)
+    _, log_variance = process.posterior(X0, X0, level, level)
     np.testing.assert_allclose(log_variance, np.log(1e-20), rtol=1e-6)
 
 
@@ -89,8 +135,8 @@ def test_variance_is_clipped_in_the_logarithm():
 def test_renoise_keeps_the_marginal_variance(schedule):
     """(alpha_to / alpha)^2 sigma^2 + std^2 = sigma_to^2; the reference's std falls short of it."""
     t = jnp.linspace(0.05, 0.95, 19)
-    start, to = log_snr(t - 0.05, schedule), log_snr(t, schedule)
-    (alpha, sigma), (alpha_to, sigma_to) = alpha_sigma(start), alpha_sigma(to)
+    start, to = (VP().level(log_snr(times, schedule)) for times in (t - 0.05, t))
+    (alpha, sigma, *_), (alpha_to, sigma_to, *_) = start, to
     ones, zeros = jnp.ones((19, 1)), jnp.zeros((19, 1))
 
     def total(variance):

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from imagen_jax.diffusion.samplers import make_grid, time_grid
+from imagen_jax.diffusion.samplers import make_grid
 from imagen_jax.diffusion.schedules import alpha_sigma, log_snr
+from imagen_jax.diffusion.vp import VP, time_grid
 
 SCHEDULES = ("cosine", "linear")
 
@@ -57,11 +58,14 @@ def test_time_grid_is_torchs_linspace_to_the_bit(steps):
 
 
 def test_grid_skips_and_pads():
-    whole, late = make_grid(10, "linear", multiple=16), make_grid(10, "linear", skip_steps=3)
+    whole, late = (
+        make_grid(VP(schedule="linear"), 10, multiple=16),
+        make_grid(VP(schedule="linear"), 10, skip_steps=3),
+    )
     assert (whole.num_steps, late.num_steps) == (10, 7)
-    assert (len(whole.log_snr), len(late.log_snr)) == (17, 1025)
-    np.testing.assert_array_equal(whole.log_snr[3:11], late.log_snr[:8])
-    assert len(make_grid(1024, "linear").log_snr) == 1025
+    assert (len(whole.positions), len(late.positions)) == (17, 1025)
+    np.testing.assert_array_equal(whole.positions[3:11], late.positions[:8])
+    assert len(make_grid(VP(schedule="linear"), 1024).positions) == 1025
     for skip in (10, -1):
         with pytest.raises(ValueError, match="skip_steps"):
-            make_grid(10, "linear", skip_steps=skip)
+            make_grid(VP(schedule="linear"), 10, skip_steps=skip)

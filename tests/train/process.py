@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from imagen_jax import commands, distributed, stages
+from imagen_jax import commands, distributed, training
 from imagen_jax.sharding import Layout, make_layout
 from tests import RUN_ONCE
 from train import loop, step
@@ -31,12 +31,10 @@ def train(settings: Settings, file: Path) -> None:
 def watched(layout: Layout, settings: Settings) -> tuple[dict[str, np.ndarray], Callable]:
     """What this process has of the draws of two steps; and a `make_train_step` that adds what it
     has of every step's pictures. `rows` are their numbers."""
-    config, make_train_step = settings.cascade(), loop.make_train_step
+    stage, make_train_step = settings.cascade().stage(1), loop.make_train_step
     seen = {"rows": np.array(layout.own_rows(settings.batch_size))}
     draw = jax.jit(
-        layout.on_mesh(
-            lambda key: stages.complete_draws(config, 1, settings.batch_size, key, None)
-        ),
+        layout.on_mesh(lambda key: training.complete_draws(stage, settings.batch_size, key, None)),
         out_shardings=layout.batch,
     )
     for number in range(2):

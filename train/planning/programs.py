@@ -5,6 +5,7 @@ Each is the project's own function, traced with shapes in place of arrays: nothi
 
 import collections
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -16,12 +17,12 @@ from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from imagen_jax import flops, nn, sampling, text
-from imagen_jax.config import ImagenConfig
 from imagen_jax.diffusion import samplers
 from imagen_jax.sharding import Layout
+from imagen_jax.stage import Stage
 from imagen_jax.text.t5 import abstract_encoder
 from train.optimizer import make_optimizer
-from train.settings import Settings
+from train.settings import Optimization
 from train.state import TrainState
 from train.step import make_train_step, step_flops
 
@@ -59,17 +60,14 @@ class Planned:
         }
 
 
-def train_step(
-    config: ImagenConfig, unet_number: int, settings: Settings, layout: Layout
-) -> Planned:
+def train_step(stage: Stage, settings: Optimization, layout: Layout) -> Planned:
     """The step of `python -m train.base`, and of `train.super_res`."""
-    stage = config.stage(unet_number)
-    state = layout.targets(TrainState.shapes(stage.unet, make_optimizer(settings)))
-    batch = _batch(config, unet_number, settings.batch_size, layout)
-    step = make_train_step(config, unet_number, settings, layout)
+    state = layout.targets(TrainState.shapes(stage.network, make_optimizer(settings)))
+    batch = _batch(stage, settings.batch_size, layout)
+    step = make_train_step(stage, settings, layout)
     traced = step.trace(state, batch, _key(layout))
     return Planned(
-        title=f"training step of U-Net {unet_number}, {settings.batch_size} pictures",
+        title=f"training step of U-Net {stage.unet_number}, {settings.batch_size} images",
         per="step",
         traced=traced,
         arguments={
@@ -78,55 +76,63 @@ def train_step(
             "optimiser": state.opt_state,
             "batch": batch,
         },
-        model_flops=step_flops(config, unet_number, settings),
+        model_flops=step_flops(stage, settings),
         program_flops=flops.count_traced(traced.jaxpr.jaxpr),
     )
 
 
-def sampling_step(
-    config: ImagenConfig, unet_number: int, batch_size: int, dtype: DTypeLike, layout: Layout
-) -> Planned:
-    """One step of the compiled loop that `Imagen.sample` runs; guided where there is text."""
-    stage = config.stage(unet_number)
+def sampling_step(stage: Stage, batch_size: int, dtype: DTypeLike, layout: Layout) -> Planned:
+    """One step of the compiled loop that `Imagen.sample` runs; guided where there is text.
+
+    Parameters are in the dtype that a loaded cascade keeps them in.
+    """
     program = sampling.Program(
-        config=config, unet_number=unet_number, dtype=dtype, guided=config.condition_on_text
-    ).without_numbers()
-    params = layout.targets(nn.abstract(stage.unet)[1])
-    told = _batch(config, unet_number, batch_size, layout)
-    del told["images"]
-    if stage.previous_image_size is not None:
-        small = stage.previous_image_size
-        told["previous"] = Shape((batch_size, small, small, config.channels), jnp.float32)
-        told["lowres_noise_level"] = Shape((), jnp.float32)
-    key, whole = _key(layout), Shape((), jnp.int32, sharding=layout.replicated)
-
-    def begin(params, key, told):
-        return sampling.start(params, program=program, batch_size=batch_size, key=key, **told)
-
-    carry, conditioning = _by_rows(jax.eval_shape(begin, params, key, told), layout)
-    numbers = sampling.Guidance(*[Shape((), jnp.float32, sharding=layout.replicated)] * 4)
-    grid = samplers.make_grid(stage.timesteps, stage.noise_schedule)
+        stage=stage, dtype=dtype, guided=stage.condition_on_text, sampler=stage.process.sampler
+    )
+    params = layout.targets(_stored(nn.abstract(stage.network)[1], dtype))
+    batch = _batch(stage, batch_size, layout)
+    given = sampling.Given(text_embeds=batch.get("text_embeds"), text_masks=batch.get("text_masks"))
+    if stage.lowres is not None:
+        small = Shape((batch_size, *stage.lowres.size, stage.channels), jnp.float32)
+        given = given._replace(previous=small, lowres_noise_level=Shape((), jnp.float32))
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch_size))
+    randomness = sampling.Randomness(
+        keys=Shape(keys.shape, keys.dtype, sharding=layout.rows(batch_size))
+    )
+    grid = samplers.make_grid(stage.process, 1000)
     grid = jax.tree.map(lambda x: Shape(x.shape, x.dtype, sharding=layout.replicated), grid)
+    begin = functools.partial(sampling.start, program=program, batch_size=batch_size)
+    state, conditioning, inpaint = _by_rows(
+        jax.eval_shape(begin, params, given, randomness, grid), layout
+    )
+    scalar = Shape((), jnp.float32, sharding=layout.replicated)
+    bound = Shape((), jnp.int32, sharding=layout.replicated)
+    numbers = sampling.Numbers(*[scalar] * 3, samplers.Options(*[scalar] * len(samplers.Options())))
     with layout.use():
         traced = sampling.advance.trace(
-            params, carry, conditioning, numbers, grid, whole, whole, program=program, key=key
-        )
+            params, state, conditioning, inpaint, numbers, grid, bound, bound, randomness,
+            program=program,
+        )  # fmt: skip
 
-    def once(params, carry, conditioning, numbers, log_snr):
-        unet = nn.bind(stage.unet, params, dtype=dtype)
-        return sampling.denoiser(unet, conditioning, numbers, program)(carry.x, log_snr)
+    def once(params, x, conditioning, numbers, position):
+        network = sampling.estimator(params, conditioning, numbers, program)
+        return network(x, stage.process.level(position), x)
 
-    log_snr = Shape((batch_size,), jnp.float32)
-    arithmetic = flops.count(once, params, carry, conditioning, numbers, log_snr)
+    position = Shape((batch_size,), jnp.float32)
+    arithmetic = flops.count(once, params, state.x, conditioning, numbers, position)
     guided = ", guided" * program.guided
     return Planned(
-        title=f"sampling step of U-Net {unet_number}, {batch_size} pictures{guided}",
+        title=f"sampling step of U-Net {stage.unet_number}, {batch_size} images{guided}",
         per="denoising step",
         traced=traced,
-        arguments={"parameters": params, "pictures": carry, "conditioning": conditioning},
+        arguments={"parameters": params, "images": state, "conditioning": conditioning},
         model_flops=arithmetic,
         program_flops=arithmetic,
     )
+
+
+def _stored(shapes: PyTree, dtype: DTypeLike) -> PyTree:
+    return jax.tree.map(lambda x, d: Shape(x.shape, d), shapes, nn.stored_dtypes(shapes, dtype))
 
 
 def text_encoding(batch_size: int, length: int, dtype: DTypeLike, layout: Layout) -> Planned:
@@ -173,16 +179,13 @@ def _products(jaxpr: Jaxpr) -> Iterator[tuple[tuple[int, ...], Any]]:
             yield from _products(inner)
 
 
-def _batch(
-    config: ImagenConfig, unet_number: int, batch_size: int, layout: Layout
-) -> dict[str, Shape]:
+def _batch(stage: Stage, batch_size: int, layout: Layout) -> dict[str, Shape]:
     """What the data pipeline and the text encoder give."""
-    stage, rows = config.stage(unet_number), layout.rows(batch_size)
-    pictures = (batch_size, stage.image_size, stage.image_size, config.channels)
-    batch = {"images": Shape(pictures, jnp.uint8, sharding=rows)}
-    if config.condition_on_text:
-        tokens = (batch_size, min(256, stage.unet.max_text_len))
-        embeds = (*tokens, config.text_embed_dim)
+    rows = layout.rows(batch_size)
+    batch = {"images": Shape((batch_size, *stage.sample_shape), jnp.uint8, sharding=rows)}
+    if stage.condition_on_text:
+        tokens = (batch_size, min(256, stage.network.max_text_len))
+        embeds = (*tokens, stage.network.text_embed_dim)
         batch["text_embeds"] = Shape(embeds, jnp.float32, sharding=rows)
         batch["text_masks"] = Shape(tokens, jnp.bool_, sharding=rows)
     return batch

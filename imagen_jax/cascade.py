@@ -1,0 +1,236 @@
+"""Sampling a cascade: the arguments of `Imagen.sample`, checked and resolved stage by stage."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from imagen_jax import sampling
+from imagen_jax.config import ImagenConfig
+from imagen_jax.diffusion.process import RenoiseVariance
+from imagen_jax.resize import resize
+from imagen_jax.sampling import Given, Program, Progress, Randomness, Steps
+from imagen_jax.sharding import Layout
+from imagen_jax.stage import to_float
+from imagen_jax.streams import RowKeys, row_keys, stream
+from imagen_jax.training import check_aspect, default_text_mask
+from imagen_jax.types import AnyArray, Image, Params, PRNGKey, TextEmbeds, TextMask
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Request:
+    """What to sample. The fields are the arguments of `Imagen.sample`, which documents them."""
+
+    key: PRNGKey | RowKeys | None = None
+    draws: Sequence[AnyArray] | None = None
+    text_embeds: TextEmbeds | None = None
+    text_masks: TextMask | None = None
+    cond_images: AnyArray | None = None
+    inpaint_images: AnyArray | None = None
+    inpaint_masks: AnyArray | None = None
+    inpaint_resample_times: int = 5
+    inpaint_variance: RenoiseVariance = "exact"
+    init_images: AnyArray | Sequence[AnyArray | None] | None = None
+    skip_steps: int | Sequence[int | None] | None = None
+    batch_size: int | None = None
+    cond_scale: float | Sequence[float] = 1.0
+    cfg_remove_parallel_component: bool = True
+    cfg_keep_parallel_frac: float = 0.0
+    lowres_sample_noise_level: float | None = None
+    start_at_unet_number: int = 1
+    start_image_or_video: AnyArray | None = None
+    stop_at_unet_number: int | None = None
+    timesteps: int | Sequence[int | None] | None = None
+    sigma_min: float | Sequence[float | None] | None = None
+    sigma_max: float | Sequence[float | None] | None = None
+    sampler: str | None = None
+    eta: float = 0.0
+    progress: Progress | None = None
+
+    def check(self, config: ImagenConfig) -> None:
+        """Raises ValueError for arguments that do not fit together, or not the cascade."""
+        check_text(config, self.text_embeds, None)
+        if (self.key is None) == (self.draws is None):
+            raise ValueError("sample needs either a key or draws.")
+        numbers = self.numbers(config)
+        if self.draws is not None and len(self.draws) != len(numbers):
+            raise ValueError(f"{len(self.draws)} sequences of draws for {len(numbers)} stages.")
+        scales = self.per_unet(config, "cond_scale")
+        if config.cond_drop_prob == 0 and any(scale != 1 for scale in scales):
+            raise ValueError("cond_scale other than 1 needs a model trained with cond_drop_prob.")
+        if (self.inpaint_images is None) != (self.inpaint_masks is None):
+            raise ValueError("inpainting needs both inpaint_images and inpaint_masks.")
+        if numbers[0] > 1 and self.start_image_or_video is None:
+            raise ValueError(f"starting at U-Net {numbers[0]} needs start_image_or_video.")
+        self._check_images(config)
+
+    def _check_images(self, config: ImagenConfig) -> None:
+        """Images are never squashed: all must have the cascade's aspect ratio."""
+        stage = config.stage(1)
+        images = {name: getattr(self, name) for name in _IMAGES}
+        for number, image in enumerate(self.per_unet(config, "init_images"), 1):
+            images[f"init_images of U-Net {number}"] = image
+        for name, image in images.items():
+            if image is not None:
+                check_aspect(stage, np.shape(image), name)
+        if self.inpaint_masks is not None:
+            check_aspect(stage, np.shape(self.inpaint_masks), "inpaint_masks", ndim=3)
+
+    def numbers(self, config: ImagenConfig) -> list[int]:
+        """Numbers of the U-Nets to run."""
+        first, last, count = self.start_at_unet_number, self.stop_at_unet_number, len(config.unets)
+        last = count if last is None else last
+        for name, number in (("start_at", first), ("stop_at", last)):
+            if not 1 <= number <= count:
+                raise ValueError(f"{name}_unet_number = {number} is not in 1 .. {count}.")
+        if first > last:
+            raise ValueError(
+                f"start_at_unet_number ({first}) must not exceed stop_at_unet_number ({last})."
+            )
+        return list(range(first, last + 1))
+
+    def rows(self) -> int:
+        """The batch size: that of the arrays, which must agree, or the one asked for, or 1."""
+        counts = {
+            name: len(value)
+            for name in ("text_embeds", "inpaint_images", "inpaint_masks", "start_image_or_video")
+            if (value := getattr(self, name)) is not None
+        }
+        if self.batch_size is not None:
+            counts["batch_size"] = self.batch_size
+        if len(set(counts.values())) > 1:
+            found = ", ".join(f"{name} {count}" for name, count in counts.items())
+            raise ValueError(f"batch sizes differ: {found}.")
+        return next(iter(counts.values()), 1)
+
+    def per_unet(self, config: ImagenConfig, name: str) -> tuple[Any, ...]:
+        """The argument `name` with one entry per U-Net of the cascade."""
+        value, count = getattr(self, name), len(config.unets)
+        if not isinstance(value, (tuple, list)):
+            return (value,) * count
+        if len(value) != count:
+            raise ValueError(f"{name} has {len(value)} entries for {count} unets.")
+        return tuple(value)
+
+
+_IMAGES = ("cond_images", "inpaint_images", "start_image_or_video")
+
+
+def sample_cascade(
+    config: ImagenConfig,
+    params: Sequence[Params | None],
+    request: Request,
+    *,
+    dtypes: Sequence[Any],
+    layout: Layout | None = None,
+) -> list[Image]:
+    """Images (b, h, w, c) in [0, 1] of every stage that runs.
+
+    `params` are the parameters of each U-Net, None for one without weights; `dtypes` what each
+    computes in. Raises ValueError for unfit input.
+    """
+    request.check(config)
+    b, outputs = request.rows(), []
+    keys = None if request.key is None else row_keys(request.key, b)
+    images = None
+    if request.start_at_unet_number > 1:
+        before = config.stage(request.start_at_unet_number).lowres.size
+        images = to_float(request.start_image_or_video)
+        images = resize(images, before, mode=config.resize_mode)
+    for place, number in enumerate(request.numbers(config)):
+        if params[number - 1] is None:
+            raise ValueError(f"U-Net {number} has no weights: there is nothing to sample from.")
+        if keys is None:
+            randomness = Randomness(noises=jnp.asarray(request.draws[place]))
+        else:
+            randomness = Randomness(keys=stream(keys, "stage", number))
+        images = _sample_stage(
+            config, number, params[number - 1], request, images, randomness,
+            dtype=dtypes[number - 1], batch_size=b, layout=layout,
+        )  # fmt: skip
+        outputs.append(images)
+    return outputs
+
+
+def _sample_stage(
+    config: ImagenConfig,
+    number: int,
+    params: Params,
+    request: Request,
+    previous: Array | None,
+    randomness: Randomness,
+    *,
+    dtype: Any,
+    batch_size: int,
+    layout: Layout | None,
+) -> Image:
+    stage, defaults = config.stage(number), config.sampling_defaults(number)
+
+    def own(name: str) -> Any:
+        return request.per_unet(config, name)[number - 1]
+
+    embeds, masks = request.text_embeds, request.text_masks
+    program = Program(
+        stage=stage,
+        dtype=dtype,
+        guided=embeds is not None and own("cond_scale") != 1,
+        sampler=request.sampler or stage.process.sampler,
+        remove_parallel_component=request.cfg_remove_parallel_component,
+        inpaint_variance=request.inpaint_variance,
+    )
+    level = request.lowres_sample_noise_level
+    level = defaults.lowres_noise_level if level is None else level
+    inpaints = request.inpaint_images is not None
+    given = Given(
+        text_embeds=embeds,
+        text_masks=None if embeds is None else default_text_mask(embeds, masks),
+        previous=previous,
+        lowres_noise_level=None if stage.lowres is None else np.float32(level),
+        cond_images=request.cond_images,
+        init_images=own("init_images"),
+        inpaint_images=request.inpaint_images,
+        inpaint_masks=request.inpaint_masks,
+        resample_times=np.int32(request.inpaint_resample_times) if inpaints else None,
+    )
+    steps = own("timesteps")
+    return sampling.sample_stage(
+        params,
+        program,
+        given,
+        randomness,
+        batch_size=batch_size,
+        steps=Steps(
+            num_steps=defaults.num_steps if steps is None else steps,
+            skip_steps=own("skip_steps") or 0,
+            sigma_min=own("sigma_min"),
+            sigma_max=own("sigma_max"),
+        ),
+        numbers=sampling.numbers_for(
+            defaults,
+            cond_scale=own("cond_scale"),
+            keep_parallel_frac=request.cfg_keep_parallel_frac,
+            eta=request.eta,
+        ),
+        layout=layout,
+        progress=request.progress,
+    )
+
+
+def check_text(config: ImagenConfig, text_embeds: TextEmbeds | None, count: int | None) -> None:
+    """Raises ValueError unless text is given exactly where the cascade needs it, of its width."""
+    if config.condition_on_text and text_embeds is None:
+        raise ValueError("this cascade is conditioned on text: give texts or text_embeds.")
+    if text_embeds is None:
+        return
+    if not config.condition_on_text:
+        raise ValueError("text_embeds are given, and condition_on_text is off.")
+    if text_embeds.shape[-1] != config.text_embed_dim:
+        raise ValueError(
+            f"text_embeds are {text_embeds.shape[-1]} wide, text_embed_dim is "
+            f"{config.text_embed_dim}."
+        )
+    if count is not None and text_embeds.shape[0] != count:
+        raise ValueError(f"{text_embeds.shape[0]} text_embeds for {count} images.")

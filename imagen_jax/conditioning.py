@@ -1,0 +1,77 @@
+"""Where networks and theory meet: a network with its conditioning, as a callable of (x, level).
+
+Training and sampling call the network through this closure alone. The noise process decides what x
+and the level are; the network is given the level's `conditioning`.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from imagen_jax.diffusion import guidance
+from imagen_jax.diffusion.process import Level, Sample
+from imagen_jax.nn import Network
+from imagen_jax.types import PRNGKey
+
+
+class Conditioning(NamedTuple):
+    """Conditioning inputs of a stage's network that do not depend on the noise level of x.
+
+    All have one row per row of x. `text` is what the network's `encode_text` returns.
+    """
+
+    text: Any = None
+    lowres: Array | None = None
+    lowres_time: Array | None = None
+    """(b,) what the network is given for the noise level of `lowres`."""
+    cond_images: Array | None = None
+
+
+class Condition(NamedTuple):
+    """network(x, level, previous x_0) with its conditioning; `key` turns on dropout."""
+
+    network: Network
+    cond: Conditioning
+    key: PRNGKey | None = None
+
+    def __call__(self, x: Sample, level: Level, x0_previous: Sample | None = None) -> Array:
+        return self.network(
+            x,
+            level.conditioning,
+            text_cond=self.cond.text,
+            lowres_cond_img=self.cond.lowres,
+            lowres_noise_times=self.cond.lowres_time,
+            cond_images=self.cond.cond_images,
+            self_cond=x0_previous,
+            key=self.key,
+        ).astype(jnp.float32)
+
+
+class Guided(NamedTuple):
+    """Both halves of classifier-free guidance in one batch.
+
+    Rows of `conditioned` come in pairs, with the text and without, so that both halves of an image
+    are on one device. Channels beyond those of x are a learned variance: the conditional one is
+    taken as it is.
+    """
+
+    conditioned: Condition
+    cond_scale: Array
+    keep_parallel_frac: Array
+    remove_parallel_component: bool
+
+    def __call__(self, x: Sample, level: Level, x0_previous: Sample | None = None) -> Array:
+        twice = jax.tree.map(lambda a: jnp.repeat(a, 2, axis=0), (x, level, x0_previous))
+        output = self.conditioned(*twice)
+        pairs = output.reshape(-1, 2, *output.shape[1:])
+        channels = x.shape[-1]
+        guided = guidance.guide(
+            pairs[:, 0, ..., :channels],
+            pairs[:, 1, ..., :channels],
+            self.cond_scale,
+            remove_parallel_component=self.remove_parallel_component,
+            keep_parallel_frac=self.keep_parallel_frac,
+        )
+        return jnp.concatenate([guided, pairs[:, 0, ..., channels:]], axis=-1)

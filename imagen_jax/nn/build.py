@@ -1,0 +1,132 @@
+"""A network as a function of its parameters: they travel as pure dicts, and the module is bound to
+them where it is called. One table says which network a configuration describes."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array
+
+from imagen_jax.nn.unet import Unet
+from imagen_jax.sharding import Layout
+from imagen_jax.types import (
+    AnyArray,
+    Image,
+    KeepMask,
+    LogSNR,
+    Params,
+    PRNGKey,
+    TextEmbeds,
+    TextMask,
+)
+from imagen_jax.unet_config import UnetConfig
+
+
+@runtime_checkable
+class Network(Protocol):
+    """What a stage asks of its network. It knows no diffusion."""
+
+    def encode_text(
+        self, text_embeds: TextEmbeds, text_mask: TextMask | None = None, *, keep_mask: KeepMask
+    ) -> Any:
+        """What the text contributes at every noise level, in a form of the network's own; rows
+        where `keep_mask` is False are without text."""
+
+    def __call__(
+        self,
+        x: Image,
+        time: LogSNR,
+        *,
+        text_cond: Any = None,
+        lowres_cond_img: Image | None = None,
+        lowres_noise_times: LogSNR | None = None,
+        cond_images: AnyArray | None = None,
+        self_cond: Image | None = None,
+        key: PRNGKey | None = None,
+    ) -> Array: ...
+
+
+NETWORKS: dict[type, Callable[..., nnx.Module]] = {UnetConfig: Unet}
+"""Type of a configuration -> the network it describes: `Module(config, *, dtype, remat, rngs)`."""
+
+
+def build(
+    config: UnetConfig,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    remat: str | None = None,
+    rngs: nnx.Rngs,
+) -> nnx.Module:
+    """The network of a configuration, freshly initialised."""
+    return NETWORKS[type(config)](config, dtype=dtype, remat=remat, rngs=rngs)
+
+
+@functools.lru_cache(maxsize=64)
+def abstract(
+    config: UnetConfig, dtype: DTypeLike = jnp.float32, remat: str | None = None
+) -> tuple[nnx.GraphDef, Params]:
+    """(graph, parameters as ShapeDtypeStructs in a pure dict) of a network, nothing allocated."""
+    module = nnx.eval_shape(lambda: build(config, dtype=dtype, remat=remat, rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(module)
+    return graph, nnx.to_pure_dict(state)
+
+
+def init_params(config: UnetConfig, key: PRNGKey) -> Params:
+    """Fresh parameters as a pure dict. `init_fn` compiles it."""
+    return params_of(build(config, rngs=nnx.Rngs(params=key)))
+
+
+@functools.lru_cache(maxsize=8)
+def init_fn(config: UnetConfig, layout: Layout | None = None) -> Callable[[PRNGKey], Params]:
+    """key -> fresh parameters, compiled; each created where `layout` places it, never unsharded.
+
+    It runs once, so on a CPU XLA need not optimise it: half the time to compile, the same numbers.
+    """
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    placed = None if layout is None else layout.place(abstract(config)[1])
+    return jax.jit(
+        lambda key: init_params(config, key), out_shardings=placed, compiler_options=options
+    )
+
+
+def bind(
+    config: UnetConfig, params: Params, *, dtype: DTypeLike = jnp.float32, remat: str | None = None
+) -> Any:
+    """The network of these parameters, as a callable; cheap, also inside a traced function."""
+    return nnx.merge(abstract(config, dtype, remat)[0], params)
+
+
+def params_of(network: nnx.Module) -> Params:
+    """The parameters of a network as a pure dict."""
+    return nnx.to_pure_dict(nnx.split(network)[1])
+
+
+def stored_dtypes(params: Params, dtype: DTypeLike) -> Params:
+    """The dtype of each parameter where a network computes in `dtype` and is not trained.
+
+    Kernels, biases and embeddings are cast to `dtype` wherever they are used, so they can be kept
+    in it: once, instead of at every denoising step, with the same results to the bit. Gains of
+    norms and the frequencies of the noise level are used in float32.
+    """
+
+    def of(tree: Params) -> Params:
+        layer = "kernel" in tree
+        return {
+            name: of(x)
+            if isinstance(x, dict)
+            else jnp.dtype(dtype)
+            if layer or x.ndim > 1
+            else x.dtype
+            for name, x in tree.items()
+        }
+
+    return of(params)
+
+
+def cast(params: Params, dtype: DTypeLike) -> Params:
+    """The parameters in their `stored_dtypes`."""
+    return jax.tree.map(lambda x, to: x.astype(to), params, stored_dtypes(params, dtype))

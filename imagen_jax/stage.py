@@ -1,0 +1,92 @@
+"""One stage of a cascade, as static data: network, noise process, size, what surrounds them.
+
+A stage is frozen and hashable: its fields, and nothing else of the cascade, decide its compiled
+programs. Numbers that programs take as arguments are in `SamplingDefaults`.
+
+A stage's images are [0, 1] outside and [-1, 1] inside (`auto_normalize_img`).
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from imagen_jax.diffusion.process import Process
+from imagen_jax.diffusion.samplers import Options
+from imagen_jax.resize import Mode
+from imagen_jax.types import AnyArray, Size
+from imagen_jax.unet_config import NullUnetConfig, UnetConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LowRes:
+    """The image of the stage before, as a super-resolution stage is conditioned on it."""
+
+    size: Size
+    process: Process
+    """Puts noise on it, and tells the network how much."""
+    per_sample: bool
+    """In training: a noise level for each image, instead of one for the batch."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage of an `ImagenConfig`, its per-U-Net tuples resolved."""
+
+    unet_number: int
+    network: UnetConfig | NullUnetConfig
+    process: Process
+    size: Size
+    channels: int
+    lowres: LowRes | None
+    crop: Size | None
+    """Size of the random crops of training."""
+    condition_on_text: bool
+    cond_drop_prob: float
+    auto_normalize_img: bool
+    resize_mode: Mode
+    dynamic_thresholding: bool
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """(h, w, c): what the stage generates, without the batch."""
+        return (*self.size, self.channels)
+
+    @property
+    def trained_size(self) -> Size:
+        """(h, w) that the network is trained on."""
+        return self.crop or self.size
+
+    @property
+    def value_range(self) -> tuple[float, float]:
+        """Of images outside the stage."""
+        return (0.0 if self.auto_normalize_img else -1.0, 1.0)
+
+    def normalize(self, images: Array) -> Array:
+        """[0, 1] -> [-1, 1], where the configuration asks for it."""
+        return images * 2 - 1 if self.auto_normalize_img else images
+
+    def unnormalize(self, images: Array) -> Array:
+        return (images + 1) * 0.5 if self.auto_normalize_img else images
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingDefaults:
+    """The configuration's numbers for sampling a stage."""
+
+    num_steps: int
+    percentile: float
+    lowres_noise_level: float
+    """A time of the low-resolution process, in [0, 1]."""
+    options: Options
+
+
+def to_float(images: AnyArray) -> Array:
+    """uint8 becomes [0, 1]; floats stay."""
+    images = jnp.asarray(images)
+    return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
+
+
+def show(size: Size) -> str:
+    """A size for a person: `64 x 96` pixels, height first."""
+    return f"{size[0]} x {size[1]}"

@@ -1,0 +1,45 @@
+"""Named streams of randomness: no two purposes share a key.
+
+    run key -> stream(key, name) -> unit numbers (U-Net, step, row, ...) by fold_in
+
+`jax.random.fold_in(k, i)` equals `jax.random.split(k, n)[i]`, so keys that are derived by small
+numbers alone collide as soon as two places count from zero. A stream's name is hashed to 32 bits
+first; the numbers that follow it count within the stream.
+"""
+
+import zlib
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int, Key
+
+from imagen_jax.types import PRNGKey
+
+RowKeys = Key[Array, "b"]
+
+RUN = ("init", "train", "evaluation", "preview")
+"""Streams of a training run, each followed by the U-Net's number, then by the step or the batch."""
+
+
+def stream(key: PRNGKey | RowKeys, name: str, *numbers: int | Int[Array, ""]) -> PRNGKey | RowKeys:
+    """The key of a named stream, and of a place in it; of each row where `key` is one per row."""
+    if key.ndim:
+        return jax.vmap(lambda one: stream(one, name, *numbers))(key)
+    key = jax.random.fold_in(key, zlib.crc32(name.encode()))
+    for number in numbers:
+        key = jax.random.fold_in(key, number)
+    return key
+
+
+def row_keys(key: PRNGKey | RowKeys, count: int) -> RowKeys:
+    """A key for each of `count` rows: those given, or derived from one key and the row's place."""
+    if not key.ndim:
+        return jax.vmap(lambda place: stream(key, "row", place))(jnp.arange(count))
+    if len(key) != count:
+        raise ValueError(f"{len(key)} keys for a batch of {count}: give one key, or one a row.")
+    return key
+
+
+def normal(keys: RowKeys, shape: tuple[int, ...]) -> Array:
+    """Standard normal rows of a shape, each a function of its own key alone."""
+    return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)

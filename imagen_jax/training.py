@@ -1,0 +1,231 @@
+"""A stage's training loss, as a pure function of its inputs and its random draws.
+
+    images -> the stage's size, normalised -> crop -> noise level, noise -> network -> loss
+
+Randomness comes from one key, a named stream for each purpose, or is given as `Draws`.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from imagen_jax.conditioning import Condition, Conditioning
+from imagen_jax.diffusion.process import Level, q_sample
+from imagen_jax.nn import Network
+from imagen_jax.resize import resize
+from imagen_jax.stage import Stage, show, to_float
+from imagen_jax.streams import stream
+from imagen_jax.types import AnyArray, PRNGKey, Size, TextEmbeds, TextMask
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Draws:
+    """The random draws of a training loss, each given here or, where None, drawn from the key.
+
+    Sampling takes one NHWC sequence of noises per stage instead (`Imagen.sample`). The fields are
+    arrays, whose shapes `complete_draws` checks; their annotations are open because a pytree is
+    rebuilt with whatever replaces its leaves.
+    """
+
+    times: Any = None
+    """(b,) what decides the noise levels (`Process.draw`): diffusion times in [0, 1], or standard
+    normal numbers in an elucidated cascade."""
+    noise: Any = None
+    """(b, h, w, c) of the image, before cropping."""
+    lowres_times: Any = None
+    """(b,) times of the low-resolution augmentation, in [0, 1]."""
+    lowres_noise: Any = None
+    """(b, h, w, c) of the low-resolution image, after cropping."""
+    keep_mask: Any = None
+    """(b,) bool, False where the text is dropped."""
+    crop: Any = None
+    """(b, 2) int, top and left pixel of each crop."""
+    self_cond: Any = None
+    """() bool, whether this batch conditions on its own prediction."""
+
+
+class Inputs(NamedTuple):
+    """What the loss of a batch is taken on, in [-1, 1], cropped."""
+
+    x0: Array
+    noise: Array
+    lowres: Array | None
+    cond_images: Array | None
+
+
+def stage_losses(
+    stage: Stage,
+    network: Network,
+    images: AnyArray,
+    *,
+    key: PRNGKey | None = None,
+    draws: Draws | None = None,
+    text_embeds: TextEmbeds | None = None,
+    text_masks: TextMask | None = None,
+    cond_images: AnyArray | None = None,
+) -> tuple[Float[Array, "b"], Float[Array, "b"]]:
+    """Each image's weighted loss, and the log-SNR it was taken at.
+
+    `images` are (b, h, w, c) of the stage's aspect ratio, in [0, 1] or uint8, and at least as large
+    as the stage. Source: the reference's `Imagen.forward` and `p_losses`, with two differences.
+    Self-conditioning leaves the target alone (there it replaces x_0 by the prediction), and
+    conditions on x_0 whatever the objective. `cond_images` are cropped with the image.
+    """
+    images = to_float(images)
+    check_images(stage, images)
+    if cond_images is not None:
+        check_aspect(stage, cond_images.shape, "cond_images")
+    draws = complete_draws(stage, images.shape[0], key, draws)
+    inputs = prepare(stage, images, draws, cond_images)
+    lowres, lowres_level = inputs.lowres, None
+    if stage.lowres is not None:
+        lowres_level = stage.lowres.process.training_level(jnp.asarray(draws.lowres_times))
+        lowres = q_sample(lowres, lowres_level, jnp.asarray(draws.lowres_noise))
+    text = None
+    if text_embeds is not None:
+        masks = default_text_mask(text_embeds, text_masks)
+        text = network.encode_text(text_embeds, masks, keep_mask=jnp.asarray(draws.keep_mask))
+    predict = Condition(
+        network,
+        Conditioning(
+            text=text,
+            lowres=lowres,
+            lowres_time=None if lowres_level is None else lowres_level.conditioning,
+            cond_images=inputs.cond_images,
+        ),
+        key=None if key is None else stream(key, "network"),
+    )
+    level = stage.process.training_level(jnp.asarray(draws.times))
+    if stage.network.self_cond:
+        predict = _on_its_own_prediction(stage, predict, inputs, level, draws.self_cond)
+    return stage.process.losses(predict, inputs.x0, inputs.noise, level), level.log_snr
+
+
+def prepare(
+    stage: Stage, images: Array, draws: Draws, cond_images: AnyArray | None = None
+) -> Inputs:
+    """Images in [0, 1] at the stage's size, normalised and cropped; no noise on them yet."""
+    x0 = stage.normalize(resize(images, stage.size, mode=stage.resize_mode))
+    lowres = None if stage.lowres is None else _lowres_of(stage, images)
+    cond_images = None if cond_images is None else to_float(cond_images)
+    inputs = Inputs(x0, jnp.asarray(draws.noise), lowres, cond_images)
+    if stage.crop is None:
+        return inputs
+    if cond_images is not None:
+        cond_images = resize(cond_images, stage.size, mode=stage.network.resize_mode)
+        inputs = inputs._replace(cond_images=cond_images)
+    crop = functools.partial(_crop, corner=draws.crop, size=stage.crop)
+    return Inputs(*(None if x is None else crop(x) for x in inputs))
+
+
+def complete_draws(
+    stage: Stage, batch_size: int, key: PRNGKey | None, draws: Draws | None
+) -> Draws:
+    """`draws` with everything that the stage needs and they leave open drawn from `key`.
+
+    Every draw has a stream of its own, so that giving one leaves the others as they were. All have
+    one row per image, except the coin. Raises ValueError if something is missing without a key,
+    and for a draw of another shape.
+    """
+    draws, drawn = Draws() if draws is None else draws, {}
+    for name, (shape, draw) in _wanted(stage, batch_size).items():
+        given = getattr(draws, name)
+        if given is None:
+            if key is None:
+                raise ValueError(f"the loss needs a key, or draws with {name}.")
+            drawn[name] = draw(stream(key, name))
+        elif jnp.shape(given) != shape:
+            raise ValueError(f"draws.{name} must have the shape {shape}, got {jnp.shape(given)}.")
+    return dataclasses.replace(draws, **drawn)
+
+
+def _wanted(stage: Stage, b: int) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """Name of each draw that the stage needs -> its shape, and how it is drawn from a key."""
+    noise = (b, *stage.sample_shape)
+    wanted = {
+        "times": ((b,), lambda k: stage.process.draw(k, b)),
+        "noise": (noise, lambda k: jax.random.normal(k, noise)),
+    }
+    if stage.lowres is not None:
+        lowres, levels = stage.lowres, b if stage.lowres.per_sample else 1
+        wanted["lowres_times"] = (
+            (b,),
+            lambda k: jnp.broadcast_to(lowres.process.draw(k, levels), (b,)),
+        )
+        shown = (b, *stage.trained_size, stage.channels)
+        wanted["lowres_noise"] = (shown, lambda k: jax.random.normal(k, shown))
+    if stage.crop is not None:
+        last = jnp.array([n - m + 1 for n, m in zip(stage.size, stage.crop, strict=True)])
+        wanted["crop"] = ((b, 2), lambda k: jax.random.randint(k, (b, 2), 0, last))
+    if stage.condition_on_text:
+        keep = 1 - stage.cond_drop_prob
+        wanted["keep_mask"] = ((b,), lambda k: jax.random.bernoulli(k, keep, (b,)))
+    if stage.network.self_cond:
+        wanted["self_cond"] = ((), jax.random.bernoulli)
+    return wanted
+
+
+def _on_its_own_prediction(
+    stage: Stage, predict: Condition, inputs: Inputs, level: Level, coin: AnyArray
+):
+    """`predict` with x_0 as it estimates it itself where the coin says so, else with zeros."""
+    x = q_sample(inputs.x0, level, inputs.noise)
+
+    def own() -> Array:
+        x0 = stage.process.predict(predict, x, level).x0
+        return jax.lax.stop_gradient(x0).astype(x.dtype)
+
+    x0_previous = jax.lax.cond(coin, own, lambda: jnp.zeros_like(x))
+    return functools.partial(predict, x0_previous=x0_previous)
+
+
+def default_text_mask(text_embeds: TextEmbeds, text_masks: TextMask | None) -> TextMask:
+    """True where an embedding is not all zero, unless a mask is given."""
+    return jnp.any(text_embeds != 0, axis=-1) if text_masks is None else jnp.asarray(text_masks)
+
+
+def check_images(stage: Stage, images: Array, name: str = "images") -> None:
+    """Raises ValueError for images that the stage cannot be trained on."""
+    check_aspect(stage, images.shape, name)
+    if images.shape[-1] != stage.channels:
+        raise ValueError(f"{name} have {images.shape[-1]} channels, the cascade {stage.channels}.")
+    if images.shape[1] < stage.size[0] or images.shape[2] < stage.size[1]:
+        raise ValueError(
+            f"{name} are {show(images.shape[1:3])} pixels; U-Net {stage.unet_number} is trained "
+            f"on {show(stage.size)}: smaller images would be upsampled, not learned."
+        )
+
+
+def check_aspect(stage: Stage, shape: tuple[int, ...], name: str, *, ndim: int = 4) -> None:
+    """Raises ValueError for arrays (b, h, w, ...) that resizing would squash."""
+    wanted = "(b, h, w, c)" if ndim == 4 else "(b, h, w)"
+    if len(shape) != ndim:
+        raise ValueError(f"{name} must be {wanted}; got {shape}.")
+    h, w = stage.size
+    if shape[1] * w != shape[2] * h:
+        kind = "square" if h == w else f"of the aspect ratio of {show(stage.size)}"
+        raise ValueError(f"{name} must be {kind}, {wanted}; got {shape}.")
+
+
+def shrink(stage: Stage, images: Array) -> Array:
+    """Images in [0, 1] at the size of the stage before."""
+    return resize(images, stage.lowres.size, mode=stage.resize_mode, clamp=stage.value_range)
+
+
+def _lowres_of(stage: Stage, images: Array) -> Array:
+    """The image shrunk and upsampled again, in [-1, 1]."""
+    small = shrink(stage, images)
+    large = resize(small, stage.size, mode=stage.resize_mode, clamp=stage.value_range)
+    return stage.normalize(large)
+
+
+def _crop(images: Array, *, corner: Int[AnyArray, "b 2"], size: Size) -> Array:
+    def one(image, corner):
+        return jax.lax.dynamic_slice(image, (corner[0], corner[1], 0), (*size, image.shape[-1]))
+
+    return jax.vmap(one)(images, jnp.asarray(corner))
