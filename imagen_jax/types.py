@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Key
 
 AnyArray = jax.Array | np.ndarray  # public calls accept NumPy
+Size = tuple[int, int]  # (height, width) in pixels
 
 Image = Float[AnyArray, "b h w c"]  # in [-1, 1] inside the diffusion, in [0, 1] in public calls
 LogSNR = Float[AnyArray, "b"]
@@ -22,3 +23,8 @@ PRNGKey = Key[jax.Array, ""]
 Params = dict[str, Any]  # a pure dict of arrays, nested as the module is
 
 Denoiser = Callable[..., Image]  # denoise(x_t, log_snr, x0_previous=None) -> network output
+
+
+def pair(size: int | Size) -> Size:
+    """A size as (height, width): one integer means a square."""
+    return (size, size) if isinstance(size, int) else size
