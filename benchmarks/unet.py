@@ -60,7 +60,7 @@ def run_jax() -> dict[str, float]:
     import imagen_jax
     from imagen_jax import nn
     from train.optimizer import make_optimizer
-    from train.settings import Settings
+    from train.settings import Optimization, Settings
     from train.state import TrainState
     from train.step import make_train_step
 
@@ -79,7 +79,7 @@ def run_jax() -> dict[str, float]:
         text_embeds=texts,
         text_masks=jnp.ones((TRAIN_BATCH, 32), bool),
     )
-    step, key = make_train_step(config, 1, settings), jax.random.key(0)
+    step, key = make_train_step(config.stage(1), settings.section(Optimization)), jax.random.key(0)
     state = TrainState.create(params, make_optimizer(settings))
 
     def train():

@@ -49,7 +49,7 @@ def resize(
     return out if clamp is None else jnp.clip(out, *clamp)
 
 
-def _nearest(image: Shaped[jax.Array, "b h w c"], n_out: int, *, axis: int):
+def _nearest(image: Shaped[jax.Array, "b h w c"], n_out: int, *, axis: int) -> jax.Array:
     """One axis of `nearest`: a repeat or a strided slice where those select torch's pixels.
 
     Both are cheaper than a gather, and the gradient of a repeat is a sum, not a scatter. A multiple

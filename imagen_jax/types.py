@@ -10,8 +10,8 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, Key
 
-Size = tuple[int, int]  # (height, width) in pixels
 AnyArray = jax.Array | np.ndarray  # public calls accept NumPy
+Size = tuple[int, int]  # (height, width) in pixels
 
 Image = Float[AnyArray, "b h w c"]  # in [-1, 1] inside the diffusion, in [0, 1] in public calls
 LogSNR = Float[AnyArray, "b"]
@@ -23,5 +23,5 @@ Params = dict[str, Any]  # a pure dict of arrays, nested as the module is
 
 
 def pair(size: int | Size) -> Size:
-    """One integer means a square."""
+    """A size as (height, width): one integer means a square."""
     return (size, size) if isinstance(size, int) else size

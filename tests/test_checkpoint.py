@@ -23,7 +23,7 @@ CASCADE = ImagenConfig(unets=(UNET, UNET), image_sizes=(8, 12), text_encoder_nam
 
 
 def params_of(seed: int, number: int = 1):
-    rng, shapes = np.random.default_rng(seed), nn.abstract(CASCADE.stage(number).unet)[1]
+    rng, shapes = np.random.default_rng(seed), nn.abstract(CASCADE.unets[number - 1])[1]
     return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), shapes)
 
 
@@ -55,7 +55,7 @@ def copy(run, tmp_path):
 
 def test_what_is_saved_comes_back(tmp_path):
     params = params_of(0), params_of(1, 2)
-    unets = [nn.bind(CASCADE.stage(i + 1).unet, tree) for i, tree in enumerate(params)]
+    unets = [nn.bind(CASCADE.unets[i], tree) for i, tree in enumerate(params)]
     imagen_jax.save(tmp_path, imagen_jax.Imagen(CASCADE, unets=unets), step=5)
     assert checkpoint.read_config(tmp_path) == CASCADE
     for number in (1, 2):
@@ -85,7 +85,7 @@ def test_a_null_unet_stays_one(tmp_path):
     config = ImagenConfig(
         unets=(NullUnetConfig(), UNET), image_sizes=(8, 12), text_encoder_name="demo"
     )
-    unets = [nn.NullUnet(), nn.bind(config.stage(2).unet, params_of(0, 2))]
+    unets = [nn.NullUnet(), nn.bind(config.unets[1], params_of(0, 2))]
     imagen_jax.save(tmp_path, imagen_jax.Imagen(config, unets=unets))
     assert isinstance(imagen_jax.load(tmp_path).unets[0], nn.NullUnet)
     assert_equal(loaded(tmp_path, 2), params_of(0, 2))
@@ -93,7 +93,7 @@ def test_a_null_unet_stays_one(tmp_path):
 
 def test_nothing_is_saved_silently_at_an_earlier_step(copy):
     """Orbax would leave it out without a word."""
-    unets = [nn.bind(CASCADE.stage(1).unet, params_of(0)), nn.NullUnet()]
+    unets = [nn.bind(CASCADE.unets[0], params_of(0)), nn.NullUnet()]
     imagen = imagen_jax.Imagen(CASCADE, unets=unets)
     for step in (0, 2):
         with pytest.raises(ValueError, match=f"is at step 2: step {step} cannot be added"):

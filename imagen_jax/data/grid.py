@@ -1,9 +1,8 @@
-"""Pictures side by side in one picture: plain, or in titled rows with a caption under each."""
+"""A page of pictures: titled rows, with a caption under each picture."""
 
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from imagen_jax.data.images import to_pil
@@ -17,31 +16,15 @@ GAP = 4  # pixels
 MARGIN = 12
 
 
-def grid(
-    images: UInt8[np.ndarray, "b h w c"] | Float[np.ndarray, "b h w c"],
-    columns: int | None = None,
-) -> Image.Image:
-    """All pictures at their own size, in rows of `columns` (default: nearly square), on white."""
-    count, height, width, _ = images.shape
-    if count == 0:
-        raise ValueError("a grid needs at least one picture")
-    columns = min(count, columns or int(np.ceil(np.sqrt(count))))
-    rows = -(-count // columns)
-    size = (columns * (width + GAP) - GAP, rows * (height + GAP) - GAP)
-    page = Image.new("RGB", size, "white")
-    for i, image in enumerate(images):
-        place = (i % columns * (width + GAP), i // columns * (height + GAP))
-        page.paste(_on_white(image), place)
-    return page
-
-
 def labelled_grid(
     rows: Sequence[Row], *, cell: int = 96, font_size: int = 12, columns: int | None = None
 ) -> Image.Image:
-    """Titled rows of pictures, each fitted into `cell` pixels by nearest neighbour, on white.
+    """Titled rows of pictures on white, each picture's longer side scaled to `cell` pixels.
 
-    A row longer than `columns` goes on below under the same title; captions are wrapped to the
-    width of their picture. An empty list of captions leaves them out.
+    Pictures keep their aspect: upsampled by nearest neighbour, downsampled with antialiasing. The
+    columns are `cell` wide, and the rows under a title as high as its tallest picture. A row longer
+    than `columns` continues below under the same title. Captions are wrapped to `cell`; an empty
+    list leaves them out.
     """
     font = ImageFont.load_default(size=font_size)
     heading = ImageFont.load_default(size=font_size + 4)
@@ -62,22 +45,25 @@ def labelled_grid(
 def _band(row: Row, cell: int, columns: int, font: Font, heading: Font) -> Image.Image:
     """One title with its pictures and captions, as a strip of the page."""
     title, pictures, captions = row
+    fitted = [_fit(_on_white(picture), cell) for picture in pictures]
+    cell_height = max((picture.height for picture in fitted), default=cell)
     labels = [_wrap(caption, cell, font) for caption in captions] or [""] * len(pictures)
     line = sum(font.getmetrics()) + 1
     text_height = line * max((label.count("\n") + 1 for label in labels if label), default=0)
-    step = cell + text_height + 2 * GAP
+    step = cell_height + text_height + 2 * GAP
     top = sum(heading.getmetrics()) + 2 * GAP if title else 0
     lines = -(-len(pictures) // columns)
     width = max(columns * (cell + GAP) - GAP, int(heading.getlength(title)) + 1)
     band = Image.new("RGB", (width, top + lines * step + 2 * GAP), "white")
     draw = ImageDraw.Draw(band)
     draw.text((0, 0), title, fill="black", font=heading)
-    for i, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
+    for i, (picture, label) in enumerate(zip(fitted, labels, strict=True)):
         left, upper = i % columns * (cell + GAP), top + i // columns * step
-        band.paste(_fit(_on_white(picture), cell), (left, upper))
+        inset = (cell - picture.width) // 2, (cell_height - picture.height) // 2
+        band.paste(picture, (left + inset[0], upper + inset[1]))
         middle = left + cell / 2
         for number, words in enumerate(label.split("\n")):
-            at = (middle - font.getlength(words) / 2, upper + cell + GAP / 2 + number * line)
+            at = (middle - font.getlength(words) / 2, upper + cell_height + GAP / 2 + number * line)
             draw.text(at, words, fill="black", font=font)
     return band
 
@@ -92,17 +78,14 @@ def _on_white(picture: Picture) -> Image.Image:
 
 
 def _fit(picture: Image.Image, cell: int) -> Image.Image:
-    """Longer side to `cell`: enlarged by nearest neighbour, shrunk with antialias."""
+    """Longer side to `cell`, aspect kept: nearest neighbour upwards, antialiased downwards."""
     scale = cell / max(picture.size)
     how = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.BICUBIC
-    fitted = picture.resize(tuple(max(1, round(side * scale)) for side in picture.size), how)
-    page = Image.new("RGB", (cell, cell), "white")
-    page.paste(fitted, ((cell - fitted.width) // 2, (cell - fitted.height) // 2))
-    return page
+    return picture.resize(tuple(max(1, round(side * scale)) for side in picture.size), how)
 
 
 def _wrap(caption: str, width: int, font: Font) -> str:
-    """Break a caption into lines of at most `width` pixels, inside a word where it must be."""
+    """Break a caption into lines of at most `width` pixels, inside a word where necessary."""
     lines = [""]
     for word in caption.split():
         while word:

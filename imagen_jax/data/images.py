@@ -1,8 +1,8 @@
-"""Decode pictures of every kind to square uint8 arrays, ready for a batch.
+"""Decode images of every kind to uint8 arrays of one size, ready for a batch.
 
 In this order: EXIF orientation; 16-bit grey to 8 bits; transparency on white (kept for four
-channels); the colour mode asked for; the shorter side resized to `image_size` by pillow's BICUBIC,
-which antialiases when it shrinks; the centre square cut out. Pictures are never enlarged.
+channels); the requested colour mode; resizing until the image just covers (h, w), by pillow's
+BICUBIC, which antialiases when downsampling; a centre crop. Images are never upsampled.
 """
 
 import io
@@ -11,7 +11,10 @@ import zlib
 
 import numpy as np
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
+
+from imagen_jax.types import Size, pair
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
@@ -31,34 +34,21 @@ _DAMAGED = (
 
 
 def decode(
-    image: bytes | np.ndarray, *, image_size: int, channels: int = 3
-) -> UInt8[np.ndarray, "s s c"]:
-    """An encoded file, or uint8 pixels (h, w) or (h, w, c), to `image_size` pixels a side.
+    image: bytes | np.ndarray, *, image_size: int | Size, channels: int = 3
+) -> UInt8[np.ndarray, "h w c"]:
+    """An encoded file, or uint8 pixels (h, w) or (h, w, c), to (height, width) = `image_size`.
 
-    ValueError, in one line, for a picture that is damaged, smaller than `image_size`, or of a kind
-    that has no fixed range (float or 32-bit pixels).
+    ValueError, in one line, for an image that is damaged, smaller than `image_size` in either axis,
+    or of a kind that has no fixed range (float or 32-bit pixels).
     """
     if channels not in MODES:
         raise ValueError(f"channels must be 1, 3 or 4, got {channels}")
-    if isinstance(image, np.ndarray):
-        picture = _from_pixels(image)
-        _check_size(picture, image_size)
-        return _finish(picture, image_size, channels)
-    try:
-        picture = Image.open(io.BytesIO(image))
-    except UnidentifiedImageError as error:  # its message shows the address of the buffer
-        raise ValueError("corrupt picture: no known format") from error
-    except _DAMAGED as error:
-        raise ValueError(f"corrupt picture: {_one_line(error)}") from error
-    _check_size(picture, image_size)
-    try:
-        # JPEG can be decoded at 1/2, 1/4 or 1/8 of its size; twice the target keeps the antialias.
-        picture.draft(None, (2 * image_size, 2 * image_size))
-        picture.load()
-        picture = ImageOps.exif_transpose(picture)
-    except _DAMAGED as error:
-        raise ValueError(f"corrupt picture: {_one_line(error)}") from error
-    return _finish(picture, image_size, channels)
+    size = pair(image_size)
+    picture = _from_pixels(image) if isinstance(image, np.ndarray) else _open(image, size)
+    if picture.height < size[0] or picture.width < size[1]:
+        given, wanted = f"{picture.height}x{picture.width}", "{}x{}".format(*size)
+        raise ValueError(f"picture of {given} pixels is smaller than {wanted} (height x width)")
+    return _cover(_to_mode(picture, MODES[channels]), size).reshape(*size, channels)
 
 
 def to_uint8(
@@ -84,21 +74,37 @@ def _from_pixels(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(pixels[..., 0] if shape[-1] == 1 and pixels.ndim == 3 else pixels)
 
 
-def _check_size(picture: Image.Image, image_size: int) -> None:
-    width, height = picture.size
-    if min(width, height) < image_size:
-        raise ValueError(f"picture of {width}x{height} pixels is smaller than {image_size}")
+def _open(image: bytes, size: Size) -> Image.Image:
+    """Decode a file and turn it upright. A JPEG may come reduced, to no less than twice `size`."""
+    try:
+        picture = Image.open(io.BytesIO(image))
+        if isinstance(picture, JpegImageFile):
+            _reduce(picture, size)
+        picture.load()
+        return ImageOps.exif_transpose(picture)
+    except UnidentifiedImageError as error:  # its message shows the address of the buffer
+        raise ValueError("corrupt picture: no known format") from error
+    except _DAMAGED as error:
+        raise ValueError(f"corrupt picture: {_one_line(error)}") from error
 
 
-def _finish(picture: Image.Image, image_size: int, channels: int) -> UInt8[np.ndarray, "s s c"]:
-    picture = _to_mode(picture, MODES[channels])
-    scale = image_size / min(picture.size)
-    size = tuple(max(image_size, round(side * scale)) for side in picture.size)
-    if size != picture.size:
-        picture = picture.resize(size, Image.Resampling.BICUBIC)
-    left, top = (size[0] - image_size) // 2, (size[1] - image_size) // 2
-    picture = picture.crop((left, top, left + image_size, top + image_size))
-    return np.asarray(picture).reshape(image_size, image_size, channels)
+def _reduce(picture: JpegImageFile, size: Size) -> None:
+    """Have a JPEG decoded at 1/2, 1/4 or 1/8 of its size; twice the target keeps the antialias."""
+    stored = 2 * size[1], 2 * size[0]  # pillow's order: width, height
+    if picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8):  # stored on its side
+        stored = stored[::-1]
+    picture.draft(None, stored)
+
+
+def _cover(picture: Image.Image, size: Size) -> np.ndarray:
+    """Resize a picture until it just covers `size`, and cut out the centre."""
+    height, width = size
+    scale = max(width / picture.width, height / picture.height)
+    covering = max(width, round(picture.width * scale)), max(height, round(picture.height * scale))
+    if covering != picture.size:
+        picture = picture.resize(covering, Image.Resampling.BICUBIC)
+    left, top = (picture.width - width) // 2, (picture.height - height) // 2
+    return np.asarray(picture.crop((left, top, left + width, top + height)))
 
 
 def _to_mode(picture: Image.Image, mode: str) -> Image.Image:

@@ -4,10 +4,11 @@ Batch k holds the records order[k·b], ..., order[k·b + b - 1] of an endless or
 epoch is another permutation, fixed by the seed. Nothing else enters, so the position is one
 integer, the number of threads or worker processes changes nothing, and one process of many reads
 its `rows` of the same global batch. A record that cannot be used is replaced by the next
-good one *of the source*, which keeps batch k a function of k.
+usable one *of the source*, which keeps batch k a function of k.
 """
 
 import logging
+import math
 import pickle
 import sys
 import weakref
@@ -21,6 +22,7 @@ from jaxtyping import Float, Int32, UInt8
 
 from imagen_jax.data.images import decode
 from imagen_jax.data.records import Source
+from imagen_jax.types import Size, pair
 
 logger = logging.getLogger(__name__)
 
@@ -29,9 +31,9 @@ Skipped = dict[str, str]  # record key -> why it cannot be used
 
 
 class Example(NamedTuple):
-    """One decoded record; `skipped` are the unusable ones it stands in for."""
+    """One decoded record; `skipped` are the unusable ones it replaces."""
 
-    image: UInt8[np.ndarray, "s s c"]
+    image: UInt8[np.ndarray, "h w c"]
     caption: str | None
     embeds: Float[np.ndarray, "l d"] | None
     skipped: Skipped
@@ -40,7 +42,7 @@ class Example(NamedTuple):
 def make_batches(
     source: Source,
     *,
-    image_size: int,
+    image_size: int | Size,
     batch_size: int,
     seed: int,
     start_step: int = 0,
@@ -55,38 +57,30 @@ def make_batches(
     cache_bytes: int = 512 * 2**20,
     on_skip: Callable[[str, str], None] | None = None,
 ) -> "Batches":
-    """An endless iterator of batches from step `start_step` on.
+    """An endless iterator of batches, starting at step `start_step`.
 
-    A batch is {"images": uint8 (b, s, s, c)} and, with `tokenize`, "tokens": int32 (b, l); where
-    the source has stored embeddings, "text_embeds": float32 (b, text_len, d) and "text_masks":
-    bool (b, text_len) stand instead, cut or padded with zeros. `rows` are those of the global batch
-    of `batch_size` rows that this process reads (default: all).
+    A batch is {"images": uint8 (b, h, w, c)}, with (h, w) = `image_size`, and, with `tokenize`,
+    "tokens": int32 (b, l). Where the source has stored embeddings, "text_embeds": float32
+    (b, text_len, d) and "text_masks": bool (b, text_len) replace the tokens, truncated or padded
+    with zeros. `rows` are the rows of the global batch that this process reads (default: all
+    `batch_size`).
 
-    `flip` mirrors half of the pictures, wrong where captions speak of left and right. `threads` of
-    this process decode ahead; `workers` processes do it instead where that is not enough (needs a
-    picklable source). Decoded pictures are kept if all of them fit `cache_bytes` (not with
-    workers). `on_skip(key, reason)` is called once per unusable record (default: a logged warning).
+    `flip` mirrors half of the images, which is wrong where captions mention left or right.
+    `threads` of this process decode ahead; `workers` processes replace them where that is too slow
+    (needs a picklable source). Decoded images are kept if all of them fit in `cache_bytes` (never
+    with workers). `on_skip(key, reason)` is called once per unusable record (default: a logged
+    warning).
 
-    ValueError for arguments out of range and for a source without any usable picture.
+    ValueError for arguments out of range and for a source without a usable image.
     """
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed must be in [0, 2**32), got {seed}")
-    for name, value in dict(image_size=image_size, batch_size=batch_size, threads=threads).items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if start_step < 0 or workers < 0:
-        raise ValueError(f"start_step and workers must be >= 0, got {start_step} and {workers}")
-    if channels not in (1, 3, 4):
-        raise ValueError(f"channels must be 1, 3 or 4, got {channels}")
+    size = pair(image_size)
     rows = range(batch_size) if rows is None else rows
-    if not rows or not set(rows) <= set(range(batch_size)):
-        raise ValueError(f"rows {list(rows)} are none, or not all of a batch of {batch_size}")
-
-    fits = len(source) * image_size**2 * channels <= cache_bytes
+    _check(size, batch_size, seed, start_step, channels, rows, threads, workers)
+    fits = len(source) * math.prod(size) * channels <= cache_bytes
     wants_caption = tokenize is not None and not source.has_embeds
     cache = {} if fits and not workers else None
-    pictures = _Pictures(source, image_size, channels, wants_caption, cache)
-    pictures[0]  # a source without a usable picture says so here and not in a thread
+    pictures = _Pictures(source, size, channels, wants_caption, cache)
+    pictures[0]  # a source without a usable image fails here and not in a thread
     order = grain.MapDataset.source(range(len(source))).seed(seed)
     order = (order.shuffle() if shuffle else order).repeat()
     flip_seed = seed if flip else None
@@ -95,11 +89,38 @@ def make_batches(
     return Batches(iterator, start_step, tokenize, text_len, on_skip or _warn)
 
 
-class Batches(Iterator[dict[str, np.ndarray]]):
-    """Iterator over batches. `position` is the step of the next one: with it a run goes on.
+def _check(
+    size: Size,
+    batch_size: int,
+    seed: int,
+    start_step: int,
+    channels: int,
+    rows: Sequence[int],
+    threads: int,
+    workers: int,
+) -> None:
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be in [0, 2**32), got {seed}")
+    if min(size) < 1:
+        raise ValueError(f"image_size must be at least 1x1, got {size[0]}x{size[1]}")
+    for name, value in dict(batch_size=batch_size, threads=threads).items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if start_step < 0 or workers < 0:
+        raise ValueError(f"start_step and workers must be >= 0, got {start_step} and {workers}")
+    if channels not in (1, 3, 4):
+        raise ValueError(f"channels must be 1, 3 or 4, got {channels}")
+    if not rows or not set(rows) <= set(range(batch_size)):
+        raise ValueError(
+            f"rows must be a non-empty subset of 0..{batch_size - 1}; got {list(rows)}."
+        )
 
-    `skipped` names the unusable records met so far, with the reason. `close()` ends the threads or
-    worker processes that read ahead; a `with` block does it too.
+
+class Batches(Iterator[dict[str, np.ndarray]]):
+    """Iterator over batches. `position` is the step of the next one: a run resumes there.
+
+    `skipped` maps the unusable records found so far to the reason. `close()`, or leaving a `with`
+    block, ends the threads or worker processes that read ahead.
     """
 
     def __init__(
@@ -122,7 +143,7 @@ class Batches(Iterator[dict[str, np.ndarray]]):
 
     def __next__(self) -> dict[str, np.ndarray]:
         if not self._iterator:
-            raise ValueError("these batches are closed: make new ones from their position on")
+            raise ValueError("these batches are closed: make new ones from their position")
         step = next(self._iterator[0])
         images, captions, embeds, skipped = pickle.loads(step) if type(step) is bytes else step
         self.position += 1
@@ -152,7 +173,7 @@ class _Pictures:
     """Record i decoded, or the next usable one after it. Safe to share between threads."""
 
     source: Source
-    image_size: int
+    image_size: Size
     channels: int
     wants_caption: bool
     cache: dict[int, Example] | None  # None: decode every time
@@ -197,7 +218,7 @@ class _Steps:
     rows: Sequence[int]
     start_step: int
     flip_seed: int | None
-    pickled: bool  # to worker processes' parent as bytes
+    pickled: bool  # worker processes return bytes
 
     def __len__(self) -> int:
         return sys.maxsize // self.batch_size - self.start_step
@@ -214,7 +235,7 @@ class _Steps:
         skipped = {key: why for example in examples for key, why in example.skipped.items()}
         captions = [example.caption for example in examples]
         step = images, captions, None if embeds[0] is None else embeds, skipped
-        # grain would put arrays into shared memory, and leaks what is under way at the end.
+        # grain would put arrays into shared memory, and leak those in flight at the end.
         return pickle.dumps(step) if self.pickled else step
 
 
@@ -238,7 +259,7 @@ def _close(iterator: list[grain.DatasetIterator]) -> None:
 
 
 def pad_embeds(embeds: list[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Embeddings (l_i, d) to one (b, length, d), with the mask of what is real."""
+    """Embeddings (l_i, d) to one (b, length, d), with the mask of the real tokens."""
     widths = sorted({embed.shape[1] for embed in embeds})
     if len(widths) > 1:
         raise ValueError(f"stored embeddings of different widths in one set: {widths}")

@@ -67,7 +67,7 @@ def tar_shards(paths: Sequence[Path], *, heldout_fraction: float) -> Source:
 
     The headers are read once, for the offset of each member; records are then read at random. The
     caption is the `.txt`, or else "caption" in the `.json`. Keys are SHARD/STEM. Members without a
-    picture are no record. ValueError for a compressed, truncated or empty shard.
+    picture are ignored. ValueError for a compressed, truncated or empty shard.
     """
     keys: list[str] = []
     rows: list[list[int]] = []
@@ -101,7 +101,7 @@ def _index(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
                     stem = f"{where}/{stem}" if where else stem
                     index.setdefault(stem, {})[kind] = (member.offset_data, member.size)
     except tarfile.TarError as error:
-        raise ValueError(f"{path} is not a whole, uncompressed tar shard: {error}") from error
+        raise ValueError(f"{path} is not a valid, uncompressed tar shard: {error}") from error
     return index
 
 
@@ -137,7 +137,7 @@ def _member(file: io.BufferedReader, offset: int, size: int) -> bytes | None:
 
 
 def _json(text: bytes | None) -> dict[str, Any]:
-    """A record's JSON; ValueError if it is damaged or no object."""
+    """A record's JSON; ValueError if it is damaged or not an object."""
     if text is None:
         return {}
     try:
@@ -156,7 +156,7 @@ def prepared(
 
     `name` is NAME, NAME/CONFIG, NAME:VERSION or the folder that holds dataset_info.json. Without
     `split` the set's "train" is read, and its "heldout" or "validation" split, if there is one,
-    stands for the held-out part; with a split the held-out part is a hash of it. The picture is the
+    is the held-out part; with a split the held-out part is a hash of it. The picture is the
     feature "image", the caption "caption", "text" or (the first of) "captions", COCO's nesting
     included. Keys are NAME/SPLIT/NUMBER.
     """

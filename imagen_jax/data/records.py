@@ -31,11 +31,11 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """The records `rows` of a set, each read when asked for.
+    """The records `rows` of a set, each read on request.
 
-    `read(i)` gives record i of the whole set and raises ValueError, in one line, for a record that
-    is there but damaged; `keys` and `heldout` speak of the whole set too. `has_embeds` says that
-    every record of the set carries a text embedding: it then stands for the caption.
+    `read(i)` returns record i of the complete set and raises ValueError, in one line, for a damaged
+    record; `keys` and `heldout` are those of the complete set too. `has_embeds` means that every
+    record of the set has a text embedding, which then replaces the caption.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Source:
         return self.keys[int(self.rows[i])]
 
     def fingerprint(self) -> str:
-        """A hash of the keys in their order: what decides which picture a step meets."""
+        """A hash of the keys in their order: what decides which image a step sees."""
         digest = hashlib.blake2b(digest_size=8)
         for row in self.rows:
             digest.update(self.keys[row].encode() + b"\0")

@@ -5,8 +5,8 @@
     FILE.tar, 'DIR/*.tar'     img2dataset or webdataset shards
     tfds:NAME[:SPLIT]         a tensorflow-datasets set prepared as array_record
 
-What is held out never depends on the order or the number of records: for the bundled set it stands
-in its metadata, elsewhere each record's key decides by its hash.
+What is held out never depends on the order or the number of records: for the bundled set it is in
+its metadata, elsewhere a hash of each record's key decides.
 """
 
 import glob
@@ -54,7 +54,7 @@ def open_source(
 
 
 def demo_captions() -> list[str]:
-    """64 captions of the bundled training set whose pictures are told apart at a glance."""
+    """64 captions of the bundled training set whose pictures are easy to tell apart."""
     text = resources.files("imagen_jax.data").joinpath("bundled/demo_captions.txt").read_text()
     return text.splitlines()
 
@@ -65,7 +65,7 @@ def _open(spec: str, heldout_fraction: float, data_dir: str | os.PathLike | None
     if spec.startswith("tfds:"):
         match = re.fullmatch(r"tfds:(.+?(?::\d+\.\d+\.\d+)?)(?::([^:]+))?", spec)
         if match is None:
-            raise ValueError(f"{spec!r} names no set: write tfds:NAME or tfds:NAME:SPLIT")
+            raise ValueError(f"{spec!r} does not name a set: write tfds:NAME or tfds:NAME:SPLIT")
         name, part = match.groups()
         return readers.prepared(name, part, data_dir=data_dir, heldout_fraction=heldout_fraction)
     path = Path(spec)

@@ -1,12 +1,13 @@
-"""Decoding: every kind of picture ends as the right pixels, or as one line that says why not."""
+"""Decoding: every kind of image becomes the right pixels, or one line that says why not."""
 
 import io
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
+from PIL.JpegImagePlugin import JpegImageFile
 
-from imagen_jax.data import decode, grid, labelled_grid, to_pil, to_uint8
+from imagen_jax.data import decode, labelled_grid, to_pil, to_uint8
 
 
 def encode(picture: Image.Image, kind: str = "png", **options) -> bytes:
@@ -63,12 +64,12 @@ def test_exif_orientation_is_applied():
     pixels = np.zeros((8, 8, 3), np.uint8)
     pixels[:4] = 255  # bright above
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees clockwise: bright on the right
+    exif[0x0112] = 6  # rotate by 90 degrees clockwise: bright on the right
     image = decode(encode(Image.fromarray(pixels), exif=exif), image_size=8)
     np.testing.assert_array_equal(image, np.rot90(pixels, -1))
 
 
-def test_the_centre_is_cut_and_shrinking_antialiases():
+def test_the_centre_is_cropped_and_shrinking_antialiases():
     wide = np.zeros((8, 24, 3), np.uint8)
     wide[:, 8:16] = 200
     np.testing.assert_array_equal(decode(encode(Image.fromarray(wide)), image_size=8), 200)
@@ -77,12 +78,81 @@ def test_the_centre_is_cut_and_shrinking_antialiases():
     assert np.abs(small[2:-2, 2:-2].astype(int) - 127.5).max() < 6
 
 
+def box(image: np.ndarray) -> tuple[int, int, int, int]:
+    """top, bottom, left, right of what is darker than grey."""
+    rows, columns = np.nonzero(image.mean(-1) < 128)
+    return rows.min(), rows.max() + 1, columns.min(), columns.max() + 1
+
+
+@pytest.mark.parametrize("size", [(200, 100), (100, 200), (120, 120), (100, 60)], ids=str)
+@pytest.mark.parametrize("target", [(24, 40), (40, 24)], ids=str)
+def test_an_image_of_any_aspect_is_cropped_at_the_centre_undistorted(size, target):
+    """A circle in the middle stays a circle, scaled like the axis that limits the crop."""
+    picture = Image.new("RGB", size, "white")
+    (x, y), radius = (size[0] / 2, size[1] / 2), 15
+    ImageDraw.Draw(picture).ellipse((x - radius, y - radius, x + radius, y + radius), fill="black")
+    image = decode(encode(picture), image_size=target)
+    assert image.shape == (*target, 3)
+    top, bottom, left, right = box(image)
+    diameter = 2 * radius * max(target[0] / size[1], target[1] / size[0])
+    assert abs((bottom - top) - (right - left)) <= 1 and abs(bottom - top - diameter) <= 1.5
+    assert abs(top - (target[0] - bottom)) <= 1 and abs(left - (target[1] - right)) <= 1
+
+
+def test_the_crop_keeps_all_of_the_axis_that_limits_it():
+    """Without resizing the crop is exact: (24, 40) out of 24x60 and out of 50x40."""
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 60, 3), np.uint8)
+    np.testing.assert_array_equal(decode(pixels[:24], image_size=(24, 40)), pixels[:24, 10:50])
+    np.testing.assert_array_equal(decode(pixels[:, :40], image_size=(24, 40)), pixels[13:37, :40])
+
+
+def test_one_integer_means_a_square():
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 61, 3), np.uint8)
+    np.testing.assert_array_equal(
+        decode(pixels, image_size=24), decode(pixels, image_size=(24, 24))
+    )
+
+
+@pytest.mark.parametrize(("height", "width"), [(23, 100), (100, 39), (40, 24)])
+def test_an_image_smaller_in_one_axis_is_refused_with_its_size(height, width):
+    message = f"picture of {height}x{width} pixels is smaller than 24x40 (height x width)"
+    for data in (encode(flat("RGB", 0, (width, height)), kind) for kind in ("png", "jpeg")):
+        with pytest.raises(ValueError) as caught:
+            decode(data, image_size=(24, 40))
+        assert str(caught.value) == message
+
+
+def smooth(height: int, width: int) -> np.ndarray:
+    y, x = np.mgrid[:height, :width]
+    return np.stack([255 * x / width, 255 * y / height, 127 * (x + y) / width], -1).astype(np.uint8)
+
+
 def test_large_jpeg_is_decoded_reduced_but_alike():
-    y, x = np.mgrid[:512, :512]
-    smooth = np.stack([x / 2, y / 2, (x + y) / 4], -1).astype(np.uint8)
-    image = decode(encode(Image.fromarray(smooth), "jpeg", quality=95), image_size=32)
-    exact = decode(smooth, image_size=32)
+    image = decode(encode(Image.fromarray(smooth(512, 512)), "jpeg", quality=95), image_size=32)
+    exact = decode(smooth(512, 512), image_size=32)
     assert np.abs(image.astype(int) - exact).mean() < 2
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "tiff", "png"])
+@pytest.mark.parametrize("target", [(32, 64), (64, 32)], ids=str)
+def test_the_orientation_precedes_the_size(kind, target, monkeypatch):
+    """A file stored on its side is measured upright; a JPEG is reduced as far as twice allows."""
+    upright = smooth(256, 512) if target == (32, 64) else smooth(512, 256)
+    reduced = []
+
+    def draft(self, mode, size, original=JpegImageFile.draft):
+        original(self, mode, size)
+        reduced.append(self.size)
+
+    monkeypatch.setattr(JpegImageFile, "draft", draft)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored rotated by 90 degrees counter-clockwise
+    data = encode(Image.fromarray(np.rot90(upright).copy()), kind, exif=exif)
+    image = decode(data, image_size=target)
+    assert np.abs(image.astype(int) - decode(upright, image_size=target)).mean() < 2
+    assert reduced == ([(2 * target[0], 2 * target[1])] if kind == "jpeg" else [])
+    with pytest.raises(ValueError, match="is smaller than"):
+        decode(data, image_size=upright.shape[1::-1])
 
 
 def test_pixels_are_accepted_as_they_are():
@@ -100,7 +170,7 @@ def test_pixels_are_accepted_as_they_are():
         (b"", 3, "corrupt picture"),
         (encode(flat("RGB", 0, (64, 64)), "jpeg")[:-40], 3, "corrupt picture"),
         (encode(Image.effect_noise((64, 64), 90))[:-900], 3, "corrupt picture"),
-        (encode(flat("RGB", 0, (40, 5))), 3, "picture of 40x5 pixels is smaller than 8"),
+        (encode(flat("RGB", 0, (40, 5))), 3, "picture of 5x40 pixels is smaller than 8x8"),
         (encode(flat("F", 0.5), "tiff"), 3, "mode F have no fixed range"),
         (encode(flat("RGB", 0)), 2, "channels must be 1, 3 or 4, got 2"),
         (np.zeros((9, 9, 2), np.uint8), 3, "1, 3 or 4 channels, got 2"),
@@ -120,17 +190,6 @@ def test_floats_round_trip_through_uint8():
     assert to_pil(np.zeros((3, 5, 1))).size == (5, 3)
 
 
-def test_grid_holds_every_picture_at_its_place():
-    images = np.stack([np.full((5, 7, 3), 40 * (i + 1), np.uint8) for i in range(5)])
-    page = np.asarray(grid(images, columns=3))
-    assert page.shape == (2 * 5 + 4, 3 * 7 + 2 * 4, 3)
-    for i in range(5):
-        top, left = i // 3 * 9, i % 3 * 11
-        np.testing.assert_array_equal(page[top : top + 5, left : left + 7], images[i])
-    assert (page[9:, 22:] == 255).all()
-    np.testing.assert_array_equal(page, np.asarray(grid(images / np.float32(255), columns=3)))
-
-
 def test_labelled_grid_shows_pictures_by_nearest_neighbour_and_wraps_captions():
     checks = np.kron([[1, 0], [0, 1]], np.ones((1, 1)))[..., None] * np.ones(3)
     rows = [
@@ -145,3 +204,16 @@ def test_labelled_grid_shows_pictures_by_nearest_neighbour_and_wraps_captions():
     assert taller.height > page.shape[0] and taller.width < page.shape[1]
     with pytest.raises(ValueError, match="'shown': 1 captions for 2 pictures"):
         labelled_grid([("shown", [checks, checks], ["one"])])
+
+
+@pytest.mark.parametrize(("size", "shown"), [((16, 32), (32, 64)), ((32, 16), (64, 32))], ids=str)
+def test_labelled_grid_keeps_the_aspect(size, shown):
+    """Every pixel becomes a square of 2x2; a row is no higher than its tallest picture."""
+    picture = np.random.default_rng(0).integers(0, 200, (*size, 3), np.uint8)
+    page = labelled_grid([("", [picture] * 2, ["one", "two"])], cell=64)
+    tile = picture[..., 0].repeat(2, axis=0).repeat(2, axis=1)
+    assert tile.shape == shown
+    places = np.lib.stride_tricks.sliding_window_view(np.asarray(page)[..., 0], shown)
+    assert (places == tile).all((-1, -2)).sum() == 2
+    square = labelled_grid([("", [picture[:16, :16]] * 2, ["one", "two"])], cell=64)
+    assert page.width == square.width and square.height - page.height == 64 - shown[0]

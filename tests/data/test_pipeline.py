@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagen_jax.data import make_batches, open_source
+from imagen_jax.data import decode, make_batches, open_source
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
 
@@ -69,6 +69,31 @@ def test_batches_keep_the_contract(pictures):
         assert batch["tokens"].dtype == np.int32
         np.testing.assert_array_equal(batch["tokens"][:, 0], batch["images"][:, 0, 0, 0])
     assert batches(pictures, 1, tokenize=None)[0].keys() == {"images"}
+
+
+def test_images_that_are_not_square(tmp_path):
+    for i in range(3):
+        write_picture(tmp_path, i, size=48)
+    settings = dict(image_size=(24, 40), batch_size=3, shuffle=False)
+    (batch,) = batches(tmp_path, 1, **settings)
+    assert batch["images"].shape == (3, 24, 40, 3)
+    for i, image in enumerate(batch["images"]):
+        stored = (tmp_path / f"{i:02d}.png").read_bytes()
+        np.testing.assert_array_equal(image, decode(stored, image_size=(24, 40)))
+    (flipped,) = batches(tmp_path, 1, flip=True, **settings | dict(batch_size=24))
+    left, right = (flipped["images"][:, 12, x, 1] > 128 for x in (0, -1))
+    assert (left != right).all() and 4 < right.sum() < 20
+
+
+def test_the_cache_is_used_where_all_images_fit(pictures, monkeypatch):
+    """10 images of 6x10 in three channels are 1,800 bytes."""
+    decoded = []
+    count = lambda *args, **kwargs: decoded.append(0) or decode(*args, **kwargs)  # noqa: E731
+    monkeypatch.setattr("imagen_jax.data.pipeline.decode", count)
+    for cache_bytes, fits in ((1800, True), (1799, False)):
+        decoded.clear()
+        batches(pictures, 3, image_size=(6, 10), batch_size=10, cache_bytes=cache_bytes, threads=1)
+        assert (len(decoded) == 10) == fits
 
 
 def test_every_epoch_is_another_permutation(pictures):
@@ -160,7 +185,7 @@ def test_bad_records_are_skipped_counted_and_named(tmp_path, caplog):
     assert seen == [[0, 3, 3, 3], [6, 6, 6, 0]] * 2
     assert stream.position == 4
     assert stream.skipped == {
-        "01.png": "picture of 4x4 pixels is smaller than 8",
+        "01.png": "picture of 4x4 pixels is smaller than 8x8 (height x width)",
         "02.png": stream.skipped["02.png"],
         "04.png": "empty caption",
         "05.png": "the caption is not UTF-8",
@@ -203,10 +228,15 @@ def test_stored_embeddings_replace_captions(tmp_path):
             "none of 10 records can be used; the first: 00.png: .*12x12.*than 64",
         ),
         (dict(channels=2), "channels must be 1, 3 or 4, got 2"),
+        (
+            dict(image_size=(8, 13)),
+            "none of 10 records can be used; the first: 00.png: .*12x12.*than 8x13",
+        ),
+        (dict(image_size=(8, 0)), "image_size must be at least 1x1, got 8x0"),
         (dict(batch_size=0), "batch_size must be at least 1, got 0"),
         (dict(seed=-1), "seed must be in"),
         (dict(start_step=-1), "start_step and workers must be >= 0"),
-        (dict(rows=[3, 4]), r"rows \[3, 4\] are none, or not all of a batch of 4"),
+        (dict(rows=[3, 4]), r"rows must be a non-empty subset of 0..3; got \[3, 4\]"),
     ],
     ids=str,
 )

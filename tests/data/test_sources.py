@@ -38,7 +38,7 @@ def bundled():
     return open_source("bundled")
 
 
-def test_bundled_set_is_whole_and_small(bundled):
+def test_bundled_set_is_complete_and_small(bundled):
     assert len(bundled) == 1376
     records = list(bundled)
     captions = [record.caption for record in records]
@@ -195,12 +195,12 @@ def test_mistakes_get_one_line(tmp_path):
         tmp_path / "missing": "no source '.*missing': give 'bundled', a folder",
         tmp_path / "*.zip": "no source",
         "cifar10": "no source 'cifar10'",
-        "tfds:": "names no set",
+        "tfds:": "does not name a set",
         tmp_path / "empty": "no pictures .* in the folder .*empty",
         tmp_path / "none.tar": "no pictures .* in .*none.tar",
         tmp_path
-        / "cut.tar": "cut.tar is not a whole, uncompressed tar shard: unexpected end of data",
-        tmp_path / "junk.tar": "junk.tar is not a whole, uncompressed tar shard",
+        / "cut.tar": "cut.tar is not a valid, uncompressed tar shard: unexpected end of data",
+        tmp_path / "junk.tar": "junk.tar is not a valid, uncompressed tar shard",
     }
     for spec, message in cases.items():
         with pytest.raises(ValueError, match=message) as caught:

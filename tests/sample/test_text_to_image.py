@@ -37,7 +37,7 @@ def save_run(run: Path, config: ImagenConfig, numbers: tuple[int, ...] = (1, 2))
     rng = np.random.default_rng(0)
 
     def network(number: int):
-        unet = config.stage(number).unet
+        unet = config.unets[number - 1]
         if number not in numbers:
             return nn.NullUnet()
         shapes = nn.abstract(unet)[1]

@@ -126,7 +126,7 @@ def outcome(case: Case) -> dict[str, dict[str, np.ndarray]]:
     config, unet_number = cascade(case.network)
     layout = make_layout(case.mesh, rows=settings.rows, min_size=0)
     optimizer, rng = _remembering(settings), np.random.default_rng(0)
-    shapes = TrainState.shapes(config.stage(unet_number).unet, optimizer)
+    shapes = TrainState.shapes(config.unets[unet_number - 1], optimizer)
     params = jax.tree.map(
         lambda x: (0.1 * rng.standard_normal(x.shape)).astype(x.dtype), shapes.params
     )
@@ -138,7 +138,7 @@ def outcome(case: Case) -> dict[str, dict[str, np.ndarray]]:
     create = jax.jit(lambda p: TrainState.create(p, optimizer), out_shardings=layout.place(shapes))
     with mock.patch.object(step, "make_optimizer", _remembering):
         step._train_step.cache_clear()
-        train_step = step.make_train_step(config, unet_number, settings, layout)
+        train_step = step.make_train_step(config.stage(unet_number), settings, layout)
         step._train_step.cache_clear()
     with mock.patch.object(sharding, "ROWS_FROM", SIZE):
         state, metrics = train_step(create(params), layout.to_batch(batch, BATCH), layout.key(0))

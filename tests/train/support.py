@@ -66,7 +66,7 @@ def other_cascade(folder: Path) -> Path:
     return folder / "other.json"
 
 
-UNET_OF = {number: CASCADE.stage(number).unet for number in (1, 2)}
+UNET_OF = {number: CASCADE.unets[number - 1] for number in (1, 2)}
 
 
 def metrics(run: Path, kind: str = "train") -> list[dict]:

@@ -48,12 +48,12 @@ def assert_same_run(settings, straight, again=()):
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(straight, tmp_path):
-    programs = make_train_step(support.CASCADE, 1, straight)._cache_size()
+    programs = make_train_step(support.CASCADE.stage(1), straight.section(Optimization))._cache_size()
     first = support.settings(tmp_path, steps=2)
     assert loop.run(first, 1)
     assert loop.run(dataclasses.replace(first, steps=4, resume=True), 1)
     assert_same_run(first, straight)
-    assert make_train_step(support.CASCADE, 1, straight)._cache_size() == programs
+    assert make_train_step(support.CASCADE.stage(1), straight.section(Optimization))._cache_size() == programs
 
 
 def test_a_signal_saves_and_the_run_goes_on(straight, tmp_path, monkeypatch, capsys):
@@ -324,7 +324,7 @@ def test_speed_and_profile(tmp_path, monkeypatch, capsys):
     settings = support.settings(tmp_path, steps=5, profile=1)
     loop.run(settings, 1)
     lines = support.metrics(settings.run)
-    work = step_flops(support.CASCADE, 1, settings)
+    work = step_flops(support.CASCADE.stage(1), settings)
     for line in lines:
         assert line["images_per_second"] == pytest.approx(4 * line["steps_per_second"])
         used = line["steps_per_second"] * work / 1e12
@@ -348,11 +348,11 @@ def test_the_host_waits_only_where_something_is_due(tmp_path, monkeypatch):
 
 def test_work_of_a_step_is_that_of_the_network_once(tmp_path):
     settings = support.settings(tmp_path)
-    work = step_flops(support.CASCADE, 1, settings)
+    work = step_flops(support.CASCADE.stage(1), settings)
     for change in (dict(remat="nothing_saveable"), dict(accumulate=2)):
-        assert step_flops(support.CASCADE, 1, dataclasses.replace(settings, **change)) == work
+        assert step_flops(support.CASCADE.stage(1), dataclasses.replace(settings, **change)) == work
     twice = dataclasses.replace(settings, batch_size=8)
-    assert step_flops(support.CASCADE, 1, twice) == 2 * work
+    assert step_flops(support.CASCADE.stage(1), twice) == 2 * work
 
 
 def test_a_torn_line_is_passed_over(tmp_path):

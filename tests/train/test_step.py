@@ -35,7 +35,7 @@ def one_step(settings, unet_number=1):
         text_embeds=jnp.asarray(rng.normal(size=(4, 16, 128)), jnp.float32),
         text_masks=jnp.asarray(np.arange(16) < np.array([[3], [5], [16], [1]])),
     )
-    step = make_train_step(config, unet_number, settings)
+    step = make_train_step(config.stage(unet_number), settings.section(Optimization))
     state = TrainState.create(params, make_optimizer(settings))
     state = jax.device_put(state, single().place(state))
     return step, batch, step(state, batch, jax.random.key(0))
@@ -82,7 +82,9 @@ def test_the_state_is_donated(settings):
 def test_every_step_draws_anew(settings, plain):
     """The same batch twice has another loss, by far more than one small step could change."""
     step, batch, _ = plain
-    frozen = make_train_step(support.CASCADE, 1, dataclasses.replace(settings, lr=1e-12))
+    frozen = make_train_step(
+        support.CASCADE.stage(1), dataclasses.replace(settings, lr=1e-12).section(Optimization)
+    )
     state = one_step(settings)[2][0]
     state, first = frozen(state, batch, jax.random.key(0))
     _, second = frozen(state, batch, jax.random.key(0))
