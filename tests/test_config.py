@@ -13,6 +13,7 @@ import torch
 from imagen_jax import presets, unet_config
 from imagen_jax.config import ImagenConfig, NullUnetConfig, UnetConfig
 from imagen_jax.diffusion.schedules import log_snr
+from imagen_jax.diffusion.vp import VP
 from tests import cascades
 from tests.cascades import cascade
 
@@ -88,7 +89,7 @@ def test_schedules_are_filled_up_as_in_the_reference(given, count, want):
     config = ImagenConfig(
         unets=(unet,) * count, image_sizes=sizes, text_embed_dim=6, noise_schedules=given
     )
-    assert [config.stage(i + 1).noise_schedule for i in range(count)] == want
+    assert [config.stage(i + 1).process.schedule for i in range(count)] == want
     for schedule, theirs in zip(want, cascades.theirs(config).noise_schedulers, strict=True):
         end = theirs.log_snr(torch.ones(1)).item()
         assert end == pytest.approx(log_snr(1.0, schedule), abs=0.1)
@@ -104,12 +105,25 @@ def test_stages_resolve_tuples():
         dynamic_thresholding=(True, False),
     )
     first, second = config.stage(1), config.stage(2)
-    assert (first.timesteps, second.timesteps) == (3, 7)
-    assert (first.previous_image_size, second.previous_image_size) == (None, 5)
-    assert (first.min_snr_gamma, second.min_snr_gamma) == (None, 2.0)
-    assert (first.random_crop_size, second.random_crop_size) == (None, 4)
-    assert (first.pred_objective, second.pred_objective) == ("noise", "v")
+    assert [config.sampling_defaults(number).num_steps for number in (1, 2)] == [3, 7]
+    assert first.lowres is None and second.lowres.size == (5, 5) and second.size == (8, 8)
+    assert (first.crop, second.crop) == (None, (4, 4))
+    assert first.process == VP(objective="noise", min_snr_gamma=None)
+    assert second.process == VP(objective="v", min_snr_gamma=2.0)
+    assert config.stages == (first, second)
     assert (first.dynamic_thresholding, second.dynamic_thresholding) == (True, False)
+
+
+def test_sizes_are_height_and_width():
+    """One integer means a square; (h, w) for each U-Net, or alone for a single one."""
+    config = cascade(image_sizes=((4, 6), [8, 12]), random_crop_sizes=(None, (4, 8)))
+    assert config.image_sizes == ((4, 6), (8, 12))
+    first, second = config.stages
+    assert (first.size, second.size, second.crop) == ((4, 6), (8, 12), (4, 8))
+    assert second.sample_shape == (8, 12, 3) and second.lowres.size == (4, 6)
+    assert cascade(image_sizes=((5, 5), 8)).image_sizes == (5, 8)
+    assert ImagenConfig(unets=SMALL, image_sizes=(4, 6)).image_sizes == ((4, 6),)
+    assert ImagenConfig.from_dict(config.to_dict()) == config
 
 
 @pytest.mark.parametrize(
@@ -152,15 +166,25 @@ def test_mistakes_in_a_unet(fields, message):
         (dict(timesteps=(1, 2, 3)), "timesteps = (1, 2, 3) has 3 entries for 2 unets"),
         (dict(pred_objectives=("v",)), "pred_objectives = ('v',) has 1 entries for 2 unets"),
         (dict(min_snr_gamma=(1.0,) * 3), "min_snr_gamma = (1.0, 1.0, 1.0) has 3 entries"),
-        (dict(random_crop_sizes=4), "random_crop_sizes = 4: the base is never cropped"),
-        (dict(random_crop_sizes=(None, 18)), "a crop of 18 pixels does not fit a picture of 16"),
-        (dict(random_crop_sizes=(None, 5)), "U-Net 2 halves the picture to 1/2; its size 5"),
-        (dict(image_sizes=(7, 16)), "U-Net 1 halves the picture to 1/2; its size 7"),
+        (dict(random_crop_sizes=4), "random_crop_sizes[0] must be None, got 4"),
+        (
+            dict(random_crop_sizes=(None, 18)),
+            "U-Net 2: crops of 18 x 18 pixels are larger than its images, 16 x 16",
+        ),
+        (
+            dict(random_crop_sizes=(None, 5)),
+            "U-Net 2 reduces the resolution to 1/2; its size 5",
+        ),
+        (dict(image_sizes=((8, 12), 24)), "all stages must have one aspect ratio; 24 x 24"),
+        (dict(image_sizes=((8, 12, 3), 24)), "is not int or (int, int) or a tuple of"),
+        (dict(image_sizes=(0, 16)), "U-Net 1: the size 0 x 0 must be positive"),
+        (dict(image_sizes=((8, 13), (16, 26))), "its size 8 x 13 is not a multiple"),
+        (dict(image_sizes=(7, 16)), "U-Net 1 reduces the resolution to 1/2; its size 7 x 7"),
         (dict(unets=[SMALL.to_dict(), NULL.to_dict()]), "only be the first"),
         (dict(cond_drop_prob=1.5), "cond_drop_prob = 1.5 must lie in"),
         (dict(dynamic_thresholding_percentile=95), "dynamic_thresholding_percentile = 95"),
         (dict(timesteps=0), "timesteps = 0 must be positive"),
-        (dict(only_train_unet_number=3), "only_train_unet_number = 3 is none of 1 .. 2"),
+        (dict(only_train_unet_number=3), "only_train_unet_number = 3 is not in 1 .. 2"),
         (dict(text_encoder_name="my-t5"), "width of text_encoder_name = 'my-t5' is not known"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -183,7 +207,7 @@ def test_a_command_says_it_in_one_line(tmp_path):
 
 
 def test_an_unknown_stage():
-    with pytest.raises(ValueError, match="unet_number = 0 is none of 1 .. 2"):
+    with pytest.raises(ValueError, match="unet_number = 0 is not in 1 .. 2"):
         cascade().stage(0)
 
 

@@ -17,7 +17,7 @@ from imagen_jax.config import ImagenConfig, UnetConfig
 from imagen_jax.sharding import make_layout
 from train import step
 from train.optimizer import make_optimizer
-from train.settings import Settings
+from train.settings import Optimization, Settings
 from train.state import TrainState
 
 MESHES = ("8x1", "4x2", "2x4", "1x8")
@@ -138,7 +138,9 @@ def outcome(case: Case) -> dict[str, dict[str, np.ndarray]]:
     create = jax.jit(lambda p: TrainState.create(p, optimizer), out_shardings=layout.place(shapes))
     with mock.patch.object(step, "make_optimizer", _remembering):
         step._train_step.cache_clear()
-        train_step = step.make_train_step(config.stage(unet_number), settings, layout)
+        train_step = step.make_train_step(
+            config.stage(unet_number), settings.section(Optimization), layout
+        )
         step._train_step.cache_clear()
     with mock.patch.object(sharding, "ROWS_FROM", SIZE):
         state, metrics = train_step(create(params), layout.to_batch(batch, BATCH), layout.key(0))

@@ -19,6 +19,7 @@ from tests.train import support
 from train import loop
 from train.feed import Feed
 from train.metrics import Metrics, Window
+from train.settings import Optimization
 from train.step import make_train_step, step_flops
 
 KEYS = ("step", "loss", "grad_norm", "learning_rate")
@@ -48,12 +49,17 @@ def assert_same_run(settings, straight, again=()):
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(straight, tmp_path):
-    programs = make_train_step(support.CASCADE.stage(1), straight.section(Optimization))._cache_size()
+    programs = make_train_step(
+        support.CASCADE.stage(1), straight.section(Optimization)
+    )._cache_size()
     first = support.settings(tmp_path, steps=2)
     assert loop.run(first, 1)
     assert loop.run(dataclasses.replace(first, steps=4, resume=True), 1)
     assert_same_run(first, straight)
-    assert make_train_step(support.CASCADE.stage(1), straight.section(Optimization))._cache_size() == programs
+    assert (
+        make_train_step(support.CASCADE.stage(1), straight.section(Optimization))._cache_size()
+        == programs
+    )
 
 
 def test_a_signal_saves_and_the_run_goes_on(straight, tmp_path, monkeypatch, capsys):

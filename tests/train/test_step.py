@@ -11,6 +11,7 @@ from imagen_jax import nn
 from imagen_jax.sharding import single
 from tests.train import support
 from train.optimizer import make_optimizer
+from train.settings import Optimization
 from train.state import TrainState
 from train.step import _OPTIONS, _compiler_options, make_train_step
 
