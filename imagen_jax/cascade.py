@@ -106,6 +106,17 @@ class Request:
             raise ValueError(f"batch sizes differ: {found}.")
         return next(iter(counts.values()), 1)
 
+    def given(self) -> Given:
+        """The arrays that are the same for every stage."""
+        inpaints = self.inpaint_images is not None
+        return Given(
+            text_embeds=self.text_embeds,
+            cond_images=self.cond_images,
+            inpaint_images=self.inpaint_images,
+            inpaint_masks=self.inpaint_masks,
+            resample_times=np.int32(self.inpaint_resample_times) if inpaints else None,
+        )
+
     def per_unet(self, config: ImagenConfig, name: str) -> tuple[Any, ...]:
         """The argument `name` with one entry per U-Net of the cascade."""
         value, count = getattr(self, name), len(config.unets)
@@ -181,21 +192,14 @@ def _sample_stage(
         remove_parallel_component=request.cfg_remove_parallel_component,
         inpaint_variance=request.inpaint_variance,
     )
-    level = request.lowres_sample_noise_level
+    level, steps = request.lowres_sample_noise_level, own("timesteps")
     level = defaults.lowres_noise_level if level is None else level
-    inpaints = request.inpaint_images is not None
-    given = Given(
-        text_embeds=embeds,
+    given = request.given()._replace(
         text_masks=None if embeds is None else default_text_mask(embeds, masks),
         previous=previous,
         lowres_noise_level=None if stage.lowres is None else np.float32(level),
-        cond_images=request.cond_images,
         init_images=own("init_images"),
-        inpaint_images=request.inpaint_images,
-        inpaint_masks=request.inpaint_masks,
-        resample_times=np.int32(request.inpaint_resample_times) if inpaints else None,
     )
-    steps = own("timesteps")
     return sampling.sample_stage(
         params,
         program,

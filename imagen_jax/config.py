@@ -260,9 +260,11 @@ class ImagenConfig(Config):
     def _lowres(self, i: int) -> LowRes | None:
         if i == 0:
             return None
+        process = VP(schedule=self.lowres_noise_schedule)
         return LowRes(
             size=pair(self.image_sizes[i - 1]),
-            process=VP(schedule=self.lowres_noise_schedule),
+            process=process,
+            sampling_process=process,
             per_sample=self.per_sample_random_aug_noise_level,
         )
 

@@ -126,7 +126,7 @@ def start(
     lowres = lowres_time = text = inpaint = None
     if given.previous is not None:
         time = jnp.full((b,), given.lowres_noise_level)
-        level = stage.lowres.process.training_level(time)
+        level = stage.lowres.sampling_process.training_level(time)
         noise = randomness.image("lowres_noise", 0, stage.sample_shape)
         lowres = q_sample(stage.normalize(fit(given.previous)), level, noise)
         lowres_time = level.conditioning

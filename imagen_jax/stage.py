@@ -24,7 +24,9 @@ class LowRes:
 
     size: Size
     process: Process
-    """Puts noise on it, and tells the network how much."""
+    """Puts noise on it in training, and decides what the network is given for its level."""
+    sampling_process: Process
+    """The same in sampling."""
     per_sample: bool
     """In training: a noise level for each image, instead of one for the batch."""
 

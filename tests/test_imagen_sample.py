@@ -285,11 +285,14 @@ def alone(key, row: int, **given):
 
 @pytest.mark.parametrize("given", [{}, dict(sampler="ddim", eta=0.5)])
 def test_an_image_depends_on_its_own_key_alone(given):
-    """Whatever its batch, and wherever it is in it; to the bit where the batch shape is equal."""
+    """To the bit beside other images, to rounding at another place or in another batch size."""
     both = plain().sample(key=KEYS[:2], cond_scale=2.0, **TEXT | given)
+    text = TEXT | dict(text_embeds=TEXT["text_embeds"] * np.float32([[[1]], [[-2]]]))
+    beside_another = plain().sample(key=KEYS[::2], cond_scale=2.0, **text | given)
+    np.testing.assert_array_equal(both[0], beside_another[0])
     swapped = {name: array[::-1] for name, array in TEXT.items()}
     other = plain().sample(key=KEYS[:2][::-1], cond_scale=2.0, **swapped | given)
-    np.testing.assert_array_equal(both, other[::-1])
+    np.testing.assert_allclose(both, other[::-1], atol=1e-5)
     for row in range(BATCH):
         np.testing.assert_allclose(alone(KEYS[row : row + 1], row, **given), both[row], atol=1e-4)
     assert np.abs(alone(KEYS[2:], 0, **given) - both[0]).max() > 0.1

@@ -9,8 +9,8 @@ A step takes x at a level to x' at the next, less noisy one. It may ask for the 
 
 (1): Ho et al. 2020, as imagen-pytorch samples; (2): Song et al. 2021, Eq. 12; eta = 1 is (1).
 
-The last step returns the estimate of x_0: a schedule may end with a little noise, which nothing
-would remove.
+The last step of a deterministic sampler returns the estimate of x_0: a schedule may end with a
+little noise, which nothing would remove.
 
 The loop runs over a grid of positions of the process, padded to a fixed length, between bounds that
 are traced: the number of steps is data up to the padding (1,024 steps, then 2,048, ...), and the
@@ -52,6 +52,8 @@ class Grid(NamedTuple):
 
     positions: Float[AnyArray, "padded"]
     num_steps: Count
+    planned_steps: Count
+    """Those of the complete grid, the skipped ones included."""
 
 
 class State(NamedTuple):
@@ -79,6 +81,8 @@ class Step(NamedTuple):
     next: Level
     noise: Sample
     last: Bool[AnyArray, ""]
+    num_steps: Count
+    """Of the complete grid."""
     options: Options
 
 
@@ -155,7 +159,8 @@ def make_grid(
         )
     positions = process.grid(num_steps, sigma_min=sigma_min, sigma_max=sigma_max)[skip_steps:]
     steps = len(positions) - 1
-    return Grid(np.pad(positions, (0, -steps % multiple), mode="edge"), np.int32(steps))
+    padded = np.pad(positions, (0, -steps % multiple), mode="edge")
+    return Grid(padded, np.int32(steps), np.int32(num_steps))
 
 
 def count_noises(num_steps: int, *, resample_times: int | None = None) -> int:
@@ -228,7 +233,7 @@ def run_slice(
             if inpaint is not None:
                 known = q_sample(inpaint.image, now, noise(i, r, 0))
                 state = state._replace(x=jnp.where(inpaint.mask, known, state.x))
-            given = Step(process, now, then, noise(i, r, 1), last, options)
+            given = Step(process, now, then, noise(i, r, 1), last, grid.planned_steps, options)
             state = sampler.step(state, estimate, given)
             if inpaint is not None:
                 back = renoise(state.x, then, now, noise(i, r, 2), variance=variance)

@@ -331,6 +331,12 @@ class Unet(nnx.Module):
             features.append(x)
             x = x if level.after is None else level.after(x)
 
+        return self._final(x, t, features, residual, lowres)
+
+    def _final(
+        self, x: Array, t: Array, features: list[Array], residual: Array, lowres: Array | None
+    ) -> Array:
+        """From the last level up to the prediction; `features` are those of every level up."""
         if self.upsample_combiner is not None:
             size = x.shape[1:3]
             combined = [
@@ -338,10 +344,10 @@ class Unet(nnx.Module):
                 for block, feature in zip(self.upsample_combiner, features, strict=True)
             ]
             x = _join([x, *combined])
-        if config.init_conv_to_final_conv_residual:
+        if self.config.init_conv_to_final_conv_residual:
             x = _join([x, residual])
         if self.final_res_block is not None:
-            x = run(self.final_res_block, x, t)
+            x = self._run(self.final_res_block, x, t)
         if lowres is not None:
             x = _join([x, jnp.asarray(lowres, x.dtype)])
         return constrain(self.final_conv(x), "batch")

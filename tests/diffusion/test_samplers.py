@@ -247,7 +247,7 @@ def one_step(sampler, x, x0, levels, noise, *, last=False, eta=0.0):
     def estimate(x, level, previous):
         return Prediction(x0, eps_from_x0(x, x0, level))
 
-    step = Step(VP(), now, then, noise, jnp.array(last), Options(eta=eta))
+    step = Step(VP(), now, then, noise, jnp.array(last), 10, Options(eta=eta))
     return SAMPLERS[sampler].step(State(x, x0), estimate, step).x
 
 
@@ -287,7 +287,7 @@ def by_hand(state, grid, key):
             return guidance.threshold(found, x, level, 0.9)
 
         noise = drawn(key, SHAPE, i, 0, 1)
-        step = Step(V, now, then, noise, jnp.array(i == 2), Options())
+        step = Step(V, now, then, noise, jnp.array(i == 2), 3, Options())
         x, x0, _ = samplers.ancestral(State(x, x0), estimate, step)
     return State(x, x0)
 

@@ -88,14 +88,14 @@ def test_padding_leaves_no_trace(params, inputs, run):
 
 
 def test_guided_pairs_in_one_batch_equal_two_calls(params, inputs, run):
-    """Prepared texts, two rows for each picture: with text, without, with, without."""
+    """Prepared texts, each image twice: with text, without, with, without."""
 
     @functools.partial(jax.jit, compiler_options=RUN_ONCE)
     def both(params, x, time, text_embeds, text_mask):
         unet = bind(CONFIG, params)
         texts = [jnp.repeat(a, 2, axis=0) for a in (text_embeds, text_mask)]
         text_cond = unet.encode_text(*texts, keep_mask=jnp.array([True, False] * 2))
-        return unet(x, time, text_cond=text_cond)
+        return unet(jnp.repeat(x, 2, axis=0), jnp.repeat(time, 2), text_cond=text_cond)
 
     got = both(params, **inputs)
     for i, keep in enumerate((True, False)):
