@@ -3,11 +3,11 @@
 The only file of the project that names mesh axes.
 
 A mesh is DATA x MODEL. The batch is split over `data`. A parameter, its average and its moments are
-split over both axes: over `data` to save memory (FSDP: whole only while a layer runs), over `model`
-because each device computes a part of the channels or heads. With model = 2, along a block:
+split over both axes: over `data` to save memory (FSDP: gathered only while a layer runs), over
+`model` because each device computes a part of the channels or heads. With model = 2, along a block:
 
     x       channels split    at rest, and saved for the backward pass
-    x       whole             all-gather
+    x       gathered          all-gather
     expand  (c, h/2)          "column": the kernel's outputs are split, so are the channels of h
     reduce  (h/2, c)          "row": its inputs are split, its outputs are partial sums
     y       channels split    reduce-scatter; added to x
@@ -15,7 +15,23 @@ because each device computes a part of the channels or heads. With model = 2, al
 Large feature maps have their rows split over `model` instead: convolutions exchange what lies at
 the edges, and each device gathers the weights, which are few there (see `ROWS_FROM`).
 
-Networks know none of it: they call `constrain(x, role)`, the identity without a mesh.
+Networks do not refer to the mesh: they name the axes of an activation, one word per axis, as in
+`constrain(x, "b h w c")`, which is the identity without a mesh. `AXES` maps names to mesh axes:
+
+    b        batch                                     split over `data`
+    h, w     rows and columns of a feature map         h split over `model` in large maps
+    p        all h * w pixels, flattened               split where h is; needs `h=`
+    c        channels                                  split over `model`
+    n        heads                                     split over `model`
+    f, m, l  frames, tokens                            never split
+    d, k     width of an embedding, and of a head      never split
+    _        any axis, gathered                        never split
+    ...      last word only: all other axes, gathered
+
+`c` and `_` tell an activation at rest from one that every device needs complete: `"b h w c"` has
+its channels split, `"b h w _"` has them gathered. A mesh axis splits one axis of an array, the
+first that names it, splits evenly and, if h or p, belongs to a large map. Hence large maps keep
+their rows split in both forms, and all other axes gathered.
 """
 
 import contextlib
@@ -24,7 +40,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +61,8 @@ Measured: for each of the paper-sized stages a step sends least, and keeps least
 up (`benchmarks/placement.py`, numbers in benchmarks/README.md).
 """
 
-Role = Literal["batch", "channels", "heads", "tokens", "keys"]
+AXES = dict.fromkeys("fwmldk_") | {"b": DATA, "h": MODEL, "p": MODEL, "c": MODEL, "n": MODEL}
+"""The axes that activations have, and which mesh axis may split each; see above."""
 
 # Kernels whose outputs, or whose inputs, are split over `model`. Keys and values fused in one
 # kernel are split by rows: split by columns, the keys would lie on one half of the devices and the
@@ -233,31 +250,45 @@ def parse(text: str) -> tuple[int, int]:
     return sizes
 
 
-def constrain(x: Array, role: Role) -> Array:
-    """Says how an activation lies on the mesh in use; its first axis is the batch.
+def constrain(x: Array, axes: str, *, h: int | None = None) -> Array:
+    """Specifies how an activation is placed on the mesh in use, by the names of its axes (above).
 
-    `batch`: split over `data`, all else whole. `channels`: the last axis split over `model` too.
-    `heads`: the last but one. Large feature maps, (b, h, w, c) or their pixels (b, p, ...), have
-    rows split over `model` instead, in any of these. `tokens` and `keys` are `batch` and `heads` of
-    what all pixels attend to, and never split so. An axis that does not split evenly stays whole.
+    `p`, flattened pixels, needs the rows `h` of the feature map: p alone does not tell 64 x 16
+    from 16 x 64, and both forms of one map must be split alike. Raises ValueError if the names do
+    not fit the array.
     """
+    names = _axes(axes, x.shape, h)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    axes: list[str | None] = [None] * x.ndim
-    axes[0] = DATA
-    pixels = x.ndim == 3 or role == "heads"
-    many = x.ndim > 2 and x.shape[1] >= (ROWS_FROM**2 if pixels else ROWS_FROM)
-    if many and role not in ("tokens", "keys") and x.shape[1] % mesh.shape[MODEL] == 0:
-        axes[1] = MODEL
-    elif role not in ("batch", "tokens"):
-        axes[-1 if role == "channels" else -2] = MODEL
-    even = (a if a and n % mesh.shape[a] == 0 else None for a, n in zip(axes, x.shape, strict=True))
-    return jax.lax.with_sharding_constraint(x, P(*even))
+    spec: list[str | None] = []
+    for name, size in zip(names, x.shape, strict=True):
+        rows = {"h": size, "p": h}.get(name)
+        even = AXES[name] and (rows or size) % mesh.shape[AXES[name]] == 0
+        large = rows is None or rows >= ROWS_FROM
+        spec.append(AXES[name] if even and large and AXES[name] not in spec else None)
+    return jax.lax.with_sharding_constraint(x, P(*spec))
+
+
+def _axes(axes: str, shape: tuple[int, ...], h: int | None) -> list[str]:
+    """The names, one per axis of the array."""
+    names = axes.split()
+    if names[-1:] == ["..."]:
+        names[-1:] = "_" * (len(shape) - len(names) + 1)
+    if len(names) != len(shape):
+        raise ValueError(f"axes = {axes!r} do not fit an array of shape {shape}.")
+    unknown = [name for name in names if name not in AXES]
+    if unknown:
+        raise ValueError(f"axes = {axes!r}: {unknown[0]!r} is not one of {', '.join(AXES)}.")
+    if "p" in names and (h is None or shape[names.index("p")] % h):
+        raise ValueError(
+            f"axes = {axes!r}, shape {shape}: p needs h=, the rows of the feature map; got h={h}."
+        )
+    return names
 
 
 def splits(size: int) -> bool:
-    """Whether an axis of so many channels or heads is split over `model` on the mesh in use."""
+    """Whether `model` has several devices, and an axis of this size splits evenly over them."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.shape.get(MODEL, 1) > 1 and size % mesh.shape[MODEL] == 0
 

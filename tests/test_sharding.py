@@ -112,43 +112,113 @@ def test_rows_are_those_of_the_global_batch():
     assert int(here.largest(7)) == 7
 
 
-def test_constrain_places_on_a_mesh_and_is_the_identity_without():
-    x = jnp.ones((8, 6, 4, 16))
-    assert constrain(x, "channels") is x
-    here = layout("2x4")
-    put = jax.jit(lambda x, role: constrain(x, role) + 0, static_argnums=1)
+def placed(here: Layout, shape: tuple[int, ...], axes: str, **kwargs) -> jax.sharding.Sharding:
+    """Where `constrain` places an array that was replicated."""
+    x = jax.device_put(np.ones(shape, np.float32), here.replicated)
     with here.use():
+        return jax.jit(lambda x: constrain(x, axes, **kwargs) + 0)(x).sharding
+
+
+def assert_placed(shape: tuple[int, ...], axes: str, spec: jax.P, **kwargs) -> None:
+    here = layout("2x4")
+    got = placed(here, shape, axes, **kwargs)
+    assert got.is_equivalent_to(here.named(spec), len(shape)), (shape, axes, got)
+
+
+def test_constrain_is_the_identity_without_a_mesh():
+    x = jnp.ones((8, 6, 4, 16))
+    assert constrain(x, "b h w c") is x
+    with layout("2x4").use():
         assert sharding.splits(8) and not sharding.splits(6)
-        placed = jax.device_put(x, here.replicated)
-        for role, spec in {
-            "batch": P("data"),
-            "channels": P("data", None, None, "model"),
-            "heads": P("data", None, "model"),
-        }.items():
-            assert put(placed, role).sharding.is_equivalent_to(here.named(spec), 4)
-        assert put(placed[:3], "batch").sharding.is_fully_replicated  # 3 rows do not split
     assert not sharding.splits(8)
 
 
+@pytest.mark.parametrize(
+    ("shape", "axes", "spec"),
+    [
+        ((8, 6, 4, 16), "b h w _", P("data")),
+        ((8, 6, 4, 16), "b h w c", P("data", None, None, "model")),
+        ((8, 6, 4, 16), "b m n k", P("data", None, "model")),
+        ((8, 6, 16), "b m c", P("data", None, "model")),
+        ((8, 6, 16), "b l d", P("data")),
+        ((8, 16), "b c", P("data", "model")),
+        ((8,), "b ...", P("data")),
+        ((8, 4, 4, 4), "b ...", P("data")),
+        ((3, 6, 4, 16), "b h w _", P()),  # 3 rows do not split
+        ((3, 6, 4, 15), "b h w c", P()),
+    ],
+)
+def test_activations_are_split_by_the_names_of_their_axes(shape, axes, spec):
+    assert_placed(shape, axes, spec)
+
+
 def test_large_feature_maps_are_split_by_rows(monkeypatch):
-    """Whatever their role; what all pixels attend to is not."""
+    """In every form; what all pixels attend to is not."""
     monkeypatch.setattr(sharding, "ROWS_FROM", 16)
-    here = layout("2x4")
-    put = jax.jit(lambda x, role: constrain(x, role) + 0, static_argnums=1)
-    for shape, role, spec in (
-        ((2, 16, 16, 8), "channels", P("data", "model")),
-        ((2, 16, 16, 8), "batch", P("data", "model")),
-        ((2, 8, 8, 8), "channels", P("data", None, None, "model")),
-        ((2, 18, 18, 8), "channels", P("data", None, None, "model")),  # 18 do not split
-        ((2, 256, 8), "batch", P("data", "model")),
-        ((2, 256, 4, 8), "heads", P("data", "model")),
-        ((2, 255, 4, 8), "heads", P("data", None, "model")),
-        ((2, 256, 8), "tokens", P("data")),
-        ((2, 256, 4, 8), "keys", P("data", None, "model")),
+    for shape, axes, spec in (
+        ((2, 16, 16, 8), "b h w c", P("data", "model")),
+        ((2, 16, 16, 8), "b h w _", P("data", "model")),
+        ((2, 16, 16, 8), "b ...", P("data")),
+        ((2, 8, 8, 8), "b h w c", P("data", None, None, "model")),
+        ((2, 18, 18, 8), "b h w c", P("data", None, None, "model")),  # 18 do not split
+        ((2, 256, 8), "b m _", P("data")),
+        ((2, 256, 4, 8), "b m n k", P("data", None, "model")),
     ):
-        with here.use():
-            got = put(jax.device_put(np.ones(shape, np.float32), here.replicated), role).sharding
-        assert got.is_equivalent_to(here.named(spec), len(shape)), (shape, role, got)
+        assert_placed(shape, axes, spec)
+    assert_placed((2, 256, 8), "b p _", P("data", "model"), h=16)
+    assert_placed((2, 256, 8), "b p c", P("data", "model"), h=16)
+    assert_placed((2, 256, 4, 8), "b p n k", P("data", "model"), h=16)
+    assert_placed((2, 225, 4, 8), "b p n k", P("data", None, "model"), h=15)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "by_rows"), [(64, 16, True), (16, 64, False), (34, 32, False)]
+)
+def test_flattened_pixels_are_split_as_their_feature_map(height, width, by_rows):
+    """34 rows do not split over 4 devices, and 34 * 32 pixels are not split either."""
+    rest = P("data", "model") if by_rows else P("data", None, None, "model")
+    assert_placed((2, height, width, 8), "b h w c", rest)
+    assert_placed((2, height, width, 8), "b h w _", P(*rest[:2]))
+    pixels, h = height * width, height
+    assert_placed((2, pixels, 8), "b p c", P(*rest[:2], *rest[3:]), h=h)
+    assert_placed((2, pixels, 8), "b p _", P(*rest[:2]), h=h)
+    heads = P("data", "model") if by_rows else P("data", None, "model")
+    assert_placed((2, pixels, 4, 8), "b p n k", heads, h=h)
+
+
+def test_tokens_are_never_split_however_many():
+    for name in "ml":
+        assert_placed((2, 2048, 8), f"b {name} d", P("data"))
+        assert_placed((2, 2048, 8), f"b {name} c", P("data", None, "model"))
+        assert_placed((2, 2048, 4, 8), f"b {name} n k", P("data", None, "model"))
+
+
+def test_videos_are_split_as_their_frames():
+    for height, at_rest, gathered in (
+        (32, P("data", None, "model"), P("data", None, "model")),
+        (16, P("data", None, None, None, "model"), P("data")),
+    ):
+        assert_placed((2, 64, height, 4, 8), "b f h w c", at_rest)
+        assert_placed((2, 64, height, 4, 8), "b f h w _", gathered)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes", "h", "message"),
+    [
+        ((2, 4, 4, 8), "b h w", None, "do not fit an array of shape"),
+        ((2, 16, 8), "b h w c", None, "do not fit"),
+        ((2,), "b c ...", None, "do not fit"),
+        ((), "b ...", None, "do not fit"),
+        ((2, 16, 8), "batch p c", None, "'batch' is not one of"),
+        ((2, 16, 8), "b ... c", None, "'...' is not one of"),
+        ((2, 16, 8), "b p c", None, "p needs h="),
+        ((2, 16, 8), "b p c", 3, "p needs h=.*got h=3"),
+    ],
+)
+def test_names_that_do_not_fit_the_array(shape, axes, h, message):
+    """With a mesh or without."""
+    with pytest.raises(ValueError, match=message):
+        constrain(jnp.ones(shape), axes, h=h)
 
 
 def test_a_sharded_text_encoder_is_the_same():

@@ -152,8 +152,12 @@ def _loss(stage: Stage, settings: Optimization) -> Callable:
 
 
 def _split_rows(tree: PyTree) -> PyTree:
-    """Rows split over the devices, of everything that has rows."""
-    return jax.tree.map(lambda x: constrain(x, "batch") if x.ndim else x, tree)
+    """Splits the batch over the devices. Arrays of four axes are images, scalars have no batch."""
+
+    def split(x: Array) -> Array:
+        return constrain(x, "b h w _" if x.ndim == 4 else "b ...") if x.ndim else x
+
+    return jax.tree.map(split, tree)
 
 
 def _accumulated(

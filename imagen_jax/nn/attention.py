@@ -7,6 +7,9 @@ Keys and values of conditioning tokens come in two parts. Time tokens change at 
 step and are projected in the layer. Text tokens do not: `project_context` yields their keys and
 values once, and the layer takes them as given. Keys are a set, so the parts are simply
 concatenated.
+
+Pixels are a feature map of `h` rows, flattened. Layers take `h` because `constrain` shards pixels
+as it shards the feature map.
 """
 
 from typing import NamedTuple
@@ -36,9 +39,15 @@ class KeyValue(NamedTuple):
 
 
 def attend(
-    q: Float[Array, "b p n k"], k: Float[Array, "b m n2 k"], v: Float[Array, "b m n2 k"]
+    q: Float[Array, "b p n k"],
+    k: Float[Array, "b m n2 k"],
+    v: Float[Array, "b m n2 k"],
+    *,
+    h: int | None = None,
 ) -> Float[Array, "b p nk"]:
     """Softmax attention, heads merged; one key head may serve all query heads.
+
+    The queries are pixels of `h` rows, or tokens (None).
 
     With one key head a head's query is a query like any other: n heads of p queries are p * n
     queries, and both products are of matrices, without transposes to and from heads. Heads that
@@ -52,21 +61,32 @@ def attend(
         out = jnp.einsum("bqm,bmk->bqk", weights, v)
     else:
         out = jax.nn.dot_product_attention(q, k, v, scale=SCALE)
-    return constrain(out.reshape(b, p, -1), "channels")
+    return constrain(out.reshape(b, p, -1), f"{_queries(h)} c", h=h)
 
 
-def split_heads(x: Float[Array, "b p nk"], heads: int) -> Float[Array, "b p n k"]:
-    """Channels as heads. Where devices cannot share the heads evenly, each gets all of them first:
-    to split an axis that lies across devices into (2, ...) is the partitioner trap."""
-    x = constrain(x, "channels" if splits(heads) else "batch")
-    return constrain(rearrange(x, "b p (n k) -> b p n k", n=heads), "heads")
+def _queries(h: int | None) -> str:
+    return "b m" if h is None else "b p"
+
+
+def split_heads(
+    x: Float[Array, "b p nk"], heads: int, *, h: int | None = None
+) -> Float[Array, "b p n k"]:
+    """Channels as heads, of the pixels of `h` rows or of tokens (None).
+
+    Where the heads do not split evenly over the devices, all of them are gathered first: the
+    partitioner gets a reshape of a sharded axis to (2, ...) wrong.
+    """
+    axes = _queries(h)
+    x = constrain(x, f"{axes} c" if splits(heads) else f"{axes} _", h=h)
+    return constrain(rearrange(x, "b p (n k) -> b p n k", n=heads), f"{axes} n k", h=h)
 
 
 def split_kv(kv: Float[Array, "b m nk2"], heads: int) -> KeyValue:
-    """Fused keys and values apart by a split: a reshape to (2, heads) is a partitioner trap."""
-    kv = jnp.split(constrain(kv, "tokens"), 2, axis=-1)
+    """Separates fused keys and values by a split: the partitioner gets a reshape of a sharded axis
+    to (2, heads) wrong. No device can do without a key, so `m` is never sharded, pixels or not."""
+    kv = jnp.split(constrain(kv, "b m _"), 2, axis=-1)
     k, v = (rearrange(a, "b m (n k) -> b m n k", n=heads) for a in kv)
-    return KeyValue(constrain(k, "keys"), constrain(v, "keys"))
+    return KeyValue(constrain(k, "b m n k"), constrain(v, "b m n k"))
 
 
 def join(parts: list[KeyValue]) -> KeyValue:
@@ -126,17 +146,18 @@ class Attention(nnx.Module):
         return split_kv(self.to_context(self.context_norm(tokens)), 1)
 
     def __call__(
-        self, x: Pixels, tokens: Tokens | None = None, text: KeyValue | None = None
+        self, x: Pixels, tokens: Tokens | None = None, text: KeyValue | None = None, *, h: int
     ) -> Pixels:
-        x = self.norm(constrain(x, "batch"))
-        q = split_heads(self.to_q(x), self.heads)
+        x = self.norm(constrain(x, "b p _", h=h))
+        q = split_heads(self.to_q(x), self.heads, h=h)
         parts = [null_key_value(self.null_kv[...], x, 1), split_kv(self.to_kv(x), 1)]
         if tokens is not None:
             parts.append(self.project_context(tokens))
         if text is not None:
             parts.append(text)
         k, v = join(parts)
-        return self.norm_out(constrain(self.to_out(attend(*self.qk_norm(q, k), v)), "channels"))
+        out = self.to_out(attend(*self.qk_norm(q, k), v, h=h))
+        return self.norm_out(constrain(out, "b p c", h=h))
 
 
 class CrossAttention(nnx.Module):
@@ -173,18 +194,20 @@ class CrossAttention(nnx.Module):
     def project_context(self, tokens: Tokens) -> KeyValue:
         return split_kv(self.to_kv(tokens), self.heads)
 
-    def __call__(self, x: Pixels, tokens: Tokens, text: KeyValue | None = None) -> Pixels:
-        x = self.norm(constrain(x, "batch"))
-        q = split_heads(self.to_q(x), self.heads)
+    def __call__(
+        self, x: Pixels, tokens: Tokens, text: KeyValue | None = None, *, h: int
+    ) -> Pixels:
+        x = self.norm(constrain(x, "b p _", h=h))
+        q = split_heads(self.to_q(x), self.heads, h=h)
         parts = [null_key_value(self.null_kv[...], x, self.heads), self.project_context(tokens)]
         if text is not None:
             parts.append(text)
         k, v = join(parts)
         if self.linear_attn:
-            out = linear_attend(q, k, v, scale=SCALE)
+            out = linear_attend(q, k, v, h=h, scale=SCALE)
         else:
-            out = attend(*self.qk_norm(q, k), v)
-        return self.norm_out(constrain(self.to_out(out), "channels"))
+            out = attend(*self.qk_norm(q, k), v, h=h)
+        return self.norm_out(constrain(self.to_out(out), "b p c", h=h))
 
 
 def linear_attend(
@@ -192,13 +215,14 @@ def linear_attend(
     k: Float[Array, "b m n k"],
     v: Float[Array, "b m n k"],
     *,
+    h: int,
     scale: float,
 ) -> Float[Array, "b p nk"]:
     """Efficient attention (Shen et al., 2018): softmax(q) (softmax(k)^T v), linear in p and m."""
     q = jax.nn.softmax(q.astype(jnp.float32), axis=-1).astype(v.dtype) * scale
     k = jax.nn.softmax(k.astype(jnp.float32), axis=1).astype(v.dtype)
     context = jnp.einsum("bmnk,bmne->bnke", k, v)
-    out = constrain(jnp.einsum("bpnk,bnke->bpne", q, context), "heads")
+    out = constrain(jnp.einsum("bpnk,bnke->bpne", q, context), "b p n k", h=h)
     return rearrange(out, "b p n e -> b p (n e)")
 
 
@@ -249,7 +273,7 @@ class LinearAttention(nnx.Module):
         key: PRNGKey | None = None,
     ) -> Float[Array, "b h w c"]:
         h, w = x.shape[1:3]
-        x = self.norm(constrain(x, "batch"))
+        x = self.norm(constrain(x, "b h w _"))
         keys = (None,) * 3 if key is None else jax.random.split(key, 3)
         q, k, v = (
             split_heads(
@@ -257,6 +281,7 @@ class LinearAttention(nnx.Module):
                     depthwise(pointwise(dropout(x, self.DROPOUT, part_key))), "b h w c -> b (h w) c"
                 ),
                 self.heads,
+                h=h,
             )
             for (pointwise, depthwise), part_key in zip(
                 (self.to_q, self.to_k, self.to_v), keys, strict=True
@@ -265,6 +290,6 @@ class LinearAttention(nnx.Module):
         parts = [KeyValue(k, v), self.project_context(tokens)]
         if text is not None:
             parts.append(text)
-        out = linear_attend(q, *join(parts), scale=q.shape[-1] ** -0.5)
+        out = linear_attend(q, *join(parts), h=h, scale=q.shape[-1] ** -0.5)
         out = nnx.silu(rearrange(out, "b (h w) c -> b h w c", h=h, w=w))
-        return self.norm_out(constrain(self.to_out(out), "channels"))
+        return self.norm_out(constrain(self.to_out(out), "b h w c"))

@@ -29,7 +29,7 @@ class ConvBlock(nnx.Module):
         if scale_shift is not None:
             scale, shift = scale_shift
             x = x * (scale + 1) + shift
-        return constrain(self.project(nnx.silu(x)), "channels")
+        return constrain(self.project(nnx.silu(x)), "b h w c")
 
 
 class GlobalContext(nnx.Module):
@@ -96,15 +96,15 @@ class ResnetBlock(nnx.Module):
         tokens: Tokens | None = None,
         text: KeyValue | None = None,
     ) -> Float[Array, "b h w c_out"]:
-        whole = constrain(x, "batch")
-        h = self.block1(whole)
+        gathered = constrain(x, "b h w _")
+        h = self.block1(gathered)
         if self.cross_attn is not None:
             pixels = rearrange(h, "b h w c -> b (h w) c")
-            h = h + self.cross_attn(pixels, tokens, text).reshape(h.shape)
-        # Whole until it is split: halves of an axis that lies across devices lie on half of them.
-        halves = jnp.split(constrain(self.time_mlp(nnx.silu(t)), "batch"), 2, axis=-1)
-        scale, shift = (constrain(half, "channels")[:, None, None, :] for half in halves)
+            h = h + self.cross_attn(pixels, tokens, text, h=h.shape[1]).reshape(h.shape)
+        # Gathered before the split: half of an axis that is sharded is on half of the devices.
+        halves = jnp.split(constrain(self.time_mlp(nnx.silu(t)), "b _"), 2, axis=-1)
+        scale, shift = (constrain(half, "b c")[:, None, None, :] for half in halves)
         h = self.block2(h, (scale, shift))
         if self.gca is not None:
             h = h * self.gca(h)
-        return h + (x if self.res_conv is None else constrain(self.res_conv(whole), "channels"))
+        return h + (x if self.res_conv is None else constrain(self.res_conv(gathered), "b h w c"))

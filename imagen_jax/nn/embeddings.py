@@ -23,8 +23,8 @@ class TimeEmbedding(nnx.Module):
 
     def __call__(self, log_snr: LogSNR) -> tuple[Float[Array, "b k"], Float[Array, "b r d"]]:
         hiddens = nnx.silu(self.to_hiddens(self.fourier(log_snr)))
-        tokens = constrain(self.to_tokens(hiddens), "batch")
-        return constrain(self.to_cond(hiddens), "batch"), tokens.reshape(
+        tokens = constrain(self.to_tokens(hiddens), "b d")
+        return constrain(self.to_cond(hiddens), "b d"), tokens.reshape(
             tokens.shape[0], self.tokens, -1
         )
 
@@ -38,4 +38,4 @@ class TextEmbedding(nnx.Module):
         self.project = linear(c_out, c_out, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b d"]) -> Float[Array, "b k"]:
-        return constrain(self.project(nnx.silu(self.expand(self.norm(x)))), "batch")
+        return constrain(self.project(nnx.silu(self.expand(self.norm(x)))), "b d")

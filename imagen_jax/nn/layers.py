@@ -197,10 +197,10 @@ class CrossEmbed(nnx.Module):
         )
 
     def __call__(self, x: Float[Array, "b h w c_in"]) -> Float[Array, "b h2 w2 c_out"]:
-        # Of parts split over devices, a concatenation would have to deal all channels anew.
-        x = constrain(x, "batch")
-        parts = [constrain(conv(x), "batch") for conv in self.convs]
-        return constrain(jnp.concatenate(parts, axis=-1), "channels")
+        # Concatenating parts split over devices would have to distribute all channels again.
+        x = constrain(x, "b h w _")
+        parts = [constrain(conv(x), "b h w _") for conv in self.convs]
+        return constrain(jnp.concatenate(parts, axis=-1), "b h w c")
 
 
 class PixelUnshuffle(nnx.Module):
@@ -215,7 +215,7 @@ class PixelUnshuffle(nnx.Module):
 
     def __call__(self, x: Float[Array, "b h w c_in"]) -> Float[Array, "b h2 w2 c_out"]:
         x = rearrange(x, "b (h i) (w j) c -> b h w (c i j)", i=2, j=2)
-        return constrain(self.conv(x), "channels")
+        return constrain(self.conv(x), "b h w c")
 
 
 class PixelShuffle(nnx.Module):
@@ -241,9 +241,9 @@ class PixelShuffle(nnx.Module):
         )
 
     def __call__(self, x: Float[Array, "b h w c_in"]) -> Float[Array, "b h2 w2 c_out"]:
-        x = nnx.silu(self.conv(constrain(x, "batch")))
-        x = constrain(x, "channels" if splits(self.c_out) else "batch")
-        return constrain(rearrange(x, "b h w (c i j) -> b (h i) (w j) c", i=2, j=2), "channels")
+        x = nnx.silu(self.conv(constrain(x, "b h w _")))
+        x = constrain(x, "b h w c" if splits(self.c_out) else "b h w _")
+        return constrain(rearrange(x, "b h w (c i j) -> b (h i) (w j) c", i=2, j=2), "b h w c")
 
 
 class NearestUpsample(nnx.Module):
@@ -254,7 +254,7 @@ class NearestUpsample(nnx.Module):
 
     def __call__(self, x: Float[Array, "b h w c_in"]) -> Float[Array, "b h2 w2 c_out"]:
         x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
-        return constrain(self.project(x), "channels")
+        return constrain(self.project(x), "b h w c")
 
 
 class ConvPair(nnx.Module):
@@ -265,7 +265,7 @@ class ConvPair(nnx.Module):
         self.point = conv(c_in, c_out, 1, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b h w c_in"]) -> Float[Array, "b h w c_out"]:
-        return constrain(self.wide(x) + self.point(x), "channels")
+        return constrain(self.wide(x) + self.point(x), "b h w c")
 
 
 def dropout(x: Float[Array, "*s"], rate: float, key: PRNGKey | None) -> Float[Array, "*s"]:

@@ -35,10 +35,11 @@ class FeedForward(nnx.Module):
         self.norm_hidden = LayerNorm(hidden, rngs=rngs)
         self.contract = linear(hidden, dim, use_bias=False, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "*s c"]) -> Float[Array, "*s c"]:
-        h = constrain(self.expand(self.norm_in(constrain(x, "batch"))), "channels")
-        h = self.norm_hidden(nnx.gelu(h, approximate=False))
-        return constrain(self.contract(h), "channels")
+    def __call__(self, x: Float[Array, "*s c"], axes: str = "b h w") -> Float[Array, "*s c"]:
+        """`axes` are the names of `*s`; see `sharding`."""
+        x = self.norm_in(constrain(x, f"{axes} _"))
+        hidden = nnx.gelu(constrain(self.expand(x), f"{axes} c"), approximate=False)
+        return constrain(self.contract(self.norm_hidden(hidden)), f"{axes} c")
 
 
 class TransformerLayer(nnx.Module):
@@ -94,7 +95,8 @@ class Transformer(nnx.Module):
                 x = layer.attn(x, tokens, layer_text, key=layer_key) + x
             else:
                 pixels = rearrange(x, "b h w c -> b (h w) c")
-                x = (layer.attn(pixels, tokens, layer_text) + pixels).reshape(shape)
+                out = layer.attn(pixels, tokens, layer_text, h=shape[1])
+                x = (out + pixels).reshape(shape)
             x = layer.ff(x) + x
         return x
 
@@ -118,9 +120,9 @@ class PerceiverLayer(nnx.Module):
         y = self.norm_latents(latents)
         q = split_heads(self.to_q(y), self.heads)
         k, v = split_kv(self.to_kv(jnp.concatenate([self.norm(x), y], axis=1)), self.heads)
-        out = constrain(self.to_out(attend(*self.qk_norm(q, k), v)), "batch")
+        out = constrain(self.to_out(attend(*self.qk_norm(q, k), v)), "b m d")
         latents = self.norm_out(out) + latents
-        return constrain(self.ff(latents), "batch") + latents
+        return constrain(self.ff(latents, "b m"), "b m d") + latents
 
 
 class PerceiverResampler(nnx.Module):
@@ -155,7 +157,7 @@ class PerceiverResampler(nnx.Module):
 
     def __call__(self, x: Float[Array, "b l d"]) -> Tokens:
         b, length, d = x.shape
-        mean = constrain(self.to_mean_latents(self.mean_norm(jnp.mean(x, axis=1))), "batch")
+        mean = constrain(self.to_mean_latents(self.mean_norm(jnp.mean(x, axis=1))), "b d")
         learned = jnp.broadcast_to(self.latents[...].astype(x.dtype), (b, *self.latents.shape))
         latents = jnp.concatenate([mean.reshape(b, self.MEAN_LATENTS, d), learned], axis=1)
         x = x + self.pos_emb[...][:length].astype(x.dtype)

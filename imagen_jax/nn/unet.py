@@ -159,7 +159,7 @@ class Unet(nnx.Module):
                 f"text_embed_dim = {self.config.text_embed_dim}."
             )
         length = self.config.max_text_len
-        tokens = constrain(self.text_to_cond(jnp.asarray(text_embeds)), "batch")[:, :length]
+        tokens = constrain(self.text_to_cond(jnp.asarray(text_embeds)), "b l d")[:, :length]
         missing = length - tokens.shape[1]
         tokens = jnp.pad(tokens, ((0, 0), (0, missing), (0, 0)))
         keep = jnp.asarray(keep_mask)[:, None]
@@ -209,7 +209,7 @@ class Unet(nnx.Module):
             keep_mask = _keep_mask(x.shape[0], cond_drop_prob, keep_mask, key)
             text_cond = self.encode_text(text_embeds, text_mask, keep_mask=keep_mask)
         x = self._inputs(x, lowres_cond_img, cond_images, self_cond)
-        residual = x = constrain(self.init_conv(x), "channels")
+        residual = x = constrain(self.init_conv(x), "b h w c")
 
         t, tokens = self.time(time)
         if self.lowres_time is not None:
@@ -276,7 +276,7 @@ class Unet(nnx.Module):
             cond_images = jnp.asarray(cond_images)
             parts.insert(0, resize(cond_images, x.shape[1:3], mode=config.resize_mode))
         x = jnp.concatenate([jnp.asarray(part, self.dtype) for part in parts], axis=-1)
-        return constrain(x, "batch")
+        return constrain(x, "b h w _")
 
     def _trunk(
         self,
@@ -350,7 +350,7 @@ class Unet(nnx.Module):
             x = self._run(self.final_res_block, x, t)
         if lowres is not None:
             x = _join([x, jnp.asarray(lowres, x.dtype)])
-        return constrain(self.final_conv(x), "batch")
+        return constrain(self.final_conv(x), "b h w _")
 
     def _run(
         self, block: nnx.Module, x: Array, *args, skip: Array | None = None, **kwargs
@@ -374,7 +374,7 @@ class NullUnet(nnx.Module):
 
 def _join(parts: list[Array]) -> Array:
     """Channels side by side, whole: split ones would have to be dealt to the devices anew."""
-    return jnp.concatenate([constrain(part, "batch") for part in parts], axis=-1)
+    return jnp.concatenate([constrain(part, "b h w _") for part in parts], axis=-1)
 
 
 def _keep_mask(

@@ -126,15 +126,15 @@ class Attention(nnx.Module):
         self, x: Float[Array, "b l d"], bias: Float[Array, "#b n l l"]
     ) -> Float[Array, "b l d"]:
         heads = (*x.shape[:2], self.heads, -1)
-        role = "channels" if splits(self.heads) else "batch"
+        axes = "b l c" if splits(self.heads) else "b l _"
         q, k, v = (
-            constrain(constrain(project(x), role).reshape(heads), "heads")
+            constrain(constrain(project(x), axes).reshape(heads), "b l n k")
             for project in (self.q, self.k, self.v)
         )
         logits = jnp.einsum("blnk,bmnk->bnlm", q, k, preferred_element_type=jnp.float32)
         weights = jax.nn.softmax(logits + bias, axis=-1).astype(v.dtype)
         out = jnp.einsum("bnlm,bmnk->blnk", weights, v).reshape(*x.shape[:2], -1)
-        return constrain(self.o(out), "batch")
+        return constrain(self.o(out), "b l d")
 
 
 class FeedForward(nnx.Module):
@@ -163,7 +163,7 @@ class FeedForward(nnx.Module):
             hidden = nnx.gelu(self.wi_0(x), approximate=True) * self.wi_1(x)
         else:
             hidden = nnx.relu(self.wi(x))
-        return constrain(self.wo(constrain(hidden, "channels")), "batch")
+        return constrain(self.wo(constrain(hidden, "b l c")), "b l d")
 
 
 class Block(nnx.Module):
@@ -206,7 +206,7 @@ class T5Encoder(nnx.Module):
         )
         bias = self.position_bias[...].astype(jnp.float32)[buckets].transpose(2, 0, 1)
         bias = jnp.where(mask[:, None, None, :], bias, jnp.finfo(jnp.float32).min)
-        x = constrain(self.embedding[...][tokens].astype(jnp.float32), "batch")
+        x = constrain(self.embedding[...][tokens].astype(jnp.float32), "b l d")
         for block in self.blocks:
             x = block(x, bias)
         return self.norm(x)
@@ -234,4 +234,4 @@ def encode(
     graphdef, _ = abstract_encoder(config, params["embedding"].dtype)
     mask = jnp.asarray(tokens) != 0
     embeds = nnx.merge(graphdef, params)(tokens, mask)
-    return constrain(jnp.where(mask[:, :, None], embeds, 0), "batch"), mask
+    return constrain(jnp.where(mask[:, :, None], embeds, 0), "b l d"), mask
