@@ -10,8 +10,9 @@ Sizes are (height, width), in that order everywhere; one integer means a square.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
+from imagen_jax.diffusion.edm import EDM, RawTimeVP
 from imagen_jax.diffusion.losses import Loss, Objective
 from imagen_jax.diffusion.process import Process
 from imagen_jax.diffusion.samplers import Options
@@ -45,7 +46,9 @@ T5_WIDTHS = {
 class ElucidatedConfig(Config):
     """Hyper-parameters of the reference's `ElucidatedImagen` (Karras et al., 2022).
 
-    One value, or one per U-Net. They convert both ways; no loss or sampler uses them yet.
+    One value, or one per U-Net. `lowres_conditioning` is ours: what super-resolution is given for
+    the noise of the low-resolution image in sampling. `log_snr` is what training gave; `time` is
+    what the reference gives there by mistake, to repeat its images.
     """
 
     num_sample_steps: int | tuple[int, ...] = 32
@@ -59,9 +62,15 @@ class ElucidatedConfig(Config):
     S_tmin: Real | tuple[Real, ...] = 0.05
     S_tmax: Real | tuple[Real, ...] = 50
     S_noise: Real | tuple[Real, ...] = 1.003
+    lowres_conditioning: Literal["log_snr", "time"] = "log_snr"
 
     def __post_init__(self):
         self._check_types()
+
+    def of_stage(self, i: int, *names: str) -> dict[str, float]:
+        """The values of these fields for U-Net i (from 0)."""
+        values = {name: getattr(self, name) for name in names}
+        return {name: float(v[i] if isinstance(v, tuple) else v) for name, v in values.items()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,6 +141,11 @@ class ImagenConfig(Config):
             value = getattr(self, name)
             if isinstance(value, tuple) and len(value) != count:
                 raise ValueError(f"{name} = {value} has {len(value)} entries for {count} unets.")
+        for name, value in vars(self.elucidated).items() if self.elucidated else ():
+            if isinstance(value, tuple) and len(value) != count:
+                raise ValueError(
+                    f"elucidated.{name} = {value} has {len(value)} entries for {count} unets."
+                )
         schedules = self.noise_schedules
         if isinstance(schedules, tuple) and len(schedules) > count:
             raise ValueError(
@@ -153,6 +167,9 @@ class ImagenConfig(Config):
         ):
             if not lo <= getattr(self, name) <= hi:
                 raise ValueError(f"{name} = {getattr(self, name)} must lie in [{lo}, {hi}].")
+        if self.elucidated is not None:
+            for i in range(len(self.unets)):
+                self._process(i).grid(1)  # refuses an empty range of noise
         if min(self.per_stage("timesteps")) < 1:
             raise ValueError(f"timesteps = {self.timesteps} must be positive.")
         number = self.only_train_unet_number
@@ -230,12 +247,16 @@ class ImagenConfig(Config):
 
     def sampling_defaults(self, unet_number: int) -> SamplingDefaults:
         """The numbers that sampling U-Net `unet_number` takes unless others are given."""
-        i = self._index(unet_number)
+        i, own = self._index(unet_number), self.elucidated
+        steps, options = self.per_stage("timesteps")[i], Options()
+        if own is not None:
+            steps = int(own.of_stage(i, "num_sample_steps")["num_sample_steps"])
+            options = Options(**own.of_stage(i, "S_churn", "S_tmin", "S_tmax", "S_noise"))
         return SamplingDefaults(
-            num_steps=self.per_stage("timesteps")[i],
+            num_steps=steps,
             percentile=self.dynamic_thresholding_percentile,
             lowres_noise_level=self.lowres_sample_noise_level,
-            options=Options(),
+            options=options,
         )
 
     def _index(self, unet_number: int) -> int:
@@ -245,10 +266,7 @@ class ImagenConfig(Config):
 
     def _process(self, i: int) -> Process:
         if self.elucidated is not None:
-            raise ValueError(
-                "this is an elucidated cascade (ElucidatedImagen): its loss and its sampler are "
-                "not here yet."
-            )
+            return EDM(**self.elucidated.of_stage(i, *_EDM))
         gamma = self.per_stage("min_snr_gamma")[i]
         return VP(
             schedule=self.per_stage("noise_schedules")[i],
@@ -261,10 +279,11 @@ class ImagenConfig(Config):
         if i == 0:
             return None
         process = VP(schedule=self.lowres_noise_schedule)
+        raw = self.elucidated is not None and self.elucidated.lowres_conditioning == "time"
         return LowRes(
             size=pair(self.image_sizes[i - 1]),
             process=process,
-            sampling_process=process,
+            sampling_process=RawTimeVP(schedule=process.schedule) if raw else process,
             per_sample=self.per_sample_random_aug_noise_level,
         )
 
@@ -277,6 +296,9 @@ class ImagenConfig(Config):
         if isinstance(data.get("elucidated"), Mapping):
             data = {**data, "elucidated": ElucidatedConfig.from_dict(data["elucidated"])}
         return super().from_dict(data)
+
+
+_EDM = [field.name for field in dataclasses.fields(EDM)]
 
 
 def _sizes(sizes: int | Size | tuple[int | Size, ...], count: int) -> tuple[int | Size, ...]:

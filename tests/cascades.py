@@ -15,6 +15,7 @@ import torch
 from imagen_jax import nn
 from imagen_jax.config import ImagenConfig, NullUnetConfig, UnetConfig
 from imagen_jax.imagen import Imagen
+from imagen_jax.interop.configuration import HYPER_PARAMETERS, NOT_ELUCIDATED
 from imagen_jax.interop.reference import import_imagen_pytorch
 from imagen_jax.training import Draws
 from tests import SMALLEST_UNET, parity
@@ -49,7 +50,13 @@ def theirs(config: ImagenConfig) -> torch.nn.Module:
     arguments = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     del arguments["unets"], arguments["text_encoder_name"], arguments["elucidated"]
     unets = [_networks(unet, i)[0] for i, unet in enumerate(config.unets)]
-    return import_imagen_pytorch().imagen_pytorch.Imagen(unets, **arguments).eval()
+    if config.elucidated is None:
+        return import_imagen_pytorch().imagen_pytorch.Imagen(unets, **arguments).eval()
+    for name in NOT_ELUCIDATED:
+        del arguments[name]
+    own = {name: getattr(config.elucidated, name) for name in HYPER_PARAMETERS}
+    module = import_imagen_pytorch().elucidated_imagen
+    return module.ElucidatedImagen(unets, **arguments | own).eval()
 
 
 def to_torch(value: Any) -> Any:

@@ -184,6 +184,7 @@ def test_mistakes_in_a_unet(fields, message):
         (dict(cond_drop_prob=1.5), "cond_drop_prob = 1.5 must lie in"),
         (dict(dynamic_thresholding_percentile=95), "dynamic_thresholding_percentile = 95"),
         (dict(timesteps=0), "timesteps = 0 must be positive"),
+        (dict(elucidated=dict(lowres_conditioning="raw")), "'raw' is not one of 'log_snr', 'time'"),
         (dict(only_train_unet_number=3), "only_train_unet_number = 3 is not in 1 .. 2"),
         (dict(text_encoder_name="my-t5"), "width of text_encoder_name = 'my-t5' is not known"),
     ],

@@ -6,6 +6,7 @@ A step takes x at a level to x' at the next, less noisy one. It may ask for the 
     ancestral   x' = mean + std z      of the posterior q(x' | x, x_0)                         (1)
     ddim        x' = alpha' x_0 + sqrt(sigma'^2 - s^2) eps + s z,
                 s = eta sigma' sqrt(1 - exp(l - l'))                                           (2)
+    heun        second order, with churn: heun.py
 
 (1): Ho et al. 2020, as imagen-pytorch samples; (2): Song et al. 2021, Eq. 12; eta = 1 is (1).
 
@@ -27,6 +28,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from imagen_jax.diffusion.guidance import threshold
+from imagen_jax.diffusion.heun import heun
 from imagen_jax.diffusion.process import (
     Level,
     Prediction,
@@ -71,6 +73,11 @@ class Options(NamedTuple):
 
     eta: Scalar = 0.0
     """Noise of `ddim`: 0 is deterministic, 1 ancestral."""
+    S_churn: Scalar = 0.0
+    """Noise of `heun`, by its names in the paper; 0 is deterministic."""
+    S_tmin: Scalar = 0.0
+    S_tmax: Scalar = float("inf")
+    S_noise: Scalar = 1.0
 
 
 class Step(NamedTuple):
@@ -127,6 +134,7 @@ def ddim(state: State, estimate: Estimate, step: Step) -> State:
 SAMPLERS: dict[str, Sampler] = {
     "ancestral": Sampler(ancestral),
     "ddim": Sampler(ddim),
+    "heun": Sampler(heun),
 }
 
 

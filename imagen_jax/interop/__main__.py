@@ -61,10 +61,11 @@ class FromTorch:
         print(f"{self.out}: {inspect.summary(source.config)}, weights {' and '.join(kept)}")
         for note in source.notes:
             print(f"note: {note}")
-        if source.config.elucidated is not None:
+        if source.config.elucidated is not None and len(source.config.unets) > 1:
             print(
-                "note: this is an elucidated cascade. Its networks and hyper-parameters are "
-                "converted; its loss and its sampler are not here yet."
+                "note: imagen-pytorch samples elucidated super-resolution with the wrong "
+                "conditioning of the low-resolution noise. Here it is right; to repeat its images, "
+                'set "lowres_conditioning": "time" under "elucidated" in config.json.'
             )
 
 

@@ -15,7 +15,11 @@ from imagen_jax.interop import infer
 
 UNET_CLASS_DEFAULTS = dict(text_embed_dim=768, attn_dim_head=32, attn_heads=16)
 CLASS_DEFAULTS = dict(cond_drop_prob=0.5)
-HYPER_PARAMETERS = [field.name for field in dataclasses.fields(ElucidatedConfig)]
+HYPER_PARAMETERS = [
+    field.name
+    for field in dataclasses.fields(ElucidatedConfig)
+    if field.name != "lowres_conditioning"  # ours alone
+]
 NOT_ELUCIDATED = (
     "timesteps",
     "loss_type",
@@ -113,7 +117,7 @@ def to_theirs(config: ImagenConfig) -> tuple[Kind, dict[str, Any]]:
         return "original", params
     for name in NOT_ELUCIDATED:
         del params[name]
-    return "elucidated", params | own
+    return "elucidated", params | {name: own[name] for name in HYPER_PARAMETERS}
 
 
 def complete(

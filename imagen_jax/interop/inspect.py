@@ -64,7 +64,7 @@ def _text(kind: str, config: ImagenConfig, rows: list[tuple], origin: Mapping | 
     if origin is not None:
         lines.append(f"imagen-pytorch {origin['version'] or 'of unknown version'}")
     if config.elucidated is not None:
-        lines.append("elucidated: its loss and its sampler are not here yet")
+        lines.append("elucidated (EDM)")
     for number, which, step, tree in rows:
         lines.append(f"U-Net {number}, {which:<6} step {step:>9,}: {_tensors(tree)}")
     missing = set(range(1, len(config.unets) + 1)) - {row[0] for row in rows}

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from imagen_jax.diffusion import process
+from imagen_jax.diffusion.edm import EDM
 from imagen_jax.diffusion.schedules import log_snr
 from imagen_jax.diffusion.vp import VP, x0_from_output
 
@@ -17,6 +18,7 @@ X0, NOISE = jax.random.normal(jax.random.key(0), (2, 4, 3, 5, 3))
 
 
 PROCESSES = {objective: VP(objective=objective) for objective in OBJECTIVES}
+PROCESSES["edm"] = EDM()
 RATIOS = jnp.array([7.0, 1.5, 0.7, 0.1])  # sigma / alpha
 
 

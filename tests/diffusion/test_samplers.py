@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from imagen_jax.diffusion import guidance, samplers
+from imagen_jax.diffusion.edm import EDM
 from imagen_jax.diffusion.process import Prediction, eps_from_x0
 from imagen_jax.diffusion.samplers import (
     SAMPLERS,
@@ -377,10 +378,15 @@ def sample_mixture(process, sampler, steps, count, key=0, **options):
         level = process.level(jnp.full((count,), grid.positions[0]))
         noise = jax.scipy.stats.norm.ppf(jnp.asarray(u))[:, None]
         state = samplers.start(SAMPLERS[sampler], process.prior(noise, level))
+
+        def answer(x, level):
+            if isinstance(process, EDM):  # the network sees c_in x
+                x = x * jnp.sqrt(level.sigma**2 + process.sigma_data**2)[:, None]
+            x0 = mixture(x, level)
+            return process.target(x0, eps_from_x0(x, x0, level), level)
+
         state = run_slice(
-            lambda x, level: process.target(
-                mixture(x, level), eps_from_x0(x, mixture(x, level), level), level
-            ),
+            answer,
             process,
             state,
             grid,
@@ -394,9 +400,10 @@ def sample_mixture(process, sampler, steps, count, key=0, **options):
         return u, np.asarray(state.x)[:, 0]
 
 
-LIMITS = {"v": V, "noise, linear": VP(schedule="linear"), "x_start": X_START}
-DETERMINISTIC = {"ddim": {}}
-STOCHASTIC = {"ancestral": {}, "ddim": dict(eta=0.7)}
+LIMITS = {"v": V, "noise, linear": VP(schedule="linear"), "x_start": X_START, "edm": EDM()}
+CHURN = dict(S_churn=40.0, S_tmin=0.05, S_tmax=50.0, S_noise=1.003)
+DETERMINISTIC = {"ddim": {}, "heun": {}}
+STOCHASTIC = {"ancestral": {}, "ddim": dict(eta=0.7), "heun": CHURN}
 
 
 @pytest.mark.parametrize("process", LIMITS)
