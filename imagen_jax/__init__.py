@@ -4,6 +4,7 @@ from imagen_jax.checkpoint import load, save
 from imagen_jax.config import ImagenConfig, NullUnetConfig, UnetConfig
 from imagen_jax.imagen import Draws, Imagen
 from imagen_jax.nn import NullUnet, Unet
+from imagen_jax.pipeline import Pipeline
 from imagen_jax.presets import BaseUnet64, SRUnet256, SRUnet1024
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "ImagenConfig",
     "NullUnet",
     "NullUnetConfig",
+    "Pipeline",
     "SRUnet256",
     "SRUnet1024",
     "Unet",

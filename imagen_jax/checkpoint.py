@@ -32,7 +32,7 @@ from imagen_jax import nn
 from imagen_jax.config import ImagenConfig, NullUnetConfig
 from imagen_jax.fields import first_difference
 from imagen_jax.imagen import Imagen
-from imagen_jax.sharding import Layout
+from imagen_jax.sharding import Layout, make_layout
 from imagen_jax.types import Params
 
 Weights = Literal["ema", "online"]
@@ -185,8 +185,11 @@ def load_params(
     weights: Weights = "ema",
     step: int | None = None,
     layout: Layout | None = None,
+    dtype: DTypeLike = jnp.float32,
 ) -> Params | None:
-    """One U-Net's parameters in float32, the newest or those of `step`; None if it has none.
+    """One U-Net's parameters, the newest or those of `step`; None if it has none.
+
+    `dtype` other than float32 is that of a network which is not trained (`nn.stored_dtypes`).
 
     They go where `layout` says, by default to one device. `ema` means the online parameters where
     no average was kept (`imagen_jax.save`).
@@ -197,7 +200,7 @@ def load_params(
         return None
     has_ema = (stage_path(run, unet_number) / str(step) / "ema").is_dir()
     item = "ema" if weights == "ema" and has_ema else "params"
-    shapes = nn.abstract(config)[1]
+    shapes = nn.stored_shapes(nn.abstract(config)[1], dtype)
     target = placed(shapes) if layout is None else layout.targets(shapes)
     return restore(run, unet_number, step, item, target)
 
@@ -213,20 +216,27 @@ def load(
     *,
     weights: Weights = "ema",
     dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
+    mesh: str | Layout | None = None,
     unet_numbers: Sequence[int] | None = None,
 ) -> Imagen:
     """The cascade of a run directory, with the newest weights of its U-Nets.
 
+    The networks compute in `dtype`. Parameters are read in `param_dtype`: float32 to train them,
+    `dtype` to sample alone, with the same results. `mesh`, as "8x1" or "auto", distributes them
+    over devices, each of which reads its part.
     `unet_numbers` chooses which to load. A U-Net that is not loaded, or was never trained, is a
     `NullUnet`, which `Imagen.sample` refuses. Raises ValueError if `run` holds no cascade.
     """
     config = read_config(run)
+    layout = make_layout(mesh) if isinstance(mesh, str) else mesh
+    read = dict(weights=weights, layout=layout, dtype=param_dtype)
     unets = []
     for number, unet in enumerate(config.unets, 1):
         wanted = unet_numbers is None or number in unet_numbers
-        params = load_params(run, number, weights=weights) if wanted else None
+        params = load_params(run, number, **read) if wanted else None
         unets.append(nn.NullUnet() if params is None else nn.bind(unet, params, dtype=dtype))
-    return Imagen(config, unets=unets)
+    return Imagen(config, unets=unets, layout=layout)
 
 
 def save(run: str | os.PathLike, imagen: Imagen, *, step: int = 0) -> None:

@@ -138,6 +138,10 @@ class Layout:
         """`batch`, or `replicated` if so many rows do not split evenly."""
         return self.replicated if count % self.mesh.shape[DATA] else self.batch
 
+    def split_rows(self, count: int) -> int:
+        """The smallest number of rows from `count` up that splits evenly over `data`."""
+        return -(-count // self.mesh.shape[DATA]) * self.mesh.shape[DATA]
+
     @property
     def replicated(self) -> NamedSharding:
         return self.named(P())
@@ -199,7 +203,7 @@ def single(device: jax.Device | None = None) -> Layout:
 def make_layout(
     text: str,
     *,
-    rows: int,
+    rows: int | None = None,
     min_size: int = MIN_SIZE,
     devices: Sequence[jax.Device] | None = None,
 ) -> Layout:
@@ -217,7 +221,7 @@ def make_layout(
         raise ValueError(
             f"--mesh {text}: {shape[0]}x{shape[1]} needs {needed} devices, found {count}."
         )
-    if rows % shape[0]:
+    if rows is not None and rows % shape[0]:
         raise ValueError(
             f"--mesh {text}: {rows} rows do not split evenly over {shape[0]} devices. Rows are "
             "--batch-size divided by --accumulate."
@@ -225,10 +229,10 @@ def make_layout(
     return Layout(_mesh(shape, devices[:needed]), min_size)
 
 
-def mesh_shape(text: str, *, count: int, rows: int) -> tuple[int, int]:
+def mesh_shape(text: str, *, count: int, rows: int | None) -> tuple[int, int]:
     """The shape that `text` asks for where there are `count` devices; see `make_layout`."""
     if text == "auto":
-        data = math.gcd(count, rows)
+        data = count if rows is None else math.gcd(count, rows)
         return data, count // data
     data, model = parse(text)
     if -1 not in (data, model):

@@ -11,6 +11,7 @@ import zlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int, Key
 
 from imagen_jax.types import PRNGKey
@@ -38,6 +39,18 @@ def row_keys(key: PRNGKey | RowKeys, count: int) -> RowKeys:
     if len(key) != count:
         raise ValueError(f"{len(key)} keys for a batch of {count}: give one key, or one a row.")
     return key
+
+
+def image_seeds(seed: int, count: int) -> list[int]:
+    """A seed for each of `count` images: the first has `seed` itself, so that any of them alone
+    repeats its image; the others are derived from it and their places, in [0, 2**32)."""
+    derived = (int(np.random.SeedSequence([seed, i]).generate_state(1)[0]) for i in range(1, count))
+    return [seed, *derived][:count]
+
+
+def seed_keys(seeds: list[int]) -> RowKeys:
+    """One key for each seed."""
+    return jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
 
 
 def normal(keys: RowKeys, shape: tuple[int, ...]) -> Array:

@@ -22,13 +22,6 @@ COLUMNS = 8
 CAPTION = 120  # characters of a prompt that a grid shows
 
 
-def batches(count: int, batch_size: int) -> Iterator[np.ndarray]:
-    """Indices of batch after batch, all of one shape: the last repeats index `count` - 1."""
-    size = min(count, batch_size)
-    for first in range(0, count, size):
-        yield np.minimum(np.arange(first, first + size), count - 1)
-
-
 def file_name(index: int, prompt: str | None) -> str:
     """`007-a-red-apple.png`"""
     slug = re.sub(r"[\W_]+", "-", (prompt or "").lower()).strip("-")[:40].rstrip("-")

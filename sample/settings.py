@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from imagen_jax import checkpoint, commands
+from imagen_jax import checkpoint, commands, sharding
 from imagen_jax.config import ImagenConfig, NullUnetConfig
+from imagen_jax.diffusion.samplers import SAMPLERS
+from imagen_jax.pipeline import sampling_dtype
 
 GUIDED = (
     3.0  # the base's guidance weight by default; the other stages run unguided, at half the work
@@ -27,20 +29,25 @@ class Settings:
     """Last U-Net to run: 1, 2, 3 or base, sr256, sr1024. Default: the cascade's last."""
 
     seed: int = 0
+    """Seed of the first image. The others' are derived from it and their places; the one in an
+    image's PNG repeats it alone."""
     cond_scale: tuple[float, ...] | None = None
     """Guidance weight, one or one per U-Net; 1 is unguided. Default: 3 for the base, 1 for the
     others; 1 for all in a cascade that was trained with cond_drop_prob 0."""
     steps: tuple[int, ...] | None = None
     """Denoising steps, one or one per U-Net. Default: the cascade's timesteps."""
-    sampler: Literal["ancestral", "ddim"] = "ancestral"
-    """`ancestral` draws noise at every step, `ddim` only at the start (more with --eta)."""
+    sampler: Literal[tuple(SAMPLERS)] | None = None
+    """`ancestral` draws noise at every step, `ddim` only at the start (more with --eta), `heun` is
+    EDM's, of second order. Default: the cascade's, ancestral or (elucidated) heun."""
     eta: float = 0.0
     """Noise of ddim, from 0 (none) to 1 (as much as the ancestral sampler's)."""
     lowres_sample_noise_level: float | None = None
     """Noise put on the picture before it is enlarged, 0 to 1. Default: the cascade's."""
     batch_size: int = 8
-    """Pictures drawn at once. With another one, pictures past the first batch come out different:
-    noise follows from the seed, the number of the batch's first picture and the place in it."""
+    """Images drawn at once. They do not depend on it: each has a seed of its own."""
+    mesh: str | None = None
+    """DATAxMODEL devices, as 8x1, or `auto` for all: images are split over the first, channels over
+    the second, weights over both. Default: one device."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """What the networks compute in; `auto` is bfloat16 on accelerators and float32 on a CPU."""
 
@@ -53,6 +60,8 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= last:
                 raise ValueError(f"{flag(name)} {value} must lie in 0 .. {last}.")
+        if self.mesh not in (None, "auto"):
+            sharding.parse(self.mesh)
         if self.eta and self.sampler != "ddim":
             raise ValueError(f"--eta {self.eta} belongs to --sampler ddim.")
 
@@ -63,7 +72,7 @@ class Settings:
 
     @property
     def compute_dtype(self) -> Any:
-        return commands.compute_dtype(self.dtype)
+        return sampling_dtype(None if self.dtype == "auto" else self.dtype)
 
     def last_stage(self, config: ImagenConfig) -> int:
         """Number of the last U-Net to run. Raises ValueError if the cascade has none such."""
@@ -102,7 +111,7 @@ class Settings:
             stop_at_unet_number=last,
             cond_scale=self._per_unet("cond_scale", scales, last),
             timesteps=self._per_unet("steps", timesteps, last),
-            sampler=self.sampler,
+            sampler=self.sampler or config.stage(last).process.sampler,
             eta=self.eta,
             lowres_sample_noise_level=level,
         )

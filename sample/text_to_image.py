@@ -7,23 +7,22 @@
     python -m sample.text_to_image --checkpoint RUN --num-images-per-prompt 16  # without captions
 
 Writes one PNG per picture, with prompt and settings in its text chunks, and grid.png with all of
-them. The same prompts, seed and settings draw the same pictures again on the same device. Ctrl-C
-stops between steps; what is written by then stays.
+them. A picture depends on its prompt, the settings and its own seed, which is in its PNG: that seed
+alone repeats it, in any batch and on any mesh. Ctrl-C stops between steps; what is written by then
+stays.
 """
 
 import dataclasses
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import jax
 import numpy as np
 import tyro
 
-from imagen_jax import checkpoint, commands, text
+from imagen_jax import checkpoint, commands
 from imagen_jax.config import ImagenConfig
-from imagen_jax.imagen import Imagen
+from imagen_jax.pipeline import Embeddings, Pipeline
+from imagen_jax.streams import image_seeds
 from sample import outputs, settings
 
 
@@ -79,29 +78,43 @@ def main() -> None:
     options = given.options(config)
     prompts = given.prompts(config)
     trained = given.trained_steps(config)
-    embeds = None if prompts is None else embed(given, config, prompts)
-    imagen = checkpoint.load(
-        given.checkpoint, weights=given.weights, dtype=given.compute_dtype, unet_numbers=[*trained]
+    pipeline = Pipeline.load(
+        given.checkpoint,
+        mesh=given.mesh,
+        dtype=given.compute_dtype,
+        weights=given.weights,
+        t5=given.t5,
+        unet_numbers=[*trained],
     )
+    embeddings = None if prompts is None else embed(pipeline, prompts, given.batch_size)
     record = {
         "command": "text_to_image",
         "checkpoint": given.checkpoint.absolute().name,
         "checkpoint_steps": {f"unet{number}": step for number, step in trained.items()},
         "weights": given.weights,
-        "text_encoder_name": None if prompts is None else encoder_name(given, config),
-        "seed": given.seed,
+        "text_encoder_name": None if prompts is None else pipeline.text_encoder_name,
         "batch_size": given.batch_size,
-        "dtype": str(given.compute_dtype),
+        "dtype": str(pipeline.dtype),
     } | options
 
     each = given.num_images_per_prompt
     wanted = [prompt for prompt in prompts or [None] for _ in range(each)]
+    seeds = image_seeds(given.seed, len(wanted))
+    if embeddings is not None:
+        embeddings = Embeddings(*(np.repeat(part, each, axis=0) for part in embeddings))
+    drawn = pipeline.generate(
+        embeddings,
+        seeds=seeds,
+        batch_size=given.batch_size,
+        progress=outputs.progress_bars,
+        **options,
+    )
     shown = []
     given.folder.mkdir(parents=True, exist_ok=True)
     try:
-        for index, image in draw(given, imagen, options, embeds, len(wanted)):
+        for index, image in drawn:
             path = given.folder / outputs.file_name(index, wanted[index])
-            made = record | {"index": index}
+            made = record | {"index": index, "seed": seeds[index]}
             shown.append(outputs.write_picture(path, image, prompt=wanted[index], settings=made))
     except KeyboardInterrupt:
         sys.exit(f"stopped: {len(shown)} of {len(wanted)} pictures are in {given.folder}")
@@ -111,61 +124,25 @@ def main() -> None:
     print(f"{count} in {given.folder}, side by side in {grid}")
 
 
-def draw(
-    given: Settings,
-    imagen: Imagen,
-    options: dict[str, Any],
-    embeds: tuple[np.ndarray, np.ndarray] | None,
-    count: int,
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Index and pixels, (h, w, c) in [0, 1], of picture after picture."""
-    for indices in outputs.batches(count, given.batch_size):
-        told: dict[str, Any] = {"batch_size": len(indices)}
-        if embeds is not None:
-            each = given.num_images_per_prompt
-            told["text_embeds"], told["text_masks"] = (rows[indices // each] for rows in embeds)
-        key = jax.random.fold_in(jax.random.key(given.seed), indices[0])
-        with outputs.progress_bars(indices, count) as progress:
-            images = imagen.sample(key=key, progress=progress, **options, **told)
-        fresh = np.unique(indices).tolist()
-        yield from zip(fresh, np.asarray(images), strict=False)
-
-
-def encoder_name(given: Settings, config: ImagenConfig) -> str:
-    return given.t5 or config.text_encoder_name
-
-
-def embed(
-    given: Settings, config: ImagenConfig, prompts: list[str]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Embeddings (n, l, d) and masks (n, l) of the prompts, on the host.
-
-    The encoder is loaded for this alone, so that it leaves its memory to the U-Nets. Raises
-    ValueError if it is not of the cascade's width.
-    """
-    encoder = text.load_encoder(encoder_name(given, config), dtype=given.compute_dtype)
-    if encoder.width != config.text_embed_dim:
-        raise ValueError(
-            f"{encoder.name} has embeddings of {encoder.width}, the cascade text_embed_dim = "
-            f"{config.text_embed_dim}."
-        )
+def embed(pipeline: Pipeline, prompts: list[str], batch_size: int) -> Embeddings:
+    """Embeddings of the prompts. The encoder is loaded for this alone, so that it leaves its memory
+    to the U-Nets; what it cuts is said."""
+    encoder = pipeline.encoder
     if encoder.is_demo:
         print(
             "text: the demo encoder, a small T5 with random frozen weights: it knows no language, "
             "and the cascade only the captions it was shown."
         )
-    length = min(text.tokenizer.MAX_LENGTH, max(unet.max_text_len for unet in config.unets))
     for number, prompt in enumerate(prompts, 1):
         tokens = len(encoder.tokenizer.encode(prompt).ids)
-        if tokens > length:
+        if tokens > pipeline.text_len:
             print(
-                f"note: prompt {number} is cut: it has {tokens} tokens, the cascade reads {length}."
+                f"note: prompt {number} is cut: it has {tokens} tokens, the cascade reads "
+                f"{pipeline.text_len}."
             )
-    found = [
-        jax.tree.map(np.asarray, encoder([prompts[i] for i in indices], length))
-        for indices in outputs.batches(len(prompts), given.batch_size)
-    ]
-    return tuple(np.concatenate(part)[: len(prompts)] for part in zip(*found, strict=True))
+    embeddings = pipeline.encode(prompts, batch_size=batch_size)
+    pipeline.release_encoder()
+    return embeddings
 
 
 if __name__ == "__main__":

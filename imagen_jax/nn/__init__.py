@@ -11,6 +11,7 @@ from imagen_jax.nn.build import (
     init_params,
     params_of,
     stored_dtypes,
+    stored_shapes,
 )
 from imagen_jax.nn.unet import NullUnet, TextCond, Unet
 
@@ -28,4 +29,5 @@ __all__ = [
     "init_params",
     "params_of",
     "stored_dtypes",
+    "stored_shapes",
 ]

@@ -113,7 +113,7 @@ def stored_dtypes(params: Params, dtype: DTypeLike) -> Params:
     norms and the frequencies of the noise level are used in float32.
     """
 
-    def of(tree: Params) -> Params:
+    def of(tree: dict) -> dict:  # places in lists are keys too
         layer = "kernel" in tree
         return {
             name: of(x)
@@ -125,6 +125,13 @@ def stored_dtypes(params: Params, dtype: DTypeLike) -> Params:
         }
 
     return of(params)
+
+
+def stored_shapes(shapes: Params, dtype: DTypeLike) -> Params:
+    """The shapes of parameters in their `stored_dtypes`."""
+    return jax.tree.map(
+        lambda x, to: jax.ShapeDtypeStruct(x.shape, to), shapes, stored_dtypes(shapes, dtype)
+    )
 
 
 def cast(params: Params, dtype: DTypeLike) -> Params:

@@ -18,6 +18,7 @@ from PIL import Image
 import imagen_jax
 from imagen_jax import commands, nn, presets
 from imagen_jax.config import ImagenConfig, NullUnetConfig, UnetConfig
+from imagen_jax.streams import image_seeds
 from sample import outputs, text_to_image
 from tests import SMALLEST_UNET
 
@@ -101,7 +102,8 @@ def test_as_a_user_runs_it(run, tmp_path):
             assert (picture.size, picture.mode) == ((16, 16), "RGB")
             assert picture.text["prompt"] == prompt
         made = recorded(folder / names[index])
-        assert made["seed"] == 0 and made["index"] == index and made["weights"] == "ema"
+        assert made["seed"] == image_seeds(0, 2)[index] and made["index"] == index
+        assert made["weights"] == "ema" and made["sampler"] == "ancestral"
         assert made["checkpoint_steps"] == {"unet1": 7, "unet2": 7}
         assert made["timesteps"] == [3, 2] and made["cond_scale"] == [3, 1]
         assert made["version"] and made["text_encoder_name"] == "demo"
@@ -118,8 +120,8 @@ def test_the_seed_decides(run, command, tmp_path):
 
 
 def test_batches_have_one_shape_and_pictures_noises_of_their_own(run, command, tmp_path, capsys):
-    """Three in batches of two: the last is filled up. The first batch does not depend on the size
-    of batches, and one prompt drawn several times gives different pictures."""
+    """Three in batches of two: the last is filled up. No picture depends on the size of batches,
+    its own seed repeats it alone, and one prompt drawn several times gives different pictures."""
     three = ("--prompt", "x", "--num-images-per-prompt", 3, *BASE)
     for size in (2, 3):
         command(run, *three, "--batch-size", size, "--out", tmp_path / str(size))
@@ -130,7 +132,12 @@ def test_batches_have_one_shape_and_pictures_noises_of_their_own(run, command, t
         [pixels(tmp_path / str(size) / f"00{i}-x.png") for i in range(3)] for size in (2, 3)
     )
     assert [*written(tmp_path / "2")] == ["000-x.png", "001-x.png", "002-x.png", "grid.png"]
-    assert all(np.abs(a - b).max() <= 1 for a, b in zip(small[:2], large[:2], strict=True))
+    assert all(np.abs(a - b).max() <= 1 for a, b in zip(small, large, strict=True))
+    seed = recorded(tmp_path / "2" / "002-x.png")["seed"]
+    command(run, "--prompt", "x", "--seed", seed, *BASE, "--out", tmp_path / "alone")
+    assert np.abs(pixels(tmp_path / "alone" / "000-x.png") - small[2]).max() <= 1
+    command(run, *three, "--mesh", "2x1", "--out", tmp_path / "mesh")
+    assert np.abs(pixels(tmp_path / "mesh" / "002-x.png") - small[2]).max() <= 1
     for pair in ((small[0], small[1]), (small[0], small[2]), (small[1], small[2])):
         assert np.abs(pair[0] - pair[1]).mean() > 10
     with Image.open(tmp_path / "2" / "grid.png") as grid:

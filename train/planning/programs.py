@@ -89,7 +89,7 @@ def sampling_step(stage: Stage, batch_size: int, dtype: DTypeLike, layout: Layou
     program = sampling.Program(
         stage=stage, dtype=dtype, guided=stage.condition_on_text, sampler=stage.process.sampler
     )
-    params = layout.targets(_stored(nn.abstract(stage.network)[1], dtype))
+    params = layout.targets(nn.stored_shapes(nn.abstract(stage.network)[1], dtype))
     batch = _batch(stage, batch_size, layout)
     given = sampling.Given(text_embeds=batch.get("text_embeds"), text_masks=batch.get("text_masks"))
     if stage.lowres is not None:
@@ -129,10 +129,6 @@ def sampling_step(stage: Stage, batch_size: int, dtype: DTypeLike, layout: Layou
         model_flops=arithmetic,
         program_flops=arithmetic,
     )
-
-
-def _stored(shapes: PyTree, dtype: DTypeLike) -> PyTree:
-    return jax.tree.map(lambda x, d: Shape(x.shape, d), shapes, nn.stored_dtypes(shapes, dtype))
 
 
 def text_encoding(batch_size: int, length: int, dtype: DTypeLike, layout: Layout) -> Planned:

@@ -1,0 +1,118 @@
+"""A loaded cascade: its dtype, its mesh, and images that depend on their own seeds alone."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import imagen_jax
+from imagen_jax import UnetConfig, nn, presets
+from imagen_jax.pipeline import Embeddings, Pipeline
+from imagen_jax.streams import RUN, image_seeds, row_keys, stream
+from tests import SMALLEST_UNET
+
+STEPS = dict(timesteps=3, cond_scale=(2.0, 1.0))
+SEEDS = [5, 6, 7]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The tiny cascade with the smallest networks, no parameter at zero."""
+    path = tmp_path_factory.mktemp("run")
+    unet = UnetConfig(**SMALLEST_UNET, cond_dim=8, max_text_len=16)
+    config = dataclasses.replace(presets.tiny(), unets=(unet, unet), timesteps=3)
+    imagen = imagen_jax.Imagen(config, rngs=nnx.Rngs(0))
+    random = np.random.default_rng(0)
+    unets = [
+        nn.bind(
+            unet.config,
+            jax.tree.map(
+                lambda x: x + 0.1 * random.standard_normal(x.shape, np.float32), nn.params_of(unet)
+            ),
+        )
+        for unet in imagen.unets
+    ]
+    imagen_jax.save(path, imagen_jax.Imagen(config, unets=unets))
+    return path
+
+
+@pytest.fixture(scope="module")
+def embeddings(run) -> Embeddings:
+    return Pipeline.load(run).encode(["a red apple", "a pear", "a long blue boat"], batch_size=2)
+
+
+def images(pipeline: Pipeline, embeddings: Embeddings, rows, **arguments) -> np.ndarray:
+    given = Embeddings(*(part[rows] for part in embeddings))
+    found = dict(pipeline.generate(given, seeds=[SEEDS[r] for r in rows], **STEPS | arguments))
+    assert list(found) == list(range(len(rows)))
+    return np.stack([found[i] for i in range(len(rows))])
+
+
+def test_an_image_is_the_same_in_any_batch_and_on_any_mesh(run, embeddings):
+    together = images(Pipeline.load(run), embeddings, [0, 1, 2])
+    assert together.shape == (3, 16, 16, 3) and np.std(together) > 0.05
+    parts = images(Pipeline.load(run), embeddings, [0, 1, 2], batch_size=2)
+    np.testing.assert_allclose(parts, together, atol=1e-4)
+    np.testing.assert_allclose(
+        images(Pipeline.load(run), embeddings, [2])[0], together[2], atol=1e-4
+    )
+    for mesh in ("2x1", "2x2"):
+        spread = Pipeline.load(run, mesh=mesh)
+        np.testing.assert_allclose(images(spread, embeddings, [0, 1, 2]), together, atol=1e-4)
+        encoded = spread.encode(["a red apple"])
+        np.testing.assert_allclose(encoded.embeds[0], embeddings.embeds[0], atol=1e-4)
+    leaf = nn.params_of(spread.imagen.unets[0])["mid_block1"]["block1"]["project"]["kernel"]
+    assert len(leaf.sharding.device_set) == 4
+
+
+def test_weights_are_kept_in_the_sampling_dtype_with_the_same_results(run, embeddings):
+    """Casting once gives to the bit what casting at every step gives."""
+    once = Pipeline.load(run, dtype="bfloat16")
+    each_step = imagen_jax.load(run, dtype=jnp.bfloat16)
+    params = nn.params_of(once.imagen.unets[0])
+    assert params["mid_block1"]["block1"]["project"]["kernel"].dtype == jnp.bfloat16
+    assert params["mid_block1"]["block1"]["norm"]["gamma"].dtype == jnp.float32
+    assert params["time"]["fourier"]["weights"].dtype == jnp.float32
+    got = images(once, embeddings, [0, 1, 2])
+    want = each_step.sample(
+        key=jax.vmap(jax.random.key)(jnp.array(SEEDS)),
+        text_embeds=embeddings.embeds,
+        text_masks=embeddings.masks,
+        **STEPS,
+    )
+    np.testing.assert_array_equal(got, want)
+
+
+def test_seeds():
+    assert image_seeds(7, 3)[0] == 7 and image_seeds(7, 3) == image_seeds(7, 5)[:3]
+    every = [seed for first in range(50) for seed in image_seeds(first, 20)]
+    assert len(set(every)) == len(every) and max(every) < 2**32
+
+
+def test_no_two_streams_share_a_key():
+    """Of a run, of its U-Nets, of its steps; of the rows and purposes of sampling; nor do
+    they equal a key split or folded by small numbers."""
+    key = jax.random.key(0)
+    keys = [stream(key, name, unet, i) for name in RUN for unet in (1, 2) for i in range(3)]
+    keys += [stream(key, name, unet) for name in RUN for unet in (1, 2)]
+    keys += list(row_keys(key, 4)) + list(jax.random.split(key, 4))
+    keys += [jax.random.fold_in(key, i) for i in range(4, 8)]
+    for name in ("times", "noise", "lowres_noise", "keep_mask", "network", "text_drop"):
+        keys.append(stream(key, name))
+    data = {tuple(np.asarray(jax.random.key_data(one)).tolist()) for one in keys}
+    assert len(data) == len(keys)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (dict(mesh="16x1"), "needs 16 devices, found 8"),
+        (dict(mesh="x"), "--mesh x: must be auto"),
+    ],
+)
+def test_mistakes(run, given, message):
+    with pytest.raises(ValueError, match=message):
+        Pipeline.load(run, **given)
