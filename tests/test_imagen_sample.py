@@ -380,9 +380,7 @@ def test_raising_in_progress_stops():
         (dict(cond_images=COND_IMAGES), "cond_images are given"),
         (dict(sampler="DDIM"), "sampler 'DDIM' is not one of .*; did you mean 'ddim'"),
         (dict(sampler="euler"), "sampler 'euler' is not one of"),
-        (dict(inpaint_variance="other"), "inpaint_variance must be 'exact' or 'reference'"),
         (dict(batch_size=3), "batch sizes differ: text_embeds 2, batch_size 3"),
-        (dict(key=KEYS), "3 keys for a batch of 2"),
         (dict(sigma_min=0.1), "sigma_min and sigma_max are for elucidated cascades"),
         (
             dict(init_images=PICTURES[:, :5]),

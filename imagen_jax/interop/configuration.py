@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from imagen_jax.config import ElucidatedConfig, ImagenConfig
 from imagen_jax.interop import infer
+from imagen_jax.stage import show
 
 UNET_CLASS_DEFAULTS = dict(text_embed_dim=768, attn_dim_head=32, attn_heads=16)
 CLASS_DEFAULTS = dict(cond_drop_prob=0.5)
@@ -106,7 +107,15 @@ def cascade(fields: Mapping[str, Any], kind: Kind) -> ImagenConfig:
 
 
 def to_theirs(config: ImagenConfig) -> tuple[Kind, dict[str, Any]]:
-    """(`imagen_type`, `imagen_params`) for the reference's config classes; every field given."""
+    """(`imagen_type`, `imagen_params`) for the reference's config classes; every field given.
+
+    Raises ValueError for images that are not square, which it does not have.
+    """
+    for number, size in enumerate(config.image_sizes, 1):
+        if not isinstance(size, int):
+            raise ValueError(
+                f"U-Net {number} is {show(size)}: imagen-pytorch has square images only."
+            )
     params = config.to_dict()
     own = params.pop("elucidated")
     for unet in params["unets"]:

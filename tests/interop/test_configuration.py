@@ -158,8 +158,18 @@ def test_defaults_are_those_of_the_constructors():
             "resnet_groups",
         }
     own = inspect.signature(module.ElucidatedImagen.__init__).parameters
-    for field in dataclasses.fields(ElucidatedConfig):
-        assert field.default == own[field.name].default
+    ours = {field.name: field.default for field in dataclasses.fields(ElucidatedConfig)}
+    for name in configuration.HYPER_PARAMETERS:
+        assert ours.pop(name) == own[name].default
+    assert ours == {"lowres_conditioning": "log_snr"}
+
+
+def test_images_that_are_not_square_are_refused_for_the_reference():
+    config = dataclasses.replace(states.CASCADE, image_sizes=((5, 10), (8, 16)))
+    with pytest.raises(
+        ValueError, match="U-Net 1 is 5 x 10: imagen-pytorch has square"
+    ):
+        configuration.to_theirs(config)
 
 
 @pytest.mark.parametrize("kind", ["original", "elucidated"])
@@ -206,7 +216,7 @@ def test_the_clis_configuration_completes_a_state_dict(clis, tmp_path):
     assert config.random_crop_sizes == (None, 8, 16)
     assert {(unet.attn_dim_head, unet.attn_heads) for unet in config.unets} == {(32, 8)}
     assert config.unets[0].layer_attns == (False, True)
-    assert config.stage(3).noise_schedule == "linear"
+    assert config.stage(3).process.schedule == "linear"
 
 
 def test_a_run_directorys_configuration_will_do_too(tmp_path):

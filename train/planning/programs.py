@@ -116,7 +116,8 @@ def sampling_step(stage: Stage, batch_size: int, dtype: DTypeLike, layout: Layou
 
     def once(params, x, conditioning, numbers, position):
         network = sampling.estimator(params, conditioning, numbers, program)
-        return network(x, stage.process.level(position), x)
+        previous = (x,) if stage.network.self_cond else ()
+        return network(x, stage.process.level(position), *previous)
 
     position = Shape((batch_size,), jnp.float32)
     arithmetic = flops.count(once, params, state.x, conditioning, numbers, position)
