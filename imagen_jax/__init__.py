@@ -1,7 +1,7 @@
 """Imagen, the text-to-image cascade, in JAX and Flax."""
 
 from imagen_jax.checkpoint import load, save
-from imagen_jax.config import ImagenConfig, NullUnetConfig, UnetConfig
+from imagen_jax.config import ElucidatedConfig, ImagenConfig, NullUnetConfig, UnetConfig
 from imagen_jax.imagen import Draws, Imagen
 from imagen_jax.nn import NullUnet, Unet
 from imagen_jax.pipeline import Pipeline
@@ -10,6 +10,7 @@ from imagen_jax.presets import BaseUnet64, SRUnet256, SRUnet1024
 __all__ = [
     "BaseUnet64",
     "Draws",
+    "ElucidatedConfig",
     "Imagen",
     "ImagenConfig",
     "NullUnet",

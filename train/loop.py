@@ -278,7 +278,7 @@ def bin_labels() -> list[str]:
 
 
 def _check_stage(config: ImagenConfig, unet_number: int) -> None:
-    if isinstance(config.unets[unet_number - 1], NullUnetConfig):
+    if isinstance(config.stage(unet_number).network, NullUnetConfig):
         raise ValueError(f"U-Net {unet_number} is a NullUnet: it cannot be trained.")
     if config.only_train_unet_number not in (None, unet_number):
         raise ValueError(

@@ -126,7 +126,7 @@ def _saved(
                 f"{MEASURED.get(name) or flag(name)} was {was} and is {now}: that would not "
                 "continue the run. Start another with --init-from."
             )
-    shapes = TrainState.shapes(config.unets[unet_number - 1], make_optimizer(settings))
+    shapes = TrainState.shapes(config.stage(unet_number).network, make_optimizer(settings))
     target = layout.targets(shapes)
     trees = {
         name: checkpoint.restore(settings.run, unet_number, step, name, getattr(target, name))
@@ -138,7 +138,7 @@ def _saved(
 
 def begin(config: ImagenConfig, unet_number: int, settings: Settings, layout: Layout) -> Begun:
     """The state before the first step: weights of `--init-from`, or drawn from the seed."""
-    unet, optimizer = config.unets[unet_number - 1], make_optimizer(settings)
+    unet, optimizer = config.stage(unet_number).network, make_optimizer(settings)
     if settings.init_from is not None:
         params = _weights_of(settings.init_from, unet_number, unet, layout)
     else:
@@ -150,7 +150,7 @@ def begin(config: ImagenConfig, unet_number: int, settings: Settings, layout: La
 
 
 def _weights_of(run: Path, unet_number: int, unet: UnetConfig, layout: Layout) -> Params:
-    source = checkpoint.read_config(run).unets[unet_number - 1]
+    source = checkpoint.read_config(run).stage(unet_number).network
     difference = first_difference(source, unet, f"unets.{unet_number - 1}")
     if difference:
         raise ValueError(f"--init-from {run}: {difference}.")

@@ -166,9 +166,7 @@ def test_defaults_are_those_of_the_constructors():
 
 def test_images_that_are_not_square_are_refused_for_the_reference():
     config = dataclasses.replace(states.CASCADE, image_sizes=((5, 10), (8, 16)))
-    with pytest.raises(
-        ValueError, match="U-Net 1 is 5 x 10: imagen-pytorch has square"
-    ):
+    with pytest.raises(ValueError, match="U-Net 1 is 5 x 10: imagen-pytorch has square"):
         configuration.to_theirs(config)
 
 

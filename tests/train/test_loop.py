@@ -212,7 +212,7 @@ def test_mistakes(straight, tmp_path):
     for message, settings in mistakes.items():
         with pytest.raises(ValueError, match=message):
             loop.run(settings, 1)
-    with pytest.raises(ValueError, match="unet_number = 3 is none of 1 .. 2"):
+    with pytest.raises(ValueError, match="unet_number = 3 is not in 1 .. 2"):
         loop.run(support.settings(tmp_path), 3)
     assert checkpoint.latest_step(straight.run, 1) == 4
     assert (straight.run / "config.json").read_text() == before

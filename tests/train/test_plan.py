@@ -320,7 +320,7 @@ def test_a_train_step_on_emulated_devices(monkeypatch, capsys, tmp_path, cascade
     assert found["collectives"]["all-reduce"]["sent"] > 0
     assert found["program_flops"] >= found["model_flops"] > 0
     for line in (
-        "training step of U-Net 1, 8 pictures, float32",
+        "training step of U-Net 1, 8 images, float32",
         "FLOP of the model",
         "published numbers of these devices are not known",
     ):
@@ -331,7 +331,7 @@ def test_a_sampling_step(monkeypatch, capsys, cascade):
     flags = ("--topology", "cpu:8", "--mesh", "8x1", "--batch-size", 8, "--sample")
     run(monkeypatch, "--config", cascade, "--unet-number", "2", *flags)
     shown = capsys.readouterr().out
-    assert "sampling step of U-Net 2, 8 pictures, guided" in shown
+    assert "sampling step of U-Net 2, 8 images, guided" in shown
     assert "arithmetic, a denoising step" in shown
 
 
