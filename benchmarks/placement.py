@@ -56,7 +56,7 @@ def measure(stage: str, threshold: int) -> dict[str, Any]:
     from imagen_jax import commands, presets, sharding
     from train.planning import programs, report
     from train.planning.hlo import Program
-    from train.settings import Settings
+    from train.settings import Optimization, Settings
 
     sharding.ROWS_FROM = threshold
     whole = presets.PRESETS["imagen"]()
@@ -67,7 +67,8 @@ def measure(stage: str, threshold: int) -> dict[str, Any]:
         batch_size=PICTURES * data, dtype="bfloat16", remat="nothing_saveable", mesh=MESH
     )
     layout = sharding.make_layout(MESH, rows=settings.rows)
-    planned = programs.train_step(config, commands.stage_number(stage), settings, layout)
+    one = config.stage(commands.stage_number(stage))
+    planned = programs.train_step(one, settings.section(Optimization), layout)
     executable = planned.traced.lower().compile()
     program = Program(executable.as_text(), layout.mesh.size)
     return {

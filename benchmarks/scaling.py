@@ -49,14 +49,14 @@ def measure(mesh: str) -> dict[str, Any]:
     from imagen_jax.sharding import make_layout, parse
     from train.planning import programs, report
     from train.planning.hlo import Program
-    from train.settings import Settings
+    from train.settings import Optimization, Settings
 
     config = imagen_jax.ImagenConfig(
         unets=imagen_jax.UnetConfig(**UNET), image_sizes=SIZE, text_embed_dim=512
     )
     settings = Settings(batch_size=ROWS * parse(mesh)[0], dtype="float32")
     layout = make_layout(mesh, rows=settings.rows, min_size=MIN_SIZE)
-    planned = programs.train_step(config, 1, settings, layout)
+    planned = programs.train_step(config.stage(1), settings.section(Optimization), layout)
     executable = planned.traced.lower().compile()
     memory = report.Memory.of(executable)
     program = Program(executable.as_text(), layout.mesh.size)

@@ -135,7 +135,7 @@ def load(
             unets.append(nn.NullUnet())
             continue
         unets.append(nn.bind(unet, jax.tree.map(_place, params, layout.place(params)), dtype=dtype))
-    return Imagen(source.config, unets=unets)
+    return Imagen(source.config, unets=unets, layout=None if mesh is None else layout)
 
 
 def save(
