@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
+from jax.typing import DTypeLike
 from jaxtyping import Int32
 from tqdm import tqdm
 
@@ -17,18 +18,20 @@ from imagen_jax.data import Batches, Record, Source, decode, make_batches, open_
 from imagen_jax.sharding import Layout
 from imagen_jax.stage import Stage
 from imagen_jax.types import AnyArray, TextEmbeds, TextMask
-from train.settings import Settings
+from train.settings import Data, Optimization
 from train.step import Batch
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Feed:
     """The pictures of a run, training and held out, and the encoder of their captions."""
 
     config: ImagenConfig
-    unet_number: int
-    settings: Settings
+    stage: Stage
+    settings: Data
     layout: Layout
+    batch_size: int
+    seed: int
     train: Source
     heldout: Source
     encoder: text.TextEncoder | None
@@ -37,50 +40,58 @@ class Feed:
 
     @classmethod
     def open(
-        cls, config: ImagenConfig, unet_number: int, settings: Settings, layout: Layout
+        cls,
+        config: ImagenConfig,
+        stage: Stage,
+        settings: Data,
+        optimization: Optimization,
+        layout: Layout,
+        *,
+        seed: int,
     ) -> "Feed":
         """Raises ValueError for data that is not there, or an encoder that does not fit."""
         source = open_source(settings.data, heldout_fraction=settings.heldout_fraction)
-        train = source.split("train")
-        if settings.captions_from is not None:
-            lines = settings.captions_from.read_text().splitlines()
-            train = train.with_captions([line.strip() for line in lines if line.strip()])
-        if settings.limit is not None:
-            train = train.take(settings.limit)
+        train, heldout = _chosen(source.split("train"), settings), source.split("heldout")
         encoder = None
         if config.condition_on_text and not source.has_embeds:
-            encoder = text.load_encoder(
-                config.text_encoder_name, dtype=settings.compute_dtype, layout=layout
-            )
-            if encoder.width != config.text_embed_dim:
-                raise ValueError(
-                    f"{config.text_encoder_name} has embeddings of {encoder.width}, the cascade "
-                    f"text_embed_dim = {config.text_embed_dim}."
-                )
-        heldout = source.split("heldout")
-        count = len(train) + len(heldout)
-        feed = cls(config, unet_number, settings, layout, train, heldout, encoder, count)
+            encoder = _load_encoder(config, optimization.compute_dtype, layout)
+        feed = cls(
+            config=config,
+            stage=stage,
+            settings=settings,
+            layout=layout,
+            batch_size=optimization.batch_size,
+            seed=seed,
+            train=train,
+            heldout=heldout,
+            encoder=encoder,
+            count=len(train) + len(heldout),
+        )
         if next(feed.usable(heldout), None) is not None:
             return feed
         nothing = dataclasses.replace(heldout, rows=heldout.rows[:0])
         return dataclasses.replace(feed, heldout=nothing)
 
+    def training(self, start_step: int) -> Batches:
+        """The batches to train on, from `start_step` on."""
+        flip, workers = self.settings.flip, self.settings.workers
+        return self.batches(self.train, start_step=start_step, flip=flip, workers=workers)
+
     def batches(
         self, source: Source, *, start_step: int = 0, shuffle: bool = True, **options
     ) -> Batches:
         """This process's rows of the batches, from `start_step` on."""
-        settings = self.settings
         return make_batches(
             source,
             image_size=self.stage.size,
-            batch_size=settings.batch_size,
-            seed=settings.seed,
+            batch_size=self.batch_size,
+            seed=self.seed,
             start_step=start_step,
             tokenize=self._tokenize if self.encoder is not None else None,
             channels=self.config.channels,
             shuffle=shuffle,
             text_len=self.text_len,
-            rows=self.layout.own_rows(settings.batch_size),
+            rows=self.layout.own_rows(self.batch_size),
             on_skip=self.skip,
             **options,
         )
@@ -104,10 +115,6 @@ class Feed:
             tqdm.write(f"skipped {key}: {reason}")
 
     @property
-    def stage(self) -> Stage:
-        return self.config.stage(self.unet_number)
-
-    @property
     def text_len(self) -> int:
         """Tokens of a caption: what the U-Net reads, and at most T5's 256."""
         return min(256, self.stage.network.max_text_len)
@@ -119,7 +126,7 @@ class Feed:
         """The rows of all processes as one batch. Pictures stay uint8; tokens become embeddings."""
         if not self.config.condition_on_text:
             batch = {"images": batch["images"]}
-        batch = self.layout.to_batch(batch, self.settings.batch_size)
+        batch = self.layout.to_batch(batch, self.batch_size)
         if "tokens" in batch:
             batch["text_embeds"], batch["text_masks"] = self.embed(batch.pop("tokens"))
         check_text(self.config, batch.get("text_embeds"), None)
@@ -129,11 +136,29 @@ class Feed:
         encode = _encoder(self.encoder.config, self.layout, self.layout.rows(len(tokens)))
         return encode(self.encoder.params, tokens)
 
-    def evaluation(self, source: Source) -> Iterator[Batch]:
-        """The first `eval_batches` batches, always the same."""
+    def evaluation(self, source: Source, count: int) -> Iterator[Batch]:
+        """The first `count` batches, always the same."""
         with self.batches(source, shuffle=False) as batches:
-            for _ in range(self.settings.eval_batches):
+            for _ in range(count):
                 yield self.to_device(next(batches))
+
+
+def _chosen(source: Source, settings: Data) -> Source:
+    """With the captions of `--captions-from`, and no more than `--limit`."""
+    if settings.captions_from is not None:
+        lines = settings.captions_from.read_text().splitlines()
+        source = source.with_captions([line.strip() for line in lines if line.strip()])
+    return source if settings.limit is None else source.take(settings.limit)
+
+
+def _load_encoder(config: ImagenConfig, dtype: DTypeLike, layout: Layout) -> text.TextEncoder:
+    encoder = text.load_encoder(config.text_encoder_name, dtype=dtype, layout=layout)
+    if encoder.width != config.text_embed_dim:
+        raise ValueError(
+            f"{config.text_encoder_name} has embeddings of {encoder.width}, the cascade "
+            f"text_embed_dim = {config.text_embed_dim}."
+        )
+    return encoder
 
 
 @functools.lru_cache(maxsize=8)

@@ -19,27 +19,40 @@ class Stopped(Exception):
 
 
 class Interrupt:
-    """While entered, the first SIGINT or SIGTERM sets `received`; a second one acts as usual."""
+    """While entered, the first SIGINT or SIGTERM is noted; a second one acts as usual.
+
+    `received` is the one that this process has heard, `stopped_by` the one that all processes stop
+    at.
+    """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self):
+    def __init__(self, layout: Layout):
+        self.layout = layout
         self.received: str | None = None
+        self.stopped_by: str | None = None
         self.asked: collections.deque[jax.Array] = collections.deque()
 
     def __enter__(self) -> "Interrupt":
         self.previous = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
         return self
 
-    def heard(self, layout: Layout) -> str | None:
-        """The signal to stop at after this step. Ask once a step: of several processes each may
-        hear it at another moment, or only one of them, and all must stop after the same step."""
+    def ask(self) -> str | None:
+        """Sets `stopped_by`, and returns it. Ask once a step: of several processes each may hear a
+        signal at another moment, or only one of them, and all must stop after the same step."""
         if jax.process_count() == 1:
-            return self.received
+            self.stopped_by = self.received
+            return self.stopped_by
         number = signal.Signals[self.received] if self.received else 0
-        self.asked.append(layout.largest(int(number)))
+        self.asked.append(self.layout.largest(int(number)))
         number = int(self.asked.popleft()) if len(self.asked) > DELAY else 0
-        return signal.Signals(number).name if number else None
+        self.stopped_by = signal.Signals(number).name if number else None
+        return self.stopped_by
+
+    def listen(self, *_) -> None:
+        """Raises Stopped if a signal was heard: for what can be done again."""
+        if self.ask() is not None:
+            raise Stopped
 
     @contextlib.contextmanager
     def kept_from_children(self) -> Iterator[None]:

@@ -21,6 +21,7 @@ from tests import RUN_ONCE, SMALLEST_UNET, cascades, parity
 from tests.interop import support
 from tests.train import support as training
 from train import loop, step
+from train.run import RunDir
 
 STEPS = 3
 IMAGEN = ImagenConfig(
@@ -253,14 +254,14 @@ def test_a_converted_run_trains_on_from_its_average(tmp_path, monkeypatch):
     with support.lenient():
         trainer.save(str(tmp_path / "imagen.pt"))
     support.interop("from-torch", tmp_path / "imagen.pt", tmp_path / "converted")
-    begun, begin = [], loop.restore.begin
+    begun, begin = [], RunDir.begin
 
-    def watched(*arguments):
-        found = begin(*arguments)
+    def watched(*arguments, **named):
+        found = begin(*arguments, **named)
         begun.append(jax.tree.map(np.array, (found.state.params, found.state.ema)))
         return found
 
-    monkeypatch.setattr(loop.restore, "begin", watched)
+    monkeypatch.setattr(RunDir, "begin", watched)
     monkeypatch.setattr(step, "_compiler_options", lambda *_: RUN_ONCE)
     settings = training.settings(tmp_path, init_from=tmp_path / "converted", steps=1)
     assert loop.run(settings, 1)

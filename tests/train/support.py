@@ -11,7 +11,7 @@ from imagen_jax import checkpoint
 from imagen_jax.config import ImagenConfig, UnetConfig
 from imagen_jax.nn import abstract
 from tests import SMALLEST_UNET
-from train.metrics import read
+from train.log import read
 from train.optimizer import make_optimizer
 from train.settings import Settings
 from train.state import TrainState

@@ -18,7 +18,8 @@ from imagen_jax.imagen import Imagen
 from tests.train import support
 from train import loop
 from train.feed import Feed
-from train.metrics import Metrics, Window
+from train.log import Metrics, Window
+from train.previews import Previews, bin_labels
 from train.settings import Optimization
 from train.step import make_train_step, step_flops
 
@@ -108,23 +109,23 @@ def test_what_a_signal_kept_from_being_looked_at_is_made_up_for(
     if during == "evaluation":
         embed = Feed.evaluation
 
-        def evaluation(feed, source):
+        def evaluation(feed, source, count):
             if checkpoint.latest_step(settings.run, 1) is not None:  # not the one at step 0
                 signal.raise_signal(signal.SIGTERM)
-            yield from embed(feed, source)
+            yield from embed(feed, source, count)
 
         monkeypatch.setattr(Feed, "evaluation", evaluation)
     else:
-        shrink = loop.write_samples
+        shrink = Previews.write_samples
 
-        def write_samples(*told, progress):
+        def write_samples(previews, params, step, progress):
             def interrupted(number, done, total):
                 signal.raise_signal(signal.SIGTERM)
                 progress(number, done, total)
 
-            shrink(*told, progress=interrupted)
+            shrink(previews, params, step, interrupted)
 
-        monkeypatch.setattr(loop, "write_samples", write_samples)
+        monkeypatch.setattr(Previews, "write_samples", write_samples)
     assert not loop.run(settings, 1)
     assert "SIGTERM: stopped after step 4" in capsys.readouterr().out
     assert checkpoint.latest_step(settings.run, 1) == 4
@@ -150,7 +151,7 @@ def test_what_a_run_leaves(straight):
     assert recorded["steps"] == 4 and recorded["pictures"] == 8
     evaluations = support.metrics(straight.run, "eval/heldout")
     assert [line["step"] for line in evaluations] == [0, 4]
-    bins = [evaluations[-1][f"loss[{label}]"] for label in loop.bin_labels()]
+    bins = [evaluations[-1][f"loss[{label}]"] for label in bin_labels()]
     assert len(bins) == 10 and any(bins) and evaluations[-1]["loss[0..2.5]"] > 0
     assert len(support.metrics(straight.run, "eval/train")) == 2
     with Image.open(straight.run / "samples" / "unet1-0000004.png") as picture:

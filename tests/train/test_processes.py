@@ -20,7 +20,8 @@ from imagen_jax import checkpoint, distributed
 from imagen_jax.sharding import make_layout
 from tests.train import forked, support
 from tests.train.process import train, watched
-from train import loop, restore
+from train import loop, run
+from train.run import RunDir
 
 DEVICES = 4
 
@@ -154,15 +155,15 @@ def test_steps_that_not_all_processes_see(tmp_path, monkeypatch):
     views = [[[6, 4], 6], [[4], 4]]
     monkeypatch.setattr(distributed, "gather", lambda _: [json.dumps(view) for view in views])
     with pytest.raises(ValueError, match=r"different steps in .*unet1 \(the newest: 6, 4\)"):
-        restore.newest_steps(tmp_path, 1)
+        RunDir.open(tmp_path, support.CASCADE, support.CASCADE.stage(1), resume=True)
 
 
 def test_a_folder_that_not_all_processes_see(tmp_path, monkeypatch):
     answers = iter([["written"] * 3, ["yes", "yes", "no"]])
     monkeypatch.setattr(distributed, "gather", lambda _: next(answers))
-    monkeypatch.setattr(restore, "VISIBLE_WITHIN", 0.0)
+    monkeypatch.setattr(run, "VISIBLE_WITHIN", 0.0)
     with pytest.raises(ValueError, match="process 2 of 3 does not see .* as process 0 writes it"):
-        restore.check_shared(tmp_path)
+        RunDir(tmp_path, support.CASCADE, support.CASCADE.stage(1)).check_shared()
 
 
 def test_clusters_are_found_and_laptops_left_alone():

@@ -1,6 +1,7 @@
 """A whole run on a mesh: nothing is whole on a device, and it moves to other meshes."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -10,7 +11,8 @@ import imagen_jax
 from imagen_jax import checkpoint
 from imagen_jax.sharding import make_layout
 from tests.train import support
-from train import loop, restore
+from train import loop
+from train.run import RunDir
 
 
 def run(settings, **changes):
@@ -52,14 +54,16 @@ def test_a_run_moves_between_meshes(straight, tmp_path):
 
 def test_no_device_is_given_a_whole_state(straight):
     layout = make_layout("4x2", rows=4, min_size=0)
-    fresh = restore.begin(support.CASCADE, 1, straight, layout)
+    run_dir = RunDir.open(straight.run, support.CASCADE, support.CASCADE.stage(1), resume=True)
+    begin = functools.partial(run_dir.begin, straight, seed=straight.seed, init_from=None)
+    fresh = begin(layout)
     record = checkpoint.read_meta(straight.run, 1, 4)["settings"]
-    resumed = restore.resume(support.CASCADE, 1, straight, layout, record)
-    for begun in (fresh, resumed):
-        arrays = [x for x in jax.tree.leaves(begun.state) if x.ndim > 1]
+    resumed = run_dir.resume(straight, layout, record)
+    for start in (fresh, resumed):
+        arrays = [x for x in jax.tree.leaves(start.state) if x.ndim > 1]
         held = sum(x.addressable_shards[0].data.size for x in arrays)
         assert held < sum(x.size for x in arrays) / 6
-    alone = restore.begin(support.CASCADE, 1, straight, make_layout("1x1", rows=4))
+    alone = begin(make_layout("1x1", rows=4))
     np.testing.assert_array_equal(
         fresh.state.params["init_conv"]["kernel"],
         alone.state.params["init_conv"]["kernel"],

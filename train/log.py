@@ -1,4 +1,7 @@
-"""Metrics of a run: always a JSONL file, TensorBoard and Weights & Biases on request."""
+"""What a run says of itself: what is about to be trained, metrics, and a profile on request.
+
+Metrics are lines of RUN/metrics.jsonl, always; TensorBoard and Weights & Biases on request.
+"""
 
 import contextlib
 import importlib
@@ -13,11 +16,38 @@ from typing import Any
 import jax
 import numpy as np
 
-from imagen_jax import distributed
+from imagen_jax import distributed, nn
+from imagen_jax.stage import show
+from train.feed import Feed
 from train.optimizer import learning_rate
-from train.settings import Settings
+from train.settings import Optimization
 
 AHEAD = 2  # steps that may wait on the device: enough to keep it busy, and Ctrl-C is heard soon
+WARM_UP = 3  # steps before a profile: the first compiles, and its leftovers are done by then
+
+
+def announce(feed: Feed, run: Path, settings: str) -> None:
+    """Prints what is about to be trained, on what, where and how (`Settings.describe`)."""
+    stage = feed.stage
+    count = sum(math.prod(x.shape) for x in jax.tree.leaves(nn.abstract(stage.network)[1]))
+    size = f"{show(stage.size)} pixels"
+    if stage.lowres is not None:
+        size = f"{show(stage.lowres.size)} -> {size}"
+        if getattr(stage.process, "objective", None) == "noise" and stage.network.memory_efficient:
+            print(
+                "note: memory-efficient super-resolution drifts in colour when it predicts noise; "
+                "pred_objectives 'v' does not."
+            )
+    print(f"U-Net {stage.unet_number} of {len(feed.config.unets)}: {size}, {count:,} parameters")
+    print(f"data: {len(feed.train)} pictures of {feed.settings.data}, {len(feed.heldout)} held out")
+    if feed.encoder is not None and feed.encoder.is_demo:
+        print(
+            "text: the demo encoder, a small T5 with random frozen weights: it tells captions "
+            "apart and knows no language. --t5 google/t5-v1_1-base uses a real one."
+        )
+    print(f"devices: {feed.layout.describe()}")
+    print(f"run: {run} (configuration in config.json)")
+    print(settings)
 
 
 class Metrics:
@@ -99,7 +129,7 @@ class Window:
 
     def __init__(
         self,
-        settings: Settings,
+        settings: Optimization,
         ideal_seconds: float | None = None,
         measured: Sequence[Mapping[str, float]] = (),
     ):
@@ -161,6 +191,40 @@ class Window:
         """After a line: the next one is of the steps to come."""
         self.measured = []
         self._restart_clock()
+
+
+class Profile:
+    """`--profile STEPS`: a trace of so many steps, from the fourth on, for xprof (`xprof
+    RUN/profile`, TensorBoard). Use it as a context; None: never."""
+
+    def __init__(self, folder: Path, steps: int | None):
+        self.folder, self.steps = folder, steps
+        self.seen, self.running = 0, False
+
+    def after(self, step: int, measured: Any) -> None:
+        """Tell it of every step, with what the step returns."""
+        if self.steps is None:
+            return
+        self.seen += 1
+        if self.seen == WARM_UP:
+            jax.block_until_ready(measured)
+            jax.profiler.start_trace(self.folder)
+            self.running = True
+        elif self.running and self.seen == WARM_UP + self.steps:
+            jax.block_until_ready(measured)
+            self._stop()
+            print(f"profile of steps {step - self.steps + 1} .. {step} in {self.folder}")
+
+    def _stop(self) -> None:
+        if self.running:
+            jax.profiler.stop_trace()
+            self.running = False
+
+    def __enter__(self) -> "Profile":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stop()
 
 
 def _extra(module: str, flag: str) -> ModuleType:

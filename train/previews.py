@@ -1,0 +1,146 @@
+"""What a run is judged by while it goes on: the loss on fixed noise, and a grid of samples.
+
+Both are of the averaged weights, and the same for the same weights: an interrupted one is done
+again by the run that resumes.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from jax.typing import DTypeLike
+
+from imagen_jax import distributed, sampling
+from imagen_jax.data import Record, labelled_grid, pad_embeds
+from imagen_jax.sampling import Progress
+from imagen_jax.stage import SamplingDefaults, to_float
+from imagen_jax.streams import row_keys, stream
+from imagen_jax.training import shrink
+from imagen_jax.types import AnyArray, Params
+from train.feed import Feed
+from train.log import Metrics
+from train.run import RunDir
+from train.settings import Watching
+from train.step import LOG_SNR_EDGES, make_eval_step
+
+SHOWN = 8
+
+
+def due(settings: Watching, step: int, *, last: bool) -> set[str]:
+    """What is to be looked at after a step: "evaluation", "samples"."""
+    found = set()
+    if last or step % settings.eval_every == 0:
+        found.add("evaluation")
+    if settings.sample_every and step and (last or step % settings.sample_every == 0):
+        found.add("samples")
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Previews:
+    """Evaluates and draws. `listen` is called on the way, and may raise to stop it."""
+
+    run: RunDir
+    feed: Feed
+    metrics: Metrics
+    settings: Watching
+    dtype: DTypeLike
+
+    @property
+    def defaults(self) -> SamplingDefaults:
+        return self.run.config.sampling_defaults(self.run.stage.unet_number)
+
+    def make(
+        self, wanted: set[str], params: Params, step: int, listen: Callable[..., None]
+    ) -> None:
+        """`wanted` are some of those that are `due`."""
+        if "evaluation" in wanted:
+            self.evaluate(params, step, listen)
+        if "samples" in wanted:
+            self.write_samples(params, step, listen)
+
+    def evaluate(self, params: Params, step: int, listen: Callable[[], None]) -> None:
+        """Loss per log-SNR bin, with the same noise every time."""
+        feed = self.feed
+        evaluate = make_eval_step(feed.stage, self.dtype, feed.layout)
+        for name, source in (("heldout", feed.heldout), ("train", feed.train)):
+            if not len(source):
+                continue
+            sums = counts = np.zeros(len(LOG_SNR_EDGES) + 1)
+            for i, batch in enumerate(feed.evaluation(source, self.settings.eval_batches)):
+                key = stream(feed.layout.key(0), "evaluation", feed.stage.unet_number, i)
+                more = evaluate(params, batch, key)
+                sums, counts = sums + np.asarray(more[0]), counts + np.asarray(more[1])
+                listen()
+            values = {"loss": float(sums.sum() / counts.sum())}
+            for label, total, count in zip(bin_labels(), sums, counts, strict=True):
+                values[f"loss[{label}]"] = float(total / count) if count else None
+            self.metrics.write(step, f"eval/{name}", values)
+
+    def write_samples(self, params: Params, step: int, progress: Progress) -> None:
+        """RUN/samples/unetN-STEP.png: samples for the first captions, above the real pictures.
+
+        Super-resolution enlarges the real pictures, shrunk.
+        """
+        feed = self.feed
+        records, pictures = zip(*itertools.islice(feed.usable(feed.train), SHOWN), strict=True)
+        given = self._given(records, np.stack(pictures))
+        images = self._sample(params, len(records), given, progress)
+        captions = [record.caption or "" for record in records]
+        rows = [("sampled", list(images), captions), ("real", list(pictures), captions)]
+        if not distributed.talks():
+            return
+        path = self.run.picture_path(step)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        labelled_grid(rows).save(partial, format="png")
+        partial.replace(path)
+
+    def _given(self, records: Sequence[Record], real: AnyArray) -> sampling.Given:
+        """What the samples are conditioned on: the records' text, and their pictures shrunk."""
+        feed, given = self.feed, sampling.Given()
+        if feed.encoder is not None:
+            tokens = feed.encoder.tokenize([record.caption for record in records], feed.text_len)
+            embeds, masks = feed.embed(tokens)
+            given = given._replace(text_embeds=embeds, text_masks=masks)
+        elif feed.stage.condition_on_text:
+            embeds, masks = pad_embeds([record.embeds for record in records], feed.text_len)
+            given = given._replace(text_embeds=embeds, text_masks=masks)
+        if feed.stage.lowres is not None:
+            given = given._replace(
+                previous=shrink(feed.stage, to_float(real)),
+                lowres_noise_level=np.float32(self.defaults.lowres_noise_level),
+            )
+        return given
+
+    def _sample(
+        self, params: Params, count: int, given: sampling.Given, progress: Progress
+    ) -> np.ndarray:
+        stage, layout, cond_scale = self.feed.stage, self.feed.layout, self.settings.cond_scale
+        key = stream(layout.key(self.feed.seed), "preview", stage.unet_number)
+        images = sampling.sample_stage(
+            params,
+            sampling.Program(
+                stage=stage,
+                dtype=self.dtype,
+                guided=stage.condition_on_text and cond_scale != 1,
+                sampler=stage.process.sampler,
+            ),
+            given,
+            sampling.Randomness(keys=row_keys(key, count)),
+            batch_size=count,
+            steps=sampling.Steps(num_steps=self.settings.sample_steps),
+            numbers=sampling.numbers_for(
+                self.defaults, cond_scale=cond_scale, keep_parallel_frac=0.0, eta=0.0
+            ),
+            layout=layout,
+            progress=progress,
+        )
+        return layout.fetch(images)
+
+
+def bin_labels() -> list[str]:
+    """Names of the log-SNR bins: `..-10`, `-10..-7.5`, ..., `10..`."""
+    edges = [f"{edge:g}" for edge in LOG_SNR_EDGES]
+    return [f"{a}..{b}" for a, b in zip(["", *edges], [*edges, ""], strict=True)]

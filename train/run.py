@@ -1,0 +1,278 @@
+"""A run directory during training: which steps it holds, the state to start from, and saving.
+
+    run = RunDir.open(path, config, stage, resume=...)      checks it, changes nothing
+    start = run.start(optimization, layout, record, ...)    saved state, other weights, fresh ones
+    with run.checkpoints(record, keep=...) as checkpoints:  from here on it is written to
+        checkpoints.save(step, state, measured)
+
+`record` are the settings as config.json and every checkpoint keep them. imagen_jax/checkpoint.py
+has the layout on disk.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from imagen_jax import checkpoint, distributed, nn
+from imagen_jax.config import ImagenConfig
+from imagen_jax.fields import first_difference
+from imagen_jax.sharding import Layout
+from imagen_jax.stage import Stage
+from imagen_jax.streams import stream
+from imagen_jax.types import Params
+from train import log
+from train.optimizer import make_optimizer
+from train.settings import Optimization, Watching, flag
+from train.state import TrainState
+
+Record = Mapping[str, Any]
+
+TREES = ("params", "ema", "opt_state")
+
+# What decides which pictures and which noise a step meets, and what the optimiser remembers.
+SAME = (
+    *("seed", "batch_size", "data", "captions_from", "limit", "heldout_fraction", "flip"),
+    *("optimizer", "moments"),
+)
+# The same of the data itself, as a run records it: how many pictures, and which in which order.
+MEASURED = {"pictures": "the number of pictures", "order": "what the data holds (its hash)"}
+
+VISIBLE_WITHIN = 60.0  # seconds in which a shared folder shows what another machine wrote
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """Where training starts: the state, and the measurements since the last line of metrics."""
+
+    state: TrainState
+    measured: list[dict[str, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class RunDir:
+    """The run directory of one stage. All processes see the same."""
+
+    path: Path
+    config: ImagenConfig
+    stage: Stage
+    newest: int | None = None  # step, as the directory was opened
+    complete: int | None = None  # the newest step without torn files
+
+    @classmethod
+    def open(cls, path: Path, config: ImagenConfig, stage: Stage, *, resume: bool) -> "RunDir":
+        """Raises ValueError if it holds another cascade, or steps that are not to be resumed, or if
+        the processes do not all see the same steps. It need not exist."""
+        checkpoint.check_config(path, config)
+        number = stage.unet_number
+        found = checkpoint.steps(path, number), checkpoint.latest_step(path, number)
+        every = [json.loads(text) for text in distributed.gather(json.dumps(found))]
+        if any(other != every[0] for other in every):
+            newest = ", ".join(str(complete) for _, complete in every)
+            raise ValueError(
+                f"the processes see different steps in {path}/unet{number} (the newest: {newest}): "
+                "--workdir must be a folder that all of them share. If it is, start them again."
+            )
+        run = cls(path, config, stage, newest=max(found[0], default=None), complete=found[1])
+        if run.newest is not None and not resume:
+            raise ValueError(
+                f"{run.folder} is at step {run.newest}: continue with --resume, or choose another "
+                "--workdir."
+            )
+        return run
+
+    @property
+    def folder(self) -> str:
+        """Of the stage's checkpoints, for a person."""
+        return f"{self.path}/unet{self.stage.unet_number}"
+
+    def metrics(self, settings: Watching, record: Record) -> log.Metrics:
+        """The writer of its metrics, a context."""
+        return log.Metrics(
+            self.path,
+            self.stage.unet_number,
+            tensorboard=settings.tensorboard,
+            wandb=settings.wandb,
+            settings=record,
+        )
+
+    def picture_path(self, step: int) -> Path:
+        """Of the samples drawn after a step."""
+        return self.path / "samples" / f"unet{self.stage.unet_number}-{step:07d}.png"
+
+    def missing(self, due: set[str], step: int) -> set[str]:
+        """Of what was due at a step, what an interrupted run has not left; as process 0 sees it."""
+        found = set(due)
+        evaluated = dict(unet=self.stage.unet_number, step=step, kind="eval/train")
+        if any(evaluated.items() <= line.items() for line in log.read(self.path)):
+            found.discard("evaluation")
+        if self.picture_path(step).exists():
+            found.discard("samples")
+        return set(json.loads(distributed.gather(json.dumps(sorted(found)))[0]))
+
+    def start(
+        self,
+        optimization: Optimization,
+        layout: Layout,
+        record: Record,
+        *,
+        seed: int,
+        init_from: Path | None,
+    ) -> Start:
+        """Its own saved state where it has one, or that before the first step."""
+        if self.newest is not None:
+            return self.resume(optimization, layout, record)
+        return self.begin(optimization, layout, seed=seed, init_from=init_from)
+
+    def resume(self, optimization: Optimization, layout: Layout, record: Record) -> Start:
+        """The newest state that can be read, saved on whatever mesh, placed on this one.
+
+        Damaged ones are named, and renamed once an older one is read. ValueError unless `record`
+        continues what was recorded there, and if no step can be read.
+        """
+        damaged, number = [], self.stage.unet_number
+        for step in checkpoint.steps(self.path, number):
+            error, start = None, None
+            try:
+                start = self._saved(step, optimization, layout, record)
+            except checkpoint.Damaged as damage:
+                error = str(damage)
+            errors = [text for text in distributed.gather(error or "") if text]
+            if errors:
+                damaged.append((step, errors[0]))
+                continue
+            for broken, error in damaged:
+                print(f"{error}. Going on from step {step}.")
+                if distributed.talks():
+                    checkpoint.set_aside(self.path, number, broken)
+            distributed.gather("renamed")
+            return start
+        raise ValueError(f"{damaged[0][1]}. No older step of {self.folder} can be read.")
+
+    def _saved(
+        self, step: int, optimization: Optimization, layout: Layout, record: Record
+    ) -> Start:
+        meta = checkpoint.read_meta(self.path, self.stage.unet_number, step)
+        if meta.get("settings") is None:
+            raise ValueError(
+                f"{self.folder} holds weights alone: start another run from them with --init-from."
+            )
+        _check_continues(meta["settings"], record)
+        shapes = TrainState.shapes(self.stage.network, make_optimizer(optimization))
+        target = layout.targets(shapes)
+        trees = {
+            name: checkpoint.restore(
+                self.path, self.stage.unet_number, step, name, getattr(target, name)
+            )
+            for name in TREES
+        }
+        state = TrainState(step=layout.replicate(np.int32(step)), **trees)
+        return Start(state, meta.get("measured", []))
+
+    def begin(
+        self, optimization: Optimization, layout: Layout, *, seed: int, init_from: Path | None
+    ) -> Start:
+        """The state before the first step: weights of `--init-from`, or drawn from the seed."""
+        unet, optimizer = self.stage.network, make_optimizer(optimization)
+        if init_from is not None:
+            params = _weights_of(init_from, self.stage, layout)
+        else:
+            key = stream(layout.key(seed), "init", self.stage.unet_number)
+            params = nn.init_fn(unet, layout)(key)
+        create = functools.partial(TrainState.create, optimizer=optimizer)
+        placed = layout.place(TrainState.shapes(unet, optimizer))
+        return Start(jax.jit(create, out_shardings=placed, donate_argnums=0)(params), [])
+
+    @contextlib.contextmanager
+    def checkpoints(self, record: Record, *, keep: int | None) -> Iterator["Checkpoints"]:
+        """Writes config.json, then opens the directory for saving."""
+        number = self.stage.unet_number
+        if distributed.talks():
+            checkpoint.write_config(self.path, self.config, {f"unet{number}": record})
+        self.check_shared()
+        with checkpoint.open_manager(self.path, number, keep=keep) as manager:
+            yield Checkpoints(self, record, manager)
+
+    def check_shared(self) -> None:
+        """Raises ValueError unless every process sees the `config.json` that one has written."""
+        distributed.gather("written")
+        file, given_up = self.path / "config.json", time.monotonic() + VISIBLE_WITHIN
+        while not file.exists() and time.monotonic() < given_up:
+            time.sleep(1)
+        seen = distributed.gather("yes" if file.exists() else "no")
+        if "no" in seen:
+            raise ValueError(
+                f"process {seen.index('no')} of {len(seen)} does not see {self.path} as process 0 "
+                "writes it: --workdir must be a folder that all of them share."
+            )
+
+
+@dataclasses.dataclass
+class Checkpoints:
+    """Saves the steps of a run. Writing a step overlaps the training of the next ones."""
+
+    run: RunDir
+    record: Record
+    manager: ocp.CheckpointManager
+    newest: int | None = None  # the last step whose writing started
+
+    def save(self, step: int, state: TrainState, measured: list[dict[str, float]]) -> None:
+        """Starts to write a step, once the one before is complete."""
+        self.wait()
+        self.newest = step
+        trees = {name: getattr(state, name) for name in TREES}
+        meta = {"step": step, "settings": self.record, "measured": measured}
+        self._writing(lambda: checkpoint.save_step(self.manager, step, trees, meta))
+
+    def wait(self) -> None:
+        """Until all is on disk."""
+        self._writing(self.manager.wait_until_finished)
+
+    def _writing(self, write: Callable[[], None]) -> None:
+        """A failed write (a full disk, say) in one line; complete checkpoints stay as they are."""
+        try:
+            write()
+        except Exception as error:  # Orbax and TensorStore each have their own kinds
+            kept = checkpoint.latest_step(self.run.path, self.run.stage.unet_number)
+            raise ValueError(
+                f"could not save step {self.newest} in {self.run.path}: {_reason(error)}. "
+                + ("Nothing was saved before." if kept is None else f"Step {kept} is whole.")
+            ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The system's own words where TensorStore wraps them in paths, else the first line."""
+    found = re.search(r": ([^:]+) \[os_error_code=", str(error))
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return found[1] if found else lines[0]
+
+
+def _check_continues(saved: Record, record: Record) -> None:
+    for name in (*SAME, *MEASURED):
+        was, now = saved.get(name, record[name]), record[name]  # older runs recorded less
+        if was != now:
+            raise ValueError(
+                f"{MEASURED.get(name) or flag(name)} was {was} and is {now}: that would not "
+                "continue the run. Start another with --init-from."
+            )
+
+
+def _weights_of(run: Path, stage: Stage, layout: Layout) -> Params:
+    number = stage.unet_number
+    source = checkpoint.read_config(run).stage(number).network
+    difference = first_difference(source, stage.network, f"unets.{number - 1}")
+    if difference:
+        raise ValueError(f"--init-from {run}: {difference}.")
+    params = checkpoint.load_params(run, number, layout=layout)
+    if params is None:
+        raise ValueError(f"{run} has no weights of U-Net {number}.")
+    return params
