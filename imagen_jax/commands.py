@@ -9,8 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 STAGES = {"base": 1, "sr256": 2, "sr1024": 3}
 """Names of stages, accepted wherever a number is."""
@@ -68,13 +66,6 @@ def quiet_writers() -> None:
             sys.__unraisablehook__(unraisable)
 
     sys.unraisablehook = show
-
-
-def compute_dtype(name: str) -> np.dtype:
-    """What `--dtype` means: `auto` is bfloat16 on accelerators and float32 on a CPU."""
-    if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return jnp.dtype(name)
 
 
 def stage_number(stage: str | int) -> int:

@@ -1,4 +1,4 @@
-"""A cascade ready to sample: weights in their sampling dtype on a mesh, the encoder, the defaults.
+"""A cascade ready to sample: weights in their sampling dtype on a mesh, and the encoder.
 
     pipeline = Pipeline.load("runs/demo", mesh="auto")
     embeds = pipeline.encode(["red apple", "pear"])
@@ -11,16 +11,15 @@ import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float
 
-from imagen_jax import checkpoint, text
+from imagen_jax import checkpoint, nn, text
 from imagen_jax.checkpoint import Weights
 from imagen_jax.config import ImagenConfig, NullUnetConfig
 from imagen_jax.imagen import Imagen
@@ -35,21 +34,12 @@ class Embeddings(NamedTuple):
     masks: Bool[np.ndarray, "n l"]
 
 
-def sampling_dtype(name: DTypeLike | None = None) -> np.dtype:
-    """What networks compute in: by default bfloat16 on accelerators and float32 on a CPU."""
-    if name is None:
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return jnp.dtype(name)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Pipeline:
     """A loaded cascade. `load` makes one."""
 
     run: str | os.PathLike
     config: ImagenConfig
-    steps: Mapping[int, int]
-    """Training step of each U-Net with weights, by its number."""
     weights: Weights
     dtype: np.dtype
     layout: Layout | None
@@ -70,22 +60,16 @@ class Pipeline:
         """The cascade of a run directory.
 
         `mesh`, as "8x1" or "auto", distributes weights and images over devices; None is the first
-        one. `dtype` is what weights are kept and computed in (`sampling_dtype`). `t5` is another
-        encoder than the cascade's; `unet_numbers` are the U-Nets to load. Raises ValueError if
-        `run` is not a run directory, or for a mesh that the devices do not have.
+        one. `dtype` is what weights are kept and computed in (default: `nn.compute_dtype`). `t5` is
+        another encoder than the cascade's; `unet_numbers` are the U-Nets to load. Raises ValueError
+        if `run` is not a run directory, or for a mesh that the devices do not have.
         """
         config = checkpoint.read_config(run)
-        steps = {}
-        for number, unet in enumerate(config.unets, 1):
-            step = checkpoint.latest_step(run, number)
-            if step is not None and not isinstance(unet, NullUnetConfig):
-                steps[number] = step
         return cls(
             run=run,
             config=config,
-            steps=steps,
             weights=weights,
-            dtype=sampling_dtype(dtype),
+            dtype=nn.compute_dtype(dtype),
             layout=make_layout(mesh) if isinstance(mesh, str) else mesh,
             text_encoder_name=t5 or config.text_encoder_name,
             unet_numbers=unet_numbers,

@@ -1,4 +1,4 @@
-"""Sampling: a stage's three compiled programs, and the cascade that runs them stage by stage.
+"""A stage's sampling: three compiled programs, and the host's loop over them.
 
     start    noise and conditioning, prepared once
     advance  a slice of the denoising steps; the host repeats it, for progress and cancelling

@@ -79,8 +79,8 @@ class Layout:
     min_size: int = MIN_SIZE
 
     def place(self, tree: PyTree) -> PyTree:
-        """A sharding for every leaf of parameters, or of a tree that holds the like of them
-        (averages, moments), by its path and shape."""
+        """A sharding for every leaf of parameters, or of a tree of the same structure (averages,
+        moments), by its path and shape."""
         return jax.tree_util.tree_map_with_path(
             lambda path, x: self.named(self.spec(_names(path), x.shape)), tree
         )
@@ -108,7 +108,7 @@ class Layout:
         return f"{self.mesh.size} x {kind}, mesh {shape}, {processes} process{plural}"
 
     def largest(self, number: int) -> Array:
-        """The largest of the numbers that the processes ask with. All of them must ask."""
+        """The largest of the numbers that the processes pass. All processes must call this."""
         every = self.named(P(self.mesh.axis_names))
         numbers = jax.make_array_from_callback(
             (self.mesh.size,), every, lambda index: np.full(1, number, np.int32)
@@ -158,17 +158,17 @@ class Layout:
         """Global arrays from the `own_rows` that each process has as NumPy arrays."""
         place = {row: i for i, row in enumerate(self.own_rows(batch_size))}
 
-        def whole(x: np.ndarray) -> Array:
+        def assemble(x: np.ndarray) -> Array:
             def part(index: tuple[slice, ...]) -> np.ndarray:
                 first, last, _ = index[0].indices(batch_size)
                 return x[place[first] : place[last - 1] + 1]
 
             return jax.make_array_from_callback((batch_size, *x.shape[1:]), self.batch, part)
 
-        return jax.tree.map(whole, own)
+        return jax.tree.map(assemble, own)
 
     def replicate(self, tree: PyTree) -> PyTree:
-        """The same arrays, whole on every device. Every process must give equal ones."""
+        """The same arrays, replicated. Every process must pass equal ones."""
         return _compiled(_same, self.replicated)(tree)
 
     def on_mesh(self, fn: Callable) -> Callable:
@@ -239,7 +239,9 @@ def mesh_shape(text: str, *, count: int, rows: int | None) -> tuple[int, int]:
         return data, model
     known = max(data, model)
     if count % known:
-        raise ValueError(f"--mesh {text}: {count} devices are no multiple of {known}.")
+        raise ValueError(
+            f"--mesh {text}: {count} devices cannot be divided into groups of {known}."
+        )
     return (count // known, known) if data == -1 else (known, count // known)
 
 
@@ -293,12 +295,17 @@ def _axes(axes: str, shape: tuple[int, ...], h: int | None) -> list[str]:
 
 def splits(size: int) -> bool:
     """Whether `model` has several devices, and an axis of this size splits evenly over them."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return mesh.shape.get(MODEL, 1) > 1 and size % mesh.shape[MODEL] == 0
+    return model_parallel() and size % jax.sharding.get_abstract_mesh().shape[MODEL] == 0
+
+
+def model_parallel() -> bool:
+    """Whether the mesh in use has several devices along `model`, so that activations may be split
+    over it."""
+    return jax.sharding.get_abstract_mesh().shape.get(MODEL, 1) > 1
 
 
 def _mesh(shape: tuple[int, int], devices: Sequence[jax.Device]) -> Mesh:
-    # Auto stated aloud: the default, Explicit, rejects convolutions on split kernels.
+    # Auto stated explicitly: the default, Explicit, rejects convolutions on split kernels.
     types = (AxisType.Auto,) * 2
     return jax.make_mesh(shape, (DATA, MODEL), axis_types=types, devices=devices)
 

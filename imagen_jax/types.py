@@ -1,7 +1,8 @@
 """Array vocabulary shared by every module: one letter per axis, one name per role.
 
-Axes:  b batch · h, w pixels · c channels · l text tokens · m conditioning tokens · d embedding
-       n heads · k the width of one head or of the conditioning vector
+Axes:  b batch · f frames · h, w pixels · p flattened pixels · c channels · l text tokens
+       m conditioning tokens · d embedding · n heads · k the width of one head or of the
+       conditioning vector
 """
 
 from typing import Any

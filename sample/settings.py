@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from imagen_jax import checkpoint, commands, sharding
+from imagen_jax import checkpoint, commands, nn, sharding
 from imagen_jax.config import ImagenConfig, NullUnetConfig
 from imagen_jax.diffusion.samplers import SAMPLERS
-from imagen_jax.pipeline import sampling_dtype
 
 GUIDED = (
     3.0  # the base's guidance weight by default; the other stages run unguided, at half the work
@@ -72,7 +71,7 @@ class Settings:
 
     @property
     def compute_dtype(self) -> Any:
-        return sampling_dtype(None if self.dtype == "auto" else self.dtype)
+        return nn.compute_dtype(None if self.dtype == "auto" else self.dtype)
 
     def last_stage(self, config: ImagenConfig) -> int:
         """Number of the last U-Net to run. Raises ValueError if the cascade has none such."""

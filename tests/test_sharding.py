@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from imagen_jax import nn, presets, sharding, text
+from imagen_jax.nn.layers import linear
 from imagen_jax.sharding import Layout, constrain, make_layout, mesh_shape
 from imagen_jax.text.t5 import abstract_encoder
 
@@ -39,7 +41,7 @@ def test_the_grammar(text, count, rows, shape):
         ("8", 8, "--mesh 8: must be auto, or DATAxMODEL"),
         ("-1x-1", 8, "one of the two may be -1"),
         ("0x8", 8, "must be auto"),
-        ("-1x3", 8, "8 devices are no multiple of 3"),
+        ("-1x3", 8, "8 devices cannot be divided into groups of 3"),
         ("8x1", 12, "12 rows do not split evenly over 8 devices"),
     ],
 )
@@ -191,6 +193,19 @@ def test_tokens_are_never_split_however_many():
         assert_placed((2, 2048, 8), f"b {name} d", P("data"))
         assert_placed((2, 2048, 8), f"b {name} c", P("data", None, "model"))
         assert_placed((2, 2048, 4, 8), f"b {name} n k", P("data", None, "model"))
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes"), [((2, 32, 4, 8), "b h w _"), ((2, 3, 32, 4, 8), "b f h w _")]
+)
+def test_a_linear_layer_leaves_rows_where_they_are(shape, axes):
+    """Merged with 3 frames before them, rows would be gathered."""
+    here = layout("2x4")
+    layer = linear(8, 8, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    apply = jax.jit(here.on_mesh(lambda x: constrain(layer(constrain(x, axes)), axes)))
+    x = jax.device_put(np.ones(shape, np.float32), here.replicated)
+    compiled = apply.lower(x).compile().as_text()
+    assert "all-gather" not in compiled
 
 
 def test_videos_are_split_as_their_frames():

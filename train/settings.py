@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from imagen_jax import commands, sharding
+from imagen_jax import nn, sharding
 from imagen_jax.config import ImagenConfig
 from imagen_jax.presets import PRESETS
 
@@ -99,7 +99,7 @@ class Optimization:
 
     @property
     def compute_dtype(self) -> Any:
-        return commands.compute_dtype(self.dtype)
+        return nn.compute_dtype(None if self.dtype == "auto" else self.dtype)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -105,6 +105,13 @@ def params_of(network: nnx.Module) -> Params:
     return nnx.to_pure_dict(nnx.split(network)[1])
 
 
+def compute_dtype(name: DTypeLike | None = None) -> DTypeLike:
+    """What networks compute in: by default bfloat16 on accelerators and float32 on a CPU."""
+    if name is None:
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
 def stored_dtypes(params: Params, dtype: DTypeLike) -> Params:
     """The dtype of each parameter where a network computes in `dtype` and is not trained.
 
@@ -132,8 +139,3 @@ def stored_shapes(shapes: Params, dtype: DTypeLike) -> Params:
     return jax.tree.map(
         lambda x, to: jax.ShapeDtypeStruct(x.shape, to), shapes, stored_dtypes(shapes, dtype)
     )
-
-
-def cast(params: Params, dtype: DTypeLike) -> Params:
-    """The parameters in their `stored_dtypes`."""
-    return jax.tree.map(lambda x, to: x.astype(to), params, stored_dtypes(params, dtype))

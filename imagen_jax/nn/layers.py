@@ -13,7 +13,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from imagen_jax.sharding import constrain, splits
+from imagen_jax.sharding import constrain, model_parallel, splits
 from imagen_jax.types import AnyArray, PRNGKey
 
 torch_kernel_init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -101,8 +101,9 @@ def _product(
     dtype: DTypeLike,
 ) -> Float[Array, "*s c_out"]:
     shape, x = x.shape, x.astype(dtype)
-    # Rows of pictures that lie across devices must stay an axis of their own.
-    flat = x if splits(shape[1]) else x.reshape(-1, shape[-1])
+    # With a model axis, rows may be split over it, and merging them with axes before them (the
+    # frames of a video) would gather them. A layer does not know its axes: none are merged then.
+    flat = x if model_parallel() else x.reshape(-1, shape[-1])
     y = (flat @ kernel.astype(dtype)).reshape(*shape[:-1], kernel.shape[-1])
     return y if bias is None else y + bias[...].astype(dtype)
 
