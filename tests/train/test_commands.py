@@ -125,7 +125,7 @@ def test_super_resolution_by_name(monkeypatch, tmp_path, capsys):
     )  # fmt: skip
     assert checkpoint.latest_step(tmp_path / "run", 2) == 1
     assert (tmp_path / "run" / "samples" / "unet2-0000001.png").exists()
-    assert "U-Net 2 of 2: 8 -> 12 pixels" in capsys.readouterr().out
+    assert "U-Net 2 of 2: 8 x 8 -> 12 x 12 pixels" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
