@@ -284,7 +284,7 @@ def test_errors():
     complains("4 channels, the cascade 3", loss, np.ones((BATCH, 8, 8, 4), np.float32), key=key)
     complains("5 x 5 pixels; U-Net 2", loss, IMAGES[:, :5, :5], key=key)
     complains("square", loss, IMAGES[:, :9], key=key)
-    complains(r"images must be \(b, h, w, c\)", loss, IMAGES[0], key=key)
+    complains(r"images must be \(b, h, w, c\)", loss, IMAGES[..., 0], key=key)
     complains("unet_number = 0 is not in 1 .. 2", imagen.loss, IMAGES, unet_number=0, key=key,
               **TEXT)  # fmt: skip
     for name, value in (("times", np.zeros(2)), ("noise", np.zeros((3, 8, 5, 3)))):

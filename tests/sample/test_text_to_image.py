@@ -195,7 +195,7 @@ def test_without_captions(command, tmp_path):
             command(run, *mistake)
 
 
-def test_ctrl_c_keeps_what_is_written(run, command, tmp_path, monkeypatch):
+def test_ctrl_c_keeps_what_is_written(run, command, tmp_path, monkeypatch, request):
     write = outputs.write_picture
 
     def interrupted(*arguments, **options):
@@ -204,6 +204,9 @@ def test_ctrl_c_keeps_what_is_written(run, command, tmp_path, monkeypatch):
         return made
 
     monkeypatch.setattr(outputs, "write_picture", interrupted)
+    # A shell starts background jobs with this signal ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     prompts = ("--prompt", "x", "--prompt", "y", "--batch-size", 1)
     with pytest.raises(SystemExit, match=r"stopped: \d of 2 pictures are in"):
         command(run, *prompts, *BASE, "--out", tmp_path)
