@@ -14,7 +14,8 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from imagen_jax import checkpoint, commands
+import commands
+from imagen_jax import checkpoint
 from imagen_jax.data import NEW_COMBINATIONS, decode, demo_captions, labelled_grid, open_source
 from train import loop
 from train.settings import Settings

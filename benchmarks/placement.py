@@ -53,7 +53,8 @@ def measure(stage: str, threshold: int) -> dict[str, Any]:
     os.environ["JAX_PLATFORMS"] = "cpu"
     emulated = "--xla_force_host_platform_device_count=16"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {emulated}".strip()
-    from imagen_jax import commands, presets, sharding
+    import commands
+    from imagen_jax import presets, sharding
     from train.planning import programs, report
     from train.planning.hlo import Program
     from train.settings import Optimization, Settings

@@ -2,6 +2,7 @@
 
 from imagen_jax.checkpoint import load, save
 from imagen_jax.config import ElucidatedConfig, ImagenConfig, NullUnetConfig, UnetConfig
+from imagen_jax.errors import UserError
 from imagen_jax.imagen import Draws, Imagen
 from imagen_jax.nn import NullUnet, Unet
 from imagen_jax.pipeline import Pipeline
@@ -20,6 +21,7 @@ __all__ = [
     "SRUnet1024",
     "Unet",
     "UnetConfig",
+    "UserError",
     "load",
     "save",
 ]

@@ -11,6 +11,7 @@ from jaxtyping import Array
 from imagen_jax import sampling
 from imagen_jax.config import ImagenConfig
 from imagen_jax.diffusion.process import RenoiseVariance
+from imagen_jax.errors import UserError
 from imagen_jax.resize import resize
 from imagen_jax.sampling import Given, Program, Progress, Randomness, Steps
 from imagen_jax.sharding import Layout
@@ -54,17 +55,17 @@ class Request:
         """Raises ValueError for arguments that do not fit together, or not the cascade."""
         check_text(config, self.text_embeds, None)
         if (self.key is None) == (self.draws is None):
-            raise ValueError("sample needs either a key or draws.")
+            raise UserError("sample needs either a key or draws.")
         numbers = self.numbers(config)
         if self.draws is not None and len(self.draws) != len(numbers):
-            raise ValueError(f"{len(self.draws)} sequences of draws for {len(numbers)} stages.")
+            raise UserError(f"{len(self.draws)} sequences of draws for {len(numbers)} stages.")
         scales = self.per_unet(config, "cond_scale")
         if config.cond_drop_prob == 0 and any(scale != 1 for scale in scales):
-            raise ValueError("cond_scale other than 1 needs a model trained with cond_drop_prob.")
+            raise UserError("cond_scale other than 1 needs a model trained with cond_drop_prob.")
         if (self.inpaint_images is None) != (self.inpaint_masks is None):
-            raise ValueError("inpainting needs both inpaint_images and inpaint_masks.")
+            raise UserError("inpainting needs both inpaint_images and inpaint_masks.")
         if numbers[0] > 1 and self.start_image_or_video is None:
-            raise ValueError(f"starting at U-Net {numbers[0]} needs start_image_or_video.")
+            raise UserError(f"starting at U-Net {numbers[0]} needs start_image_or_video.")
         self._check_images(config)
 
     def _check_images(self, config: ImagenConfig) -> None:
@@ -85,9 +86,9 @@ class Request:
         last = count if last is None else last
         for name, number in (("start_at", first), ("stop_at", last)):
             if not 1 <= number <= count:
-                raise ValueError(f"{name}_unet_number = {number} is not in 1 .. {count}.")
+                raise UserError(f"{name}_unet_number = {number} is not in 1 .. {count}.")
         if first > last:
-            raise ValueError(
+            raise UserError(
                 f"start_at_unet_number ({first}) must not exceed stop_at_unet_number ({last})."
             )
         return list(range(first, last + 1))
@@ -103,7 +104,7 @@ class Request:
             counts["batch_size"] = self.batch_size
         if len(set(counts.values())) > 1:
             found = ", ".join(f"{name} {count}" for name, count in counts.items())
-            raise ValueError(f"batch sizes differ: {found}.")
+            raise UserError(f"batch sizes differ: {found}.")
         return next(iter(counts.values()), 1)
 
     def given(self) -> Given:
@@ -123,7 +124,7 @@ class Request:
         if not isinstance(value, (tuple, list)):
             return (value,) * count
         if len(value) != count:
-            raise ValueError(f"{name} has {len(value)} entries for {count} unets.")
+            raise UserError(f"{name} has {len(value)} entries for {count} unets.")
         return tuple(value)
 
 
@@ -153,7 +154,7 @@ def sample_cascade(
         images = resize(images, before, mode=config.resize_mode)
     for place, number in enumerate(request.numbers(config)):
         if params[number - 1] is None:
-            raise ValueError(f"U-Net {number} has no weights: there is nothing to sample from.")
+            raise UserError(f"U-Net {number} has no weights: there is nothing to sample from.")
         if keys is None:
             randomness = Randomness(noises=jnp.asarray(request.draws[place]))
         else:
@@ -226,15 +227,15 @@ def _sample_stage(
 def check_text(config: ImagenConfig, text_embeds: TextEmbeds | None, count: int | None) -> None:
     """Raises ValueError unless text is given exactly where the cascade needs it, of its width."""
     if config.condition_on_text and text_embeds is None:
-        raise ValueError("this cascade is conditioned on text: give texts or text_embeds.")
+        raise UserError("this cascade is conditioned on text: give texts or text_embeds.")
     if text_embeds is None:
         return
     if not config.condition_on_text:
-        raise ValueError("text_embeds are given, and condition_on_text is off.")
+        raise UserError("text_embeds are given, and condition_on_text is off.")
     if text_embeds.shape[-1] != config.text_embed_dim:
-        raise ValueError(
+        raise UserError(
             f"text_embeds are {text_embeds.shape[-1]} wide, text_embed_dim is "
             f"{config.text_embed_dim}."
         )
     if count is not None and text_embeds.shape[0] != count:
-        raise ValueError(f"{text_embeds.shape[0]} text_embeds for {count} images.")
+        raise UserError(f"{text_embeds.shape[0]} text_embeds for {count} images.")

@@ -30,6 +30,7 @@ from jax.typing import DTypeLike
 
 from imagen_jax import nn
 from imagen_jax.config import ImagenConfig, NullUnetConfig
+from imagen_jax.errors import UserError
 from imagen_jax.fields import first_difference
 from imagen_jax.imagen import Imagen
 from imagen_jax.sharding import Layout, make_layout
@@ -38,7 +39,7 @@ from imagen_jax.types import Params
 Weights = Literal["ema", "online"]
 
 
-class Damaged(ValueError):
+class Damaged(UserError):
     """A step is there, and cannot be read."""
 
 
@@ -99,7 +100,7 @@ def check_config(run: str | os.PathLike, config: ImagenConfig) -> None:
     path = Path(run) / "config.json"
     difference = first_difference(read_config(run), config) if path.exists() else None
     if difference:
-        raise ValueError(f"{path} describes another cascade: {difference}.")
+        raise UserError(f"{path} describes another cascade: {difference}.")
 
 
 def open_manager(
@@ -124,7 +125,7 @@ def save_step(
     items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
     args = ocp.args.Composite(**items, meta=ocp.args.JsonSave(dict(meta)))
     if manager.latest_step() is not None and manager.latest_step() >= step:
-        raise ValueError(
+        raise UserError(
             f"{manager.directory} is at step {manager.latest_step()}: step {step} cannot be added."
         )
     manager.save(step, args=args)
@@ -265,11 +266,11 @@ def _first_line(error: Exception) -> str:
 def _read_json(run: str | os.PathLike) -> dict[str, Any]:
     path = Path(run) / "config.json"
     if not path.is_file():
-        raise ValueError(f"{run} is no run directory: it has no config.json.")
+        raise UserError(f"{run} is no run directory: it has no config.json.")
     try:
         data = json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}.") from error
+        raise UserError(f"{path} is not JSON: {error}.") from error
     if not isinstance(data, dict) or "imagen" not in data:
-        raise ValueError(f"{path} has no entry 'imagen'.")
+        raise UserError(f"{path} has no entry 'imagen'.")
     return data

@@ -18,6 +18,7 @@ from imagen_jax.diffusion.process import Process
 from imagen_jax.diffusion.samplers import Options
 from imagen_jax.diffusion.schedules import Schedule
 from imagen_jax.diffusion.vp import VP
+from imagen_jax.errors import UserError
 from imagen_jax.fields import Config
 from imagen_jax.stage import LowRes, SamplingDefaults, Stage, show
 from imagen_jax.types import Size, pair
@@ -117,7 +118,7 @@ class ImagenConfig(Config):
         if self.text_embed_dim is None:
             object.__setattr__(self, "text_embed_dim", T5_WIDTHS.get(self.text_encoder_name))
         if self.condition_on_text and self.text_embed_dim is None:
-            raise ValueError(
+            raise UserError(
                 f"text_embed_dim must be given: the width of text_encoder_name = "
                 f"{self.text_encoder_name!r} is not known by name."
             )
@@ -129,7 +130,7 @@ class ImagenConfig(Config):
     def _check_stages(self) -> None:
         count = len(self.unets)
         if count == 0 or len(self.image_sizes) != count:
-            raise ValueError(f"{count} unets and image_sizes = {self.image_sizes}: one size each.")
+            raise UserError(f"{count} unets and image_sizes = {self.image_sizes}: one size each.")
         for name in (
             "timesteps",
             "pred_objectives",
@@ -140,21 +141,21 @@ class ImagenConfig(Config):
         ):
             value = getattr(self, name)
             if isinstance(value, tuple) and len(value) != count:
-                raise ValueError(f"{name} = {value} has {len(value)} entries for {count} unets.")
+                raise UserError(f"{name} = {value} has {len(value)} entries for {count} unets.")
         for name, value in vars(self.elucidated).items() if self.elucidated else ():
             if isinstance(value, tuple) and len(value) != count:
-                raise ValueError(
+                raise UserError(
                     f"elucidated.{name} = {value} has {len(value)} entries for {count} unets."
                 )
         schedules = self.noise_schedules
         if isinstance(schedules, tuple) and len(schedules) > count:
-            raise ValueError(
+            raise UserError(
                 f"noise_schedules = {schedules} has {len(schedules)} entries for {count} unets."
             )
         if any(isinstance(unet, NullUnetConfig) for unet in self.unets[1:]):
-            raise ValueError("a NullUnet can only be the first of the unets.")
+            raise UserError("a NullUnet can only be the first of the unets.")
         if self.per_stage("random_crop_sizes")[0] is not None:
-            raise ValueError(
+            raise UserError(
                 f"random_crop_sizes[0] must be None, got {self.random_crop_sizes}: the base U-Net "
                 "is trained on complete images. As in (None, 64), which JSON writes [null, 64]."
             )
@@ -166,15 +167,15 @@ class ImagenConfig(Config):
             ("dynamic_thresholding_percentile", 0.0, 1.0),
         ):
             if not lo <= getattr(self, name) <= hi:
-                raise ValueError(f"{name} = {getattr(self, name)} must lie in [{lo}, {hi}].")
+                raise UserError(f"{name} = {getattr(self, name)} must lie in [{lo}, {hi}].")
         if self.elucidated is not None:
             for i in range(len(self.unets)):
                 self._process(i).grid(1)  # refuses an empty range of noise
         if min(self.per_stage("timesteps")) < 1:
-            raise ValueError(f"timesteps = {self.timesteps} must be positive.")
+            raise UserError(f"timesteps = {self.timesteps} must be positive.")
         number = self.only_train_unet_number
         if number is not None and not 1 <= number <= len(self.unets):
-            raise ValueError(f"only_train_unet_number = {number} is not in 1 .. {len(self.unets)}.")
+            raise UserError(f"only_train_unet_number = {number} is not in 1 .. {len(self.unets)}.")
 
     def _check_sizes(self) -> None:
         sizes = [pair(size) for size in self.image_sizes]
@@ -182,19 +183,19 @@ class ImagenConfig(Config):
         for number, (unet, size, crop) in enumerate(zip(self.unets, sizes, crops, strict=True), 1):
             trained = size if crop is None else pair(crop)
             if min(trained) < 1:
-                raise ValueError(f"U-Net {number}: the size {show(trained)} must be positive.")
+                raise UserError(f"U-Net {number}: the size {show(trained)} must be positive.")
             if trained[0] > size[0] or trained[1] > size[1]:
-                raise ValueError(
+                raise UserError(
                     f"U-Net {number}: crops of {show(trained)} pixels are larger than its images, "
                     f"{show(size)}."
                 )
             if size[0] * sizes[0][1] != size[1] * sizes[0][0]:
-                raise ValueError(
+                raise UserError(
                     f"image_sizes = {self.image_sizes}: all stages must have one aspect ratio; "
                     f"{show(size)} is not a multiple of {show(sizes[0])}."
                 )
             if isinstance(unet, UnetConfig) and any(n % unet.downsampling for n in trained):
-                raise ValueError(
+                raise UserError(
                     f"U-Net {number} reduces the resolution to 1/{unet.downsampling}; "
                     f"its size {show(trained)} is not a multiple of that."
                 )
@@ -261,7 +262,7 @@ class ImagenConfig(Config):
 
     def _index(self, unet_number: int) -> int:
         if not 1 <= unet_number <= len(self.unets):
-            raise ValueError(f"unet_number = {unet_number} is not in 1 .. {len(self.unets)}.")
+            raise UserError(f"unet_number = {unet_number} is not in 1 .. {len(self.unets)}.")
         return unet_number - 1
 
     def _process(self, i: int) -> Process:

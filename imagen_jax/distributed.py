@@ -15,6 +15,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from imagen_jax.errors import UserError
+
 
 def start(
     coordinator: str | None = None, process_id: int | None = None, num_processes: int | None = None
@@ -30,13 +32,13 @@ def start(
         return
     told = (coordinator, process_id, num_processes)
     if any(x is None for x in told) != all(x is None for x in told):
-        raise ValueError("--coordinator, --process-id and --num-processes go together.")
+        raise UserError("--coordinator, --process-id and --num-processes go together.")
     if coordinator is not None and not 0 <= process_id < num_processes:
-        raise ValueError(f"--process-id {process_id} is none of 0 .. {num_processes - 1}.")
+        raise UserError(f"--process-id {process_id} is none of 0 .. {num_processes - 1}.")
     if coordinator is None and not in_cluster(os.environ):
         return
     if coordinator is None and _in_kubernetes(os.environ) and not _installed("kubernetes"):
-        raise ValueError(
+        raise UserError(
             "to find the other pods of a Kubernetes job: pip install 'imagen-jax[k8s]'. Or give "
             "--coordinator, --process-id and --num-processes; --num-processes 1 to stay alone."
         )
@@ -51,7 +53,7 @@ def start(
             cluster_detection_method=None if coordinator is None else "deactivate",
         )
     except RuntimeError as error:
-        raise ValueError(f"the processes did not find each other: {error}") from error
+        raise UserError(f"the processes did not find each other: {error}") from error
     if not talks():
         # The file itself: libraries below Python talk too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -90,7 +92,7 @@ def together() -> Iterator[None]:
         raise error
     for number, text in enumerate(said):
         if text:
-            raise ValueError(f"process {number}: {text}")
+            raise UserError(f"process {number}: {text}")
 
 
 def in_cluster(environment: Mapping[str, str]) -> bool:

@@ -8,6 +8,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
+from imagen_jax.errors import UserError
+
 T = TypeVar("T")
 
 
@@ -25,7 +27,7 @@ class Config:
         _check_keys(cls.__name__, data, [field.name for field in fields])
         for field in fields:
             if field.default is dataclasses.MISSING and field.name not in data:
-                raise ValueError(f"{cls.__name__} needs the field {field.name!r}.")
+                raise UserError(f"{cls.__name__} needs the field {field.name!r}.")
         return cls(**{name: _freeze(value) for name, value in data.items()})
 
     def _check_types(self) -> None:
@@ -33,7 +35,7 @@ class Config:
         for field in dataclasses.fields(self):
             value = _freeze(getattr(self, field.name))
             if not _fits(value, hints[field.name]):
-                raise ValueError(
+                raise UserError(
                     f"{type(self).__name__}.{field.name} = {value!r} is not "
                     f"{_spell(hints[field.name])}."
                 )
@@ -46,7 +48,7 @@ def _check_keys(where: str, data: Mapping[str, Any], known: list[str]) -> None:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else "."
-            raise ValueError(f"{where} has no field {key!r}{hint}")
+            raise UserError(f"{where} has no field {key!r}{hint}")
 
 
 def _freeze(value: Any) -> Any:

@@ -12,6 +12,8 @@ from typing import Any
 import jax
 from jax.extend.core import Jaxpr, JaxprEqn
 
+from imagen_jax.errors import UserError
+
 PEAKS = {
     # Dense bfloat16 operations per second of one JAX device, without sparsity.
     "NVIDIA A100": 312e12,  # nvidia.com: A100 data sheet, BF16 Tensor Core
@@ -77,7 +79,7 @@ def _of_equation(equation: JaxprEqn) -> int:
         case "while":
             inner = _inner(equation)
             if any(map(_of_jaxpr, inner)):
-                raise ValueError("a loop without a length known beforehand cannot be counted.")
+                raise UserError("a loop without a length known beforehand cannot be counted.")
             return 0
         case _:
             return sum(map(_of_jaxpr, _inner(equation)))

@@ -14,6 +14,7 @@ from imagen_jax import nn, text
 from imagen_jax.cascade import Request, check_text, sample_cascade
 from imagen_jax.config import ImagenConfig, NullUnetConfig
 from imagen_jax.diffusion.process import RenoiseVariance
+from imagen_jax.errors import UserError
 from imagen_jax.fields import first_difference
 from imagen_jax.sampling import Progress
 from imagen_jax.sharding import Layout
@@ -43,7 +44,7 @@ class Imagen(nnx.Module):
         rngs: nnx.Rngs | None = None,
     ):
         if (unets is None) == (rngs is None):
-            raise ValueError("Imagen needs either its unets or rngs to initialise them.")
+            raise UserError("Imagen needs either its unets or rngs to initialise them.")
         if unets is None:
             unets = [_fresh(unet, dtype, rngs) for unet in config.unets]
         _check_unets(config, unets)
@@ -73,7 +74,7 @@ class Imagen(nnx.Module):
         unet_number = _training_number(config, unet_number)
         if texts is not None and text_embeds is None and config.condition_on_text:
             if len(texts) != len(images):
-                raise ValueError(f"{len(texts)} texts for {len(images)} images.")
+                raise UserError(f"{len(texts)} texts for {len(images)} images.")
             text_embeds, text_masks = self.encode_text(texts)
         check_text(config, text_embeds, len(images))
         losses, _ = stage_losses(
@@ -177,19 +178,19 @@ def _fresh(unet, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Module:
 
 def _check_unets(config: ImagenConfig, unets: Sequence[nnx.Module]) -> None:
     if len(unets) != len(config.unets):
-        raise ValueError(f"{len(unets)} unets for {len(config.unets)} configurations.")
+        raise UserError(f"{len(unets)} unets for {len(config.unets)} configurations.")
     for number, (unet, wanted) in enumerate(zip(unets, config.unets, strict=True), 1):
         if not isinstance(unet, nn.NullUnet) and unet.config != wanted:
             found = first_difference(unet.config, wanted, f"unets.{number - 1}")
-            raise ValueError(f"U-Net {number} is not the one of the configuration: {found}.")
+            raise UserError(f"U-Net {number} is not the one of the configuration: {found}.")
 
 
 def _training_number(config: ImagenConfig, unet_number: int | None) -> int:
     if unet_number is None and len(config.unets) > 1:
-        raise ValueError(f"say which U-Net to train: unet_number = 1 .. {len(config.unets)}.")
+        raise UserError(f"say which U-Net to train: unet_number = 1 .. {len(config.unets)}.")
     number = 1 if unet_number is None else unet_number
     if isinstance(config.stage(number).network, NullUnetConfig):
-        raise ValueError(f"U-Net {number} is a NullUnet: it cannot be trained.")
+        raise UserError(f"U-Net {number} is a NullUnet: it cannot be trained.")
     if config.only_train_unet_number not in (None, number):
-        raise ValueError(f"only_train_unet_number = {config.only_train_unet_number}, not {number}.")
+        raise UserError(f"only_train_unet_number = {config.only_train_unet_number}, not {number}.")
     return number

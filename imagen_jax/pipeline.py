@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float
 from imagen_jax import checkpoint, nn, text
 from imagen_jax.checkpoint import Weights
 from imagen_jax.config import ImagenConfig, NullUnetConfig
+from imagen_jax.errors import UserError
 from imagen_jax.imagen import Imagen
 from imagen_jax.sharding import Layout, make_layout
 from imagen_jax.streams import seed_keys
@@ -92,7 +93,7 @@ class Pipeline:
         """Raises ValueError if it is not of the cascade's width."""
         encoder = text.load_encoder(self.text_encoder_name, dtype=self.dtype, layout=self.layout)
         if encoder.width != self.config.text_embed_dim:
-            raise ValueError(
+            raise UserError(
                 f"{encoder.name} has embeddings of {encoder.width}, the cascade text_embed_dim = "
                 f"{self.config.text_embed_dim}."
             )

@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Float, Shaped
 
+from imagen_jax.errors import UserError
 from imagen_jax.types import AnyArray, Size, pair
 
 Mode = Literal["nearest", "bilinear", "bicubic", "area"]
@@ -35,7 +36,7 @@ def resize(
     """
     h, w = pair(size)
     if min(h, w) < 1:
-        raise ValueError(f"size = {size} must be positive.")
+        raise UserError(f"size = {size} must be positive.")
     h_in, w_in = image.shape[1:3]
     if (h_in, w_in) == (h, w):
         return image
@@ -80,7 +81,7 @@ def weights(n_in: int, n_out: int, mode: Mode) -> Float[np.ndarray, "n_out n_in"
             return _gather(_centres(n_in, n_out), n_in, _cubic)
         case "area":
             return _area(n_in, n_out)
-    raise ValueError(f"mode = {mode!r} is not one of 'nearest', 'bilinear', 'bicubic', 'area'.")
+    raise UserError(f"mode = {mode!r} is not one of 'nearest', 'bilinear', 'bicubic', 'area'.")
 
 
 def _centres(n_in: int, n_out: int) -> np.ndarray:

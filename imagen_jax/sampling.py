@@ -25,6 +25,7 @@ from imagen_jax import nn
 from imagen_jax.conditioning import Condition, Conditioning, Guided
 from imagen_jax.diffusion import samplers
 from imagen_jax.diffusion.process import RenoiseVariance, q_sample
+from imagen_jax.errors import UserError
 from imagen_jax.resize import resize
 from imagen_jax.sharding import Layout
 from imagen_jax.stage import SamplingDefaults, Stage, to_float
@@ -52,7 +53,7 @@ class Program:
     def __post_init__(self):
         samplers.find_sampler(self.sampler)
         if self.inpaint_variance not in ("exact", "reference"):
-            raise ValueError(
+            raise UserError(
                 f"inpaint_variance must be 'exact' or 'reference', got {self.inpaint_variance!r}."
             )
 
@@ -280,6 +281,6 @@ def _check_noises(given: Given, randomness: Randomness, num_steps: int) -> None:
     wanted = samplers.count_noises(num_steps, resample_times=times)
     wanted += 1 + (given.previous is not None)
     if len(randomness.noises) != wanted:
-        raise ValueError(
+        raise UserError(
             f"the draws hold {len(randomness.noises)} noises; this stage needs {wanted}."
         )

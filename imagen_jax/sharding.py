@@ -48,6 +48,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jaxtyping import Array, PyTree
 
+from imagen_jax.errors import UserError
+
 P = jax.P
 DATA, MODEL = "data", "model"
 
@@ -218,11 +220,11 @@ def make_layout(
     shape = mesh_shape(text, count=count, rows=rows)
     needed = math.prod(shape)
     if needed > count or (needed < count and jax.process_count() > 1):
-        raise ValueError(
+        raise UserError(
             f"--mesh {text}: {shape[0]}x{shape[1]} needs {needed} devices, found {count}."
         )
     if rows is not None and rows % shape[0]:
-        raise ValueError(
+        raise UserError(
             f"--mesh {text}: {rows} rows do not split evenly over {shape[0]} devices. Rows are "
             "--batch-size divided by --accumulate."
         )
@@ -239,9 +241,7 @@ def mesh_shape(text: str, *, count: int, rows: int | None) -> tuple[int, int]:
         return data, model
     known = max(data, model)
     if count % known:
-        raise ValueError(
-            f"--mesh {text}: {count} devices cannot be divided into groups of {known}."
-        )
+        raise UserError(f"--mesh {text}: {count} devices cannot be divided into groups of {known}.")
     return (count // known, known) if data == -1 else (known, count // known)
 
 
@@ -250,7 +250,7 @@ def parse(text: str) -> tuple[int, int]:
     found = re.fullmatch(r"(-1|[1-9]\d*)x(-1|[1-9]\d*)", text)
     sizes = tuple(map(int, found.groups())) if found else (-1, -1)
     if sizes == (-1, -1):
-        raise ValueError(
+        raise UserError(
             f"--mesh {text}: must be auto, or DATAxMODEL as in 8x1; one of the two may be -1."
         )
     return sizes
@@ -282,12 +282,12 @@ def _axes(axes: str, shape: tuple[int, ...], h: int | None) -> list[str]:
     if names[-1:] == ["..."]:
         names[-1:] = "_" * (len(shape) - len(names) + 1)
     if len(names) != len(shape):
-        raise ValueError(f"axes = {axes!r} do not fit an array of shape {shape}.")
+        raise UserError(f"axes = {axes!r} do not fit an array of shape {shape}.")
     unknown = [name for name in names if name not in AXES]
     if unknown:
-        raise ValueError(f"axes = {axes!r}: {unknown[0]!r} is not one of {', '.join(AXES)}.")
+        raise UserError(f"axes = {axes!r}: {unknown[0]!r} is not one of {', '.join(AXES)}.")
     if "p" in names and (h is None or shape[names.index("p")] % h):
-        raise ValueError(
+        raise UserError(
             f"axes = {axes!r}, shape {shape}: p needs h=, the rows of the feature map; got h={h}."
         )
     return names

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Key
 
+from imagen_jax.errors import UserError
 from imagen_jax.types import PRNGKey
 
 RowKeys = Key[Array, "b"]
@@ -37,7 +38,7 @@ def row_keys(key: PRNGKey | RowKeys, count: int) -> RowKeys:
     if not key.ndim:
         return jax.vmap(lambda place: stream(key, "row", place))(jnp.arange(count))
     if len(key) != count:
-        raise ValueError(f"{len(key)} keys for a batch of {count}: give one key, or one a row.")
+        raise UserError(f"{len(key)} keys for a batch of {count}: give one key, or one a row.")
     return key
 
 

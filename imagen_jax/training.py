@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from imagen_jax.conditioning import Condition, Conditioning
 from imagen_jax.diffusion.process import Level, q_sample
+from imagen_jax.errors import UserError
 from imagen_jax.nn import Network
 from imagen_jax.resize import resize
 from imagen_jax.stage import Stage, show, to_float
@@ -137,10 +138,10 @@ def complete_draws(
         given = getattr(draws, name)
         if given is None:
             if key is None:
-                raise ValueError(f"the loss needs a key, or draws with {name}.")
+                raise UserError(f"the loss needs a key, or draws with {name}.")
             drawn[name] = draw(stream(key, name))
         elif jnp.shape(given) != shape:
-            raise ValueError(f"draws.{name} must have the shape {shape}, got {jnp.shape(given)}.")
+            raise UserError(f"draws.{name} must have the shape {shape}, got {jnp.shape(given)}.")
     return dataclasses.replace(draws, **drawn)
 
 
@@ -193,9 +194,9 @@ def check_images(stage: Stage, images: Array, name: str = "images") -> None:
     """Raises ValueError for images that the stage cannot be trained on."""
     check_aspect(stage, images.shape, name)
     if images.shape[-1] != stage.channels:
-        raise ValueError(f"{name} have {images.shape[-1]} channels, the cascade {stage.channels}.")
+        raise UserError(f"{name} have {images.shape[-1]} channels, the cascade {stage.channels}.")
     if images.shape[1] < stage.size[0] or images.shape[2] < stage.size[1]:
-        raise ValueError(
+        raise UserError(
             f"{name} are {show(images.shape[1:3])} pixels; U-Net {stage.unet_number} is trained "
             f"on {show(stage.size)}: smaller images would be upsampled, not learned."
         )
@@ -205,11 +206,11 @@ def check_aspect(stage: Stage, shape: tuple[int, ...], name: str, *, ndim: int =
     """Raises ValueError for arrays (b, h, w, ...) that resizing would squash."""
     wanted = "(b, h, w, c)" if ndim == 4 else "(b, h, w)"
     if len(shape) != ndim:
-        raise ValueError(f"{name} must be {wanted}; got {shape}.")
+        raise UserError(f"{name} must be {wanted}; got {shape}.")
     h, w = stage.size
     if shape[1] * w != shape[2] * h:
         kind = "square" if h == w else f"of the aspect ratio of {show(stage.size)}"
-        raise ValueError(f"{name} must be {kind}, {wanted}; got {shape}.")
+        raise UserError(f"{name} must be {kind}, {wanted}; got {shape}.")
 
 
 def shrink(stage: Stage, images: Array) -> Array:

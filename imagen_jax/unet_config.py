@@ -8,6 +8,7 @@ import dataclasses
 import warnings
 from typing import Any, Literal
 
+from imagen_jax.errors import UserError
 from imagen_jax.fields import Config
 
 ResizeMode = Literal["nearest", "bilinear", "bicubic", "area"]
@@ -81,7 +82,7 @@ class UnetConfig(Config):
         ):
             value = getattr(self, name)
             if isinstance(value, tuple) and len(value) != len(self.dim_mults):
-                raise ValueError(
+                raise UserError(
                     f"{name} = {value} has {len(value)} entries; dim_mults = {self.dim_mults} "
                     f"has {len(self.dim_mults)}, one per level."
                 )
@@ -90,38 +91,38 @@ class UnetConfig(Config):
 
     def _check_values(self) -> None:
         if self.attn_heads < 2:
-            raise ValueError(f"attn_heads = {self.attn_heads}; attention needs at least 2.")
+            raise UserError(f"attn_heads = {self.attn_heads}; attention needs at least 2.")
         if self.learned_sinu_pos_emb_dim % 2:
-            raise ValueError(
+            raise UserError(
                 f"learned_sinu_pos_emb_dim = {self.learned_sinu_pos_emb_dim} must be even."
             )
         if not 1 <= self.max_text_len <= 512:
-            raise ValueError(f"max_text_len = {self.max_text_len} must lie in 1 .. 512.")
+            raise UserError(f"max_text_len = {self.max_text_len} must lie in 1 .. 512.")
         if self.cond_on_text and self.text_embed_dim is None:
-            raise ValueError("cond_on_text needs text_embed_dim.")
+            raise UserError("cond_on_text needs text_embed_dim.")
         if not self.memory_efficient and self.dim_mults[0] != 1:
-            raise ValueError(
+            raise UserError(
                 f"dim_mults = {self.dim_mults} must begin with 1 unless memory_efficient: the last "
                 f"level up is dim = {self.dim} wide."
             )
         if self.first_dim != self.dim:
             for name in ("memory_efficient", "init_conv_to_final_conv_residual"):
                 if getattr(self, name):
-                    raise ValueError(
+                    raise UserError(
                         f"{name} needs init_dim = {self.init_dim} to equal dim = {self.dim}."
                     )
         for name in ("init_conv_kernel_size", "final_conv_kernel_size"):
             if getattr(self, name) % 2 == 0:
-                raise ValueError(f"{name} = {getattr(self, name)} must be odd.")
+                raise UserError(f"{name} = {getattr(self, name)} must be odd.")
         if self.norm == "group" and any(width % 8 for width in self.dims):
-            raise ValueError(f"norm='group' has 8 groups; the widths {self.dims} are no multiples.")
+            raise UserError(f"norm='group' has 8 groups; the widths {self.dims} are no multiples.")
         for name, stride, used in (
             ("init_cross_embed_kernel_sizes", 1, self.init_cross_embed),
             ("cross_embed_downsample_kernel_sizes", 2, self.cross_embed_downsample),
         ):
             if used and any(kernel % 2 != stride % 2 for kernel in getattr(self, name)):
                 parity = "odd" if stride == 1 else "even"
-                raise ValueError(f"{name} = {getattr(self, name)}: every size must be {parity}.")
+                raise UserError(f"{name} = {getattr(self, name)}: every size must be {parity}.")
 
     @property
     def first_dim(self) -> int:

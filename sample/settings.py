@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from imagen_jax import checkpoint, commands, nn, sharding
+import commands
+from imagen_jax import checkpoint, nn, sharding
 from imagen_jax.config import ImagenConfig, NullUnetConfig
 from imagen_jax.diffusion.samplers import SAMPLERS
+from imagen_jax.errors import UserError
 
 GUIDED = (
     3.0  # the base's guidance weight by default; the other stages run unguided, at half the work
@@ -54,15 +56,15 @@ class Settings:
         counts = [(name, (getattr(self, name),)) for name in self.counts] + [("steps", self.steps)]
         for name, values in counts:
             if values is not None and min(values, default=0) < 1:
-                raise ValueError(f"{flag(name)} {' '.join(map(str, values))}: at least 1.")
+                raise UserError(f"{flag(name)} {' '.join(map(str, values))}: at least 1.")
         for name, last in (("seed", 2**32 - 1), ("eta", 1), ("lowres_sample_noise_level", 1)):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= last:
-                raise ValueError(f"{flag(name)} {value} must lie in 0 .. {last}.")
+                raise UserError(f"{flag(name)} {value} must lie in 0 .. {last}.")
         if self.mesh not in (None, "auto"):
             sharding.parse(self.mesh)
         if self.eta and self.sampler != "ddim":
-            raise ValueError(f"--eta {self.eta} belongs to --sampler ddim.")
+            raise UserError(f"--eta {self.eta} belongs to --sampler ddim.")
 
     @property
     def counts(self) -> tuple[str, ...]:
@@ -80,7 +82,7 @@ class Settings:
             return count
         number = commands.stage_number(self.stop_at_unet_number)
         if number > count:
-            raise ValueError(
+            raise UserError(
                 f"--stop-at-unet-number {self.stop_at_unet_number}: the cascade of "
                 f"{self.checkpoint} has {count} U-Nets."
             )
@@ -99,7 +101,7 @@ class Settings:
         if config.cond_drop_prob == 0 or not config.condition_on_text:
             scales = (1.0,) * count
             if any(scale != 1 for scale in self.cond_scale or ()):
-                raise ValueError(
+                raise UserError(
                     f"--cond-scale {' '.join(map(str, self.cond_scale))}: guidance needs a cascade "
                     "trained with captions and cond_drop_prob above 0."
                 )
@@ -122,7 +124,7 @@ class Settings:
             return tuple(default)
         if len(given) not in {1, last, len(default)}:
             runs = "the U-Net that runs" if last == 1 else f"each of the {last} U-Nets that run"
-            raise ValueError(f"{flag(name)} has {len(given)} values: give one, or one for {runs}.")
+            raise UserError(f"{flag(name)} has {len(given)} values: give one, or one for {runs}.")
         return (given * len(default) if len(given) == 1 else given + default)[: len(default)]
 
     def trained_steps(self, config: ImagenConfig, first: int = 1) -> dict[int, int]:
@@ -134,12 +136,12 @@ class Settings:
         for number in range(first, self.last_stage(config) + 1):
             step = checkpoint.latest_step(self.checkpoint, number)
             if isinstance(config.unets[number - 1], NullUnetConfig):
-                raise ValueError(
+                raise UserError(
                     f"U-Net {number} of {self.checkpoint} is a NullUnet: this cascade enlarges "
                     "pictures and draws none from text."
                 )
             if step is None:
-                raise ValueError(_untrained(self.checkpoint, number, first))
+                raise UserError(_untrained(self.checkpoint, number, first))
             steps[number] = step
         return steps
 

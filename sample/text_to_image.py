@@ -19,8 +19,10 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from imagen_jax import checkpoint, commands
+import commands
+from imagen_jax import checkpoint
 from imagen_jax.config import ImagenConfig
+from imagen_jax.errors import UserError
 from imagen_jax.pipeline import Embeddings, Pipeline
 from imagen_jax.streams import image_seeds
 from sample import outputs, settings
@@ -53,7 +55,7 @@ class Settings(settings.Settings):
         if not config.condition_on_text:
             for name in ("prompt", "prompts_from", "t5"):
                 if getattr(self, name):
-                    raise ValueError(
+                    raise UserError(
                         f"{settings.flag(name)}: the cascade of {self.checkpoint} was trained "
                         "without captions; --num-images-per-prompt says how many to draw."
                     )
@@ -61,14 +63,14 @@ class Settings(settings.Settings):
         prompts = list(self.prompt)
         for number, prompt in enumerate(prompts, 1):
             if not prompt.strip():
-                raise ValueError(f"prompt {number} of {len(prompts)} is empty: {prompt!r}.")
+                raise UserError(f"prompt {number} of {len(prompts)} is empty: {prompt!r}.")
         if self.prompts_from is not None:
             lines = self.prompts_from.read_text(encoding="utf-8").splitlines()
             prompts += [line.strip() for line in lines if line.strip()]
             if not prompts:
-                raise ValueError(f"{self.prompts_from} holds no prompt.")
+                raise UserError(f"{self.prompts_from} holds no prompt.")
         if not prompts:
-            raise ValueError('say what to draw: --prompt "..." or --prompts-from FILE.')
+            raise UserError('say what to draw: --prompt "..." or --prompts-from FILE.')
         return prompts
 
 

@@ -173,7 +173,7 @@ def test_damaged_meta_is_one_line(copy):
 def test_reading_that_is_given_up_is_silent():
     """As Orbax drops the arrays that it still reads when one has failed."""
     program = """
-from imagen_jax import commands
+import commands
 
 commands.quiet_writers()
 

@@ -8,7 +8,8 @@
 The super-resolution stages are trained by `python -m train.super_res`, in any order.
 """
 
-from imagen_jax import commands, distributed
+import commands
+from imagen_jax import distributed
 from train import loop
 from train.settings import parse
 

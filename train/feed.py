@@ -15,6 +15,7 @@ from imagen_jax import text
 from imagen_jax.cascade import check_text
 from imagen_jax.config import ImagenConfig
 from imagen_jax.data import Batches, Record, Source, decode, make_batches, open_source
+from imagen_jax.errors import UserError
 from imagen_jax.sharding import Layout
 from imagen_jax.stage import Stage
 from imagen_jax.types import AnyArray, TextEmbeds, TextMask
@@ -103,7 +104,7 @@ class Feed:
             try:
                 record = source[i]
                 if self.encoder is not None and not record.caption:
-                    raise ValueError("no caption")
+                    raise UserError("no caption")
                 yield record, decode(record.image, image_size=size, channels=self.config.channels)
             except ValueError as error:
                 self.skip(source.key(i), str(error))
@@ -154,7 +155,7 @@ def _chosen(source: Source, settings: Data) -> Source:
 def _load_encoder(config: ImagenConfig, dtype: DTypeLike, layout: Layout) -> text.TextEncoder:
     encoder = text.load_encoder(config.text_encoder_name, dtype=dtype, layout=layout)
     if encoder.width != config.text_embed_dim:
-        raise ValueError(
+        raise UserError(
             f"{config.text_encoder_name} has embeddings of {encoder.width}, the cascade "
             f"text_embed_dim = {config.text_embed_dim}."
         )

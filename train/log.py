@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from imagen_jax import distributed, nn
+from imagen_jax.errors import UserError
 from imagen_jax.stage import show
 from train.feed import Feed
 from train.optimizer import learning_rate
@@ -167,7 +168,7 @@ class Window:
         for number, measured in zip(numbers, fetched, strict=True):
             for name, what in (("loss", "the loss"), ("grad_norm", "the norm of the gradients")):
                 if not np.isfinite(measured[name]):
-                    raise ValueError(
+                    raise UserError(
                         f"{what} is {measured[name]} at step {number}. Checkpoints are of "
                         "steps before. A smaller --lr, --max-grad-norm or --dtype float32 may help."
                     )
@@ -231,4 +232,4 @@ def _extra(module: str, flag: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise ValueError(f"{flag} needs {module}: pip install 'imagen-jax[logging]'.") from error
+        raise UserError(f"{flag} needs {module}: pip install 'imagen-jax[logging]'.") from error

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from imagen_jax import distributed, flops
 from imagen_jax.config import ImagenConfig, NullUnetConfig
+from imagen_jax.errors import UserError
 from imagen_jax.sharding import Layout, make_layout
 from imagen_jax.stage import Stage
 from imagen_jax.streams import stream
@@ -160,9 +161,9 @@ class Trainer:
 def _trained_stage(config: ImagenConfig, unet_number: int) -> Stage:
     stage = config.stage(unet_number)
     if isinstance(stage.network, NullUnetConfig):
-        raise ValueError(f"U-Net {unet_number} is a NullUnet: it cannot be trained.")
+        raise UserError(f"U-Net {unet_number} is a NullUnet: it cannot be trained.")
     if config.only_train_unet_number not in (None, unet_number):
-        raise ValueError(
+        raise UserError(
             f"only_train_unet_number is {config.only_train_unet_number}, not {unet_number}."
         )
     return stage

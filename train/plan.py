@@ -20,8 +20,9 @@ from typing import Any
 
 import jax
 
-from imagen_jax import commands
+import commands
 from imagen_jax.config import NullUnetConfig
+from imagen_jax.errors import UserError
 from imagen_jax.sharding import Layout, make_layout
 from train.planning import chips, programs, report
 from train.planning.hlo import Program
@@ -51,7 +52,7 @@ class Plan:
 def main() -> None:
     plan, settings = parse(__doc__, Plan)
     if plan.sample and plan.text:
-        raise ValueError("--sample and --text: one of them.")
+        raise UserError("--sample and --text: one of them.")
     devices = chips.devices(plan.topology)
     chip = chips.chip(devices[0])
     if settings.dtype == "auto":
@@ -67,7 +68,7 @@ def main() -> None:
         plan.out.parent.mkdir(parents=True, exist_ok=True)
         plan.out.write_text(json.dumps(numbers, indent=1) + "\n")
     if numbers["fits"] is False:
-        raise ValueError("it does not fit.")
+        raise UserError("it does not fit.")
 
 
 def trace(plan: Plan, settings: Settings, layout: Layout) -> programs.Planned:
@@ -77,7 +78,7 @@ def trace(plan: Plan, settings: Settings, layout: Layout) -> programs.Planned:
     if plan.text:
         return programs.text_encoding(settings.batch_size, 256, dtype, layout)
     if number > len(config.unets) or isinstance(config.unets[number - 1], NullUnetConfig):
-        raise ValueError(f"--unet-number {plan.unet_number}: the cascade has no such U-Net.")
+        raise UserError(f"--unet-number {plan.unet_number}: the cascade has no such U-Net.")
     if plan.sample:
         return programs.sampling_step(config.stage(number), settings.batch_size, dtype, layout)
     optimization = settings.section(Optimization)

@@ -25,6 +25,7 @@ import orbax.checkpoint as ocp
 
 from imagen_jax import checkpoint, distributed, nn
 from imagen_jax.config import ImagenConfig
+from imagen_jax.errors import UserError
 from imagen_jax.fields import first_difference
 from imagen_jax.sharding import Layout
 from imagen_jax.stage import Stage
@@ -78,13 +79,13 @@ class RunDir:
         every = [json.loads(text) for text in distributed.gather(json.dumps(found))]
         if any(other != every[0] for other in every):
             newest = ", ".join(str(complete) for _, complete in every)
-            raise ValueError(
+            raise UserError(
                 f"the processes see different steps in {path}/unet{number} (the newest: {newest}): "
                 "--workdir must be a folder that all of them share. If it is, start them again."
             )
         run = cls(path, config, stage, newest=max(found[0], default=None), complete=found[1])
         if run.newest is not None and not resume:
-            raise ValueError(
+            raise UserError(
                 f"{run.folder} is at step {run.newest}: continue with --resume, or choose another "
                 "--workdir."
             )
@@ -156,14 +157,14 @@ class RunDir:
                     checkpoint.set_aside(self.path, number, broken)
             distributed.gather("renamed")
             return start
-        raise ValueError(f"{damaged[0][1]}. No older step of {self.folder} can be read.")
+        raise UserError(f"{damaged[0][1]}. No older step of {self.folder} can be read.")
 
     def _saved(
         self, step: int, optimization: Optimization, layout: Layout, record: Record
     ) -> Start:
         meta = checkpoint.read_meta(self.path, self.stage.unet_number, step)
         if meta.get("settings") is None:
-            raise ValueError(
+            raise UserError(
                 f"{self.folder} holds weights alone: start another run from them with --init-from."
             )
         _check_continues(meta["settings"], record)
@@ -210,7 +211,7 @@ class RunDir:
             time.sleep(1)
         seen = distributed.gather("yes" if file.exists() else "no")
         if "no" in seen:
-            raise ValueError(
+            raise UserError(
                 f"process {seen.index('no')} of {len(seen)} does not see {self.path} as process 0 "
                 "writes it: --workdir must be a folder that all of them share."
             )
@@ -243,7 +244,7 @@ class Checkpoints:
             write()
         except Exception as error:  # Orbax and TensorStore each have their own kinds
             kept = checkpoint.latest_step(self.run.path, self.run.stage.unet_number)
-            raise ValueError(
+            raise UserError(
                 f"could not save step {self.newest} in {self.run.path}: {_reason(error)}. "
                 + ("Nothing was saved before." if kept is None else f"Step {kept} is whole.")
             ) from error
@@ -260,7 +261,7 @@ def _check_continues(saved: Record, record: Record) -> None:
     for name in (*SAME, *MEASURED):
         was, now = saved.get(name, record[name]), record[name]  # older runs recorded less
         if was != now:
-            raise ValueError(
+            raise UserError(
                 f"{MEASURED.get(name) or flag(name)} was {was} and is {now}: that would not "
                 "continue the run. Start another with --init-from."
             )
@@ -271,8 +272,8 @@ def _weights_of(run: Path, stage: Stage, layout: Layout) -> Params:
     source = checkpoint.read_config(run).stage(number).network
     difference = first_difference(source, stage.network, f"unets.{number - 1}")
     if difference:
-        raise ValueError(f"--init-from {run}: {difference}.")
+        raise UserError(f"--init-from {run}: {difference}.")
     params = checkpoint.load_params(run, number, layout=layout)
     if params is None:
-        raise ValueError(f"{run} has no weights of U-Net {number}.")
+        raise UserError(f"{run} has no weights of U-Net {number}.")
     return params

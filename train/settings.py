@@ -14,6 +14,7 @@ import tyro
 
 from imagen_jax import nn, sharding
 from imagen_jax.config import ImagenConfig
+from imagen_jax.errors import UserError
 from imagen_jax.presets import PRESETS
 
 
@@ -168,7 +169,7 @@ class Settings(Watching, Devices, Optimization, Data, Run):
         for name in POSITIVE:
             self._require(name, lambda x: x > 0, "more than 0")
         if self.batch_size % self.accumulate:
-            raise ValueError(
+            raise UserError(
                 f"--batch-size {self.batch_size} does not split into --accumulate "
                 f"{self.accumulate} equal parts."
             )
@@ -183,7 +184,7 @@ class Settings(Watching, Devices, Optimization, Data, Run):
     def _require(self, name: str, holds: Any, what: str) -> None:
         value = getattr(self, name)
         if value is not None and not holds(value):
-            raise ValueError(f"{flag(name)} {value}: must be {what}.")
+            raise UserError(f"{flag(name)} {value}: must be {what}.")
 
     def section(self, kind: type) -> Any:
         """One of SECTIONS with the values that stand here."""
@@ -207,7 +208,7 @@ class Settings(Watching, Devices, Optimization, Data, Run):
             changes["condition_on_text"] = False
         if self.t5 is not None:
             if not config.condition_on_text or self.no_captions:
-                raise ValueError("--t5 has no use in a cascade without captions.")
+                raise UserError("--t5 has no use in a cascade without captions.")
             changes |= dict(text_encoder_name=self.t5, text_embed_dim=_width(self.t5))
         return dataclasses.replace(config, **changes)
 
@@ -265,11 +266,11 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text())
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both
-        raise ValueError(f"{path} is not JSON: {error}.") from error
+        raise UserError(f"{path} is not JSON: {error}.") from error
     # A run's own config.json serves as well.
     data = data.get("imagen", data) if isinstance(data, dict) else data
     if not isinstance(data, dict):
-        raise ValueError(f"{path} is no cascade: it holds {type(data).__name__}, not an object.")
+        raise UserError(f"{path} is no cascade: it holds {type(data).__name__}, not an object.")
     return data
 
 

@@ -8,7 +8,9 @@ Needs no trained base: the small pictures are made from the large ones.
 
 import dataclasses
 
-from imagen_jax import commands, distributed
+import commands
+from imagen_jax import distributed
+from imagen_jax.errors import UserError
 from train import loop
 from train.settings import parse
 
@@ -25,7 +27,7 @@ def main() -> None:
     stage, settings = parse(__doc__, Stage)
     number = commands.stage_number(stage.unet_number)
     if number == 1:
-        raise ValueError("U-Net 1 is the base: train it with python -m train.base.")
+        raise UserError("U-Net 1 is the base: train it with python -m train.base.")
     distributed.start(settings.coordinator, settings.process_id, settings.num_processes)
     loop.run(settings, number)
 

@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from imagen_jax.data.images import to_pil
+from imagen_jax.errors import UserError
 
 Picture = Image.Image | np.ndarray
 Row = tuple[str, Sequence[Picture], Sequence[str]]  # title, pictures, a caption for each (or none)
@@ -30,7 +31,7 @@ def labelled_grid(
     heading = ImageFont.load_default(size=font_size + 4)
     for title, pictures, captions in rows:
         if captions and len(captions) != len(pictures):
-            raise ValueError(f"{title!r}: {len(captions)} captions for {len(pictures)} pictures")
+            raise UserError(f"{title!r}: {len(captions)} captions for {len(pictures)} pictures")
     columns = columns or max((len(pictures) for _, pictures, _ in rows), default=1)
     bands = [_band(row, cell, columns, font, heading) for row in rows]
     width = max((band.width for band in bands), default=1) + 2 * MARGIN

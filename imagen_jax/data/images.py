@@ -14,6 +14,7 @@ from jaxtyping import Float, UInt8
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
+from imagen_jax.errors import UserError
 from imagen_jax.types import Size, pair
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -42,12 +43,12 @@ def decode(
     or of a kind that has no fixed range (float or 32-bit pixels).
     """
     if channels not in MODES:
-        raise ValueError(f"channels must be 1, 3 or 4, got {channels}")
+        raise UserError(f"channels must be 1, 3 or 4, got {channels}")
     size = pair(image_size)
     picture = _from_pixels(image) if isinstance(image, np.ndarray) else _open(image, size)
     if picture.height < size[0] or picture.width < size[1]:
         given, wanted = f"{picture.height}x{picture.width}", "{}x{}".format(*size)
-        raise ValueError(f"picture of {given} pixels is smaller than {wanted} (height x width)")
+        raise UserError(f"picture of {given} pixels is smaller than {wanted} (height x width)")
     return _cover(_to_mode(picture, MODES[channels]), size).reshape(*size, channels)
 
 
@@ -68,9 +69,9 @@ def to_pil(image: UInt8[np.ndarray, "..."] | Float[np.ndarray, "..."]) -> Image.
 def _from_pixels(pixels: np.ndarray) -> Image.Image:
     shape = pixels.shape
     if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3):
-        raise ValueError(f"pixels must be uint8 (h, w) or (h, w, c), got {pixels.dtype} {shape}")
+        raise UserError(f"pixels must be uint8 (h, w) or (h, w, c), got {pixels.dtype} {shape}")
     if pixels.ndim == 3 and shape[-1] not in MODES:
-        raise ValueError(f"a picture has 1, 3 or 4 channels, got {shape[-1]} in shape {shape}")
+        raise UserError(f"a picture has 1, 3 or 4 channels, got {shape[-1]} in shape {shape}")
     return Image.fromarray(pixels[..., 0] if shape[-1] == 1 and pixels.ndim == 3 else pixels)
 
 
@@ -83,9 +84,9 @@ def _open(image: bytes, size: Size) -> Image.Image:
         picture.load()
         return ImageOps.exif_transpose(picture)
     except UnidentifiedImageError as error:  # its message shows the address of the buffer
-        raise ValueError("corrupt picture: no known format") from error
+        raise UserError("corrupt picture: no known format") from error
     except _DAMAGED as error:
-        raise ValueError(f"corrupt picture: {_one_line(error)}") from error
+        raise UserError(f"corrupt picture: {_one_line(error)}") from error
 
 
 def _reduce(picture: JpegImageFile, size: Size) -> None:
@@ -112,7 +113,7 @@ def _to_mode(picture: Image.Image, mode: str) -> Image.Image:
         grey = np.asarray(picture).astype(np.float32) / 257
         picture = Image.fromarray(np.rint(grey).astype(np.uint8))
     if picture.mode in ("I", "F"):
-        raise ValueError(f"pixels of pillow's mode {picture.mode} have no fixed range")
+        raise UserError(f"pixels of pillow's mode {picture.mode} have no fixed range")
     if picture.has_transparency_data and mode != "RGBA":
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")

@@ -22,6 +22,7 @@ from jaxtyping import Float, Int32, UInt8
 
 from imagen_jax.data.images import decode
 from imagen_jax.data.records import Source
+from imagen_jax.errors import UserError
 from imagen_jax.types import Size, pair
 
 logger = logging.getLogger(__name__)
@@ -100,18 +101,18 @@ def _check(
     workers: int,
 ) -> None:
     if not 0 <= seed < 2**32:
-        raise ValueError(f"seed must be in [0, 2**32), got {seed}")
+        raise UserError(f"seed must be in [0, 2**32), got {seed}")
     if min(size) < 1:
-        raise ValueError(f"image_size must be at least 1x1, got {size[0]}x{size[1]}")
+        raise UserError(f"image_size must be at least 1x1, got {size[0]}x{size[1]}")
     for name, value in dict(batch_size=batch_size, threads=threads).items():
         if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+            raise UserError(f"{name} must be at least 1, got {value}")
     if start_step < 0 or workers < 0:
-        raise ValueError(f"start_step and workers must be >= 0, got {start_step} and {workers}")
+        raise UserError(f"start_step and workers must be >= 0, got {start_step} and {workers}")
     if channels not in (1, 3, 4):
-        raise ValueError(f"channels must be 1, 3 or 4, got {channels}")
+        raise UserError(f"channels must be 1, 3 or 4, got {channels}")
     if not rows or not set(rows) <= set(range(batch_size)):
-        raise ValueError(
+        raise UserError(
             f"rows must be a non-empty subset of 0..{batch_size - 1}; got {list(rows)}."
         )
 
@@ -143,7 +144,7 @@ class Batches(Iterator[dict[str, np.ndarray]]):
 
     def __next__(self) -> dict[str, np.ndarray]:
         if not self._iterator:
-            raise ValueError("these batches are closed: make new ones from their position")
+            raise UserError("these batches are closed: make new ones from their position")
         step = next(self._iterator[0])
         images, captions, embeds, skipped = pickle.loads(step) if type(step) is bytes else step
         self.position += 1
@@ -182,7 +183,7 @@ class _Pictures:
     def __getitem__(self, i: int) -> Example:
         count, skipped = len(self.source), {}
         if count == 0:
-            raise ValueError(f"{self.source.name}: no records")
+            raise UserError(f"{self.source.name}: no records")
         for j in (k % count for k in range(i, i + count)):
             if j not in self.unusable:
                 try:
@@ -191,7 +192,7 @@ class _Pictures:
                     self.unusable[j] = str(error)
             skipped[self.source.key(j)] = self.unusable[j]
         key, reason = next(iter(skipped.items()))
-        raise ValueError(
+        raise UserError(
             f"{self.source.name}: none of {count} records can be used; the first: {key}: {reason}"
         )
 
@@ -200,7 +201,7 @@ class _Pictures:
             return self.cache[i]
         record = self.source[i]
         if self.wants_caption and not record.caption:
-            raise ValueError("no caption" if record.caption is None else "empty caption")
+            raise UserError("no caption" if record.caption is None else "empty caption")
         image = decode(record.image, image_size=self.image_size, channels=self.channels)
         example = Example(image, record.caption, record.embeds, {})
         if self.cache is not None:
@@ -262,7 +263,7 @@ def pad_embeds(embeds: list[np.ndarray], length: int) -> tuple[np.ndarray, np.nd
     """Embeddings (l_i, d) to one (b, length, d), with the mask of the real tokens."""
     widths = sorted({embed.shape[1] for embed in embeds})
     if len(widths) > 1:
-        raise ValueError(f"stored embeddings of different widths in one set: {widths}")
+        raise UserError(f"stored embeddings of different widths in one set: {widths}")
     padded = np.zeros((len(embeds), length, widths[0]), np.float32)
     mask = np.zeros((len(embeds), length), bool)
     for i, embed in enumerate(embeds):

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Int
 
 from imagen_jax.data.records import Record, Source, hashed_heldout
+from imagen_jax.errors import UserError
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "tiff", "tif", "bmp")
 CAPTION_FEATURES = ("caption", "text", "captions")
@@ -42,7 +43,7 @@ def folder(path: Path, *, heldout_fraction: float) -> Source:
             elif kind == "npy":
                 arrays.add(stem)
     if not keys:
-        raise ValueError(f"no pictures ({', '.join(PICTURES)}) in the folder {path}")
+        raise UserError(f"no pictures ({', '.join(PICTURES)}) in the folder {path}")
     keys.sort()
     read = _FolderReader(path, tuple(keys), has_embeds=stems <= arrays)
     return _source(str(path), keys, read, heldout_fraction, has_embeds=read.has_embeds)
@@ -81,7 +82,7 @@ def tar_shards(paths: Sequence[Path], *, heldout_fraction: float) -> Source:
                 rows.append([number, *(value for place in found for value in place)])
     name = str(paths[0]) if len(paths) == 1 else f"{len(paths)} shards in {common}"
     if not keys:
-        raise ValueError(f"no pictures ({', '.join(PICTURES)}) in {name}")
+        raise UserError(f"no pictures ({', '.join(PICTURES)}) in {name}")
     places = np.array(rows, dtype=np.int64)
     has_embeds = bool((places[:, 7] >= 0).all())
     read = _TarReader(tuple(map(str, paths)), tuple(keys), places, has_embeds)
@@ -101,7 +102,7 @@ def _index(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
                     stem = f"{where}/{stem}" if where else stem
                     index.setdefault(stem, {})[kind] = (member.offset_data, member.size)
     except tarfile.TarError as error:
-        raise ValueError(f"{path} is not a valid, uncompressed tar shard: {error}") from error
+        raise UserError(f"{path} is not a valid, uncompressed tar shard: {error}") from error
     return index
 
 
@@ -143,9 +144,9 @@ def _json(text: bytes | None) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"damaged .json: {error}") from error
+        raise UserError(f"damaged .json: {error}") from error
     if not isinstance(value, dict):
-        raise ValueError("the .json is not an object")
+        raise UserError("the .json is not an object")
     return value
 
 
@@ -169,14 +170,14 @@ def prepared(
             builder = tfds.builder(name, data_dir=data_dir)
     except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:
         where = data_dir or os.environ.get("TFDS_DATA_DIR", tfds.core.constants.DATA_DIR)
-        raise ValueError(f"tfds:{name}: no such prepared set in {where}") from error
+        raise UserError(f"tfds:{name}: no such prepared set in {where}") from error
     if not builder.info.splits:
-        raise ValueError(
+        raise UserError(
             f"tfds:{name}: not prepared in {builder.data_dir} (prepare it as array_record)"
         )
     features = builder.info.features
     if "image" not in features:
-        raise ValueError(f"tfds:{name}: no feature 'image', has {', '.join(features)}")
+        raise UserError(f"tfds:{name}: no feature 'image', has {', '.join(features)}")
     main = split or "train"
     apart = next((s for s in ("heldout", "validation") if s in builder.info.splits), None)
     splits = [main] if split or apart is None else [main, apart]
@@ -186,7 +187,7 @@ def prepared(
         parts = [builder.as_data_source(part, decoders=decoders) for part in splits]
     except (ValueError, KeyError, NotImplementedError) as error:
         reason = " ".join(str(error).split("\n")[0].split())
-        raise ValueError(f"tfds:{name}: cannot read split {main!r}: {reason}") from error
+        raise UserError(f"tfds:{name}: cannot read split {main!r}: {reason}") from error
     keys = [
         f"{builder.name}/{s}/{i}"
         for s, part in zip(splits, parts, strict=True)
@@ -240,14 +241,14 @@ def _text(data: bytes | None) -> str | None:
     try:
         return data.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
-        raise ValueError("the caption is not UTF-8") from error
+        raise UserError("the caption is not UTF-8") from error
 
 
 def _array(data: bytes) -> np.ndarray:
     try:
         array = np.load(io.BytesIO(data), allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"damaged .npy: {error}") from error
+        raise UserError(f"damaged .npy: {error}") from error
     if array.ndim != 2 or not np.issubdtype(array.dtype, np.floating):
-        raise ValueError(f"a stored embedding is float (l, d), got {array.dtype} {array.shape}")
+        raise UserError(f"a stored embedding is float (l, d), got {array.dtype} {array.shape}")
     return array

@@ -13,6 +13,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int
 
+from imagen_jax.errors import UserError
+
 Split = Literal["train", "heldout"]
 
 
@@ -68,14 +70,14 @@ class Source:
     def split(self, which: Split) -> "Source":
         """The records to learn from, or those kept apart; fixed for a set whatever its order."""
         if which not in ("train", "heldout"):
-            raise ValueError(f"split must be 'train' or 'heldout', got {which!r}")
+            raise UserError(f"split must be 'train' or 'heldout', got {which!r}")
         chosen = self.heldout[self.rows] == (which == "heldout")
         return replace(self, name=f"{self.name} ({which})", rows=self.rows[chosen])
 
     def take(self, limit: int) -> "Source":
         """The first `limit` records, or all of them if there are fewer."""
         if limit < 1:
-            raise ValueError(f"limit must be at least 1, got {limit}")
+            raise UserError(f"limit must be at least 1, got {limit}")
         return replace(self, rows=self.rows[:limit])
 
     def with_captions(self, captions: Iterable[str]) -> "Source":
@@ -88,13 +90,13 @@ class Source:
         for i in range(len(self)):
             found.setdefault(self[i].caption, i)
         if absent := [caption for caption in wanted if caption not in found]:
-            raise ValueError(f"{self.name}: no picture with the caption {', '.join(absent)}")
+            raise UserError(f"{self.name}: no picture with the caption {', '.join(absent)}")
         return replace(self, rows=self.rows[[found[caption] for caption in wanted]])
 
 
 def hashed_heldout(names: Iterable[str], fraction: float) -> Bool[np.ndarray, "n"]:
     """Mark about `fraction` of the names, each by its own CRC-32: adding others moves none."""
     if not 0 <= fraction < 1:
-        raise ValueError(f"heldout_fraction must be in [0, 1), got {fraction}")
+        raise UserError(f"heldout_fraction must be in [0, 1), got {fraction}")
     hashes = np.array([zlib.crc32(name.encode()) for name in names], dtype=np.float64)
     return hashes < fraction * 2**32

@@ -20,6 +20,7 @@ import numpy as np
 
 from imagen_jax.data import readers
 from imagen_jax.data.records import Source, Split
+from imagen_jax.errors import UserError
 
 # Things the demo's captions name, in colours its captions name; none is a caption of the set.
 NEW_COMBINATIONS = (
@@ -65,7 +66,7 @@ def _open(spec: str, heldout_fraction: float, data_dir: str | os.PathLike | None
     if spec.startswith("tfds:"):
         match = re.fullmatch(r"tfds:(.+?(?::\d+\.\d+\.\d+)?)(?::([^:]+))?", spec)
         if match is None:
-            raise ValueError(f"{spec!r} does not name a set: write tfds:NAME or tfds:NAME:SPLIT")
+            raise UserError(f"{spec!r} does not name a set: write tfds:NAME or tfds:NAME:SPLIT")
         name, part = match.groups()
         return readers.prepared(name, part, data_dir=data_dir, heldout_fraction=heldout_fraction)
     path = Path(spec)
@@ -74,7 +75,7 @@ def _open(spec: str, heldout_fraction: float, data_dir: str | os.PathLike | None
     shards = [path] if path.is_file() else sorted(map(Path, glob.glob(spec, recursive=True)))
     if shards and all(shard.suffix == ".tar" and shard.is_file() for shard in shards):
         return readers.tar_shards(shards, heldout_fraction=heldout_fraction)
-    raise ValueError(
+    raise UserError(
         f"no source {spec!r}: give 'bundled', a folder, a .tar shard or a glob of them, "
         "or tfds:NAME[:SPLIT]"
     )

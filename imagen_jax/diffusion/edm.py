@@ -30,6 +30,7 @@ from imagen_jax.diffusion.process import (
     q_sample,
 )
 from imagen_jax.diffusion.vp import VP
+from imagen_jax.errors import UserError
 from imagen_jax.types import PRNGKey
 
 
@@ -88,7 +89,7 @@ class EDM:
         low = self.sigma_min if sigma_min is None else sigma_min
         high = self.sigma_max if sigma_max is None else sigma_max
         if not 0 < low <= high:
-            raise ValueError(f"sigma_min = {low} must be in (0, sigma_max = {high}].")
+            raise UserError(f"sigma_min = {low} must be in (0, sigma_max = {high}].")
         i = np.arange(num_steps, dtype=np.float32) / np.float32(max(num_steps - 1, 1))
         first, last = high ** (1 / self.rho), low ** (1 / self.rho)
         sigmas = (np.float32(first) + i * np.float32(last - first)) ** np.float32(self.rho)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from imagen_jax.errors import UserError
 from imagen_jax.types import AnyArray, LogSNR
 
 Loss = Literal["l1", "l2", "huber"]
@@ -29,7 +30,7 @@ def elementwise(
         case "huber":
             size = jnp.abs(error)
             return jnp.where(size < 1.0, 0.5 * jnp.square(error), size - 0.5)
-    raise ValueError(f"loss_type must be 'l1', 'l2' or 'huber', got {loss_type!r}.")
+    raise UserError(f"loss_type must be 'l1', 'l2' or 'huber', got {loss_type!r}.")
 
 
 def per_sample(
@@ -57,7 +58,7 @@ def min_snr_weight(
             return k
         case "v":
             return k / (snr + 1.0)
-    raise ValueError(f"objective must be 'noise', 'v' or 'x_start', got {objective!r}.")
+    raise UserError(f"objective must be 'noise', 'v' or 'x_start', got {objective!r}.")
 
 
 def binned(

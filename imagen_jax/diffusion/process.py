@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from imagen_jax.errors import UserError
 from imagen_jax.types import AnyArray, PRNGKey
 
 Sample = Float[AnyArray, "b *dims"]
@@ -131,7 +132,7 @@ def renoise(
         case "reference":
             std = (noisier.sigma * level.alpha - level.sigma * noisier.alpha) / level.alpha
         case _:
-            raise ValueError(f"variance must be 'exact' or 'reference', got {variance!r}.")
+            raise UserError(f"variance must be 'exact' or 'reference', got {variance!r}.")
     return x * beside(noisier.alpha / level.alpha, x) + noise * beside(std, x)
 
 

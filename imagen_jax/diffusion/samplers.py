@@ -40,6 +40,7 @@ from imagen_jax.diffusion.process import (
     q_sample,
     renoise,
 )
+from imagen_jax.errors import UserError
 from imagen_jax.types import AnyArray
 
 Count = int | np.integer | Int[AnyArray, ""]
@@ -143,7 +144,7 @@ def find_sampler(name: str) -> Sampler:
     if name not in SAMPLERS:
         near = difflib.get_close_matches(name.lower(), SAMPLERS, n=1, cutoff=0.4)
         hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise ValueError(f"sampler {name!r} is not one of {', '.join(SAMPLERS)}{hint}")
+        raise UserError(f"sampler {name!r} is not one of {', '.join(SAMPLERS)}{hint}")
     return SAMPLERS[name]
 
 
@@ -162,7 +163,7 @@ def make_grid(
     0 <= skip_steps < num_steps.
     """
     if not 0 <= skip_steps < num_steps:
-        raise ValueError(
+        raise UserError(
             f"skip_steps = {skip_steps} of num_steps = {num_steps} must leave at least one step."
         )
     positions = process.grid(num_steps, sigma_min=sigma_min, sigma_max=sigma_max)[skip_steps:]

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from imagen_jax.errors import UserError
 from imagen_jax.types import AnyArray
 
 Schedule = Literal["cosine", "linear"]
@@ -42,7 +43,7 @@ def log_snr(
             return -xp.log(xp.maximum(1.0 / (cos * cos) - 1.0, 1e-5))
         case "linear":
             return -xp.log(xp.expm1(1e-4 + 10.0 * (t * t)))
-    raise ValueError(f"schedule = {schedule!r} is neither 'cosine' nor 'linear'.")
+    raise UserError(f"schedule = {schedule!r} is neither 'cosine' nor 'linear'.")
 
 
 def alpha_sigma(log_snr: Float[AnyArray, "*s"]) -> tuple[Float[Array, "*s"], Float[Array, "*s"]]:

@@ -28,6 +28,7 @@ from imagen_jax.diffusion.process import (
     eps_from_x0,
     q_sample,
 )
+from imagen_jax.errors import UserError
 from imagen_jax.types import PRNGKey
 
 ALPHA_MIN = 1e-8
@@ -76,7 +77,7 @@ class VP:
                 return beside(level.alpha, x0) * noise - beside(level.sigma, x0) * x0
             case "x_start":
                 return x0
-        raise ValueError(f"objective must be 'noise', 'v' or 'x_start', got {self.objective!r}.")
+        raise UserError(f"objective must be 'noise', 'v' or 'x_start', got {self.objective!r}.")
 
     def losses(self, network: Network, x0: Sample, noise: Sample, level: Level) -> PerSample:
         """imagen_pytorch.py, `Imagen.p_losses`."""
@@ -89,7 +90,7 @@ class VP:
     ) -> Float[np.ndarray, "points"]:
         """log-SNRs at equal steps of time."""
         if sigma_min is not None or sigma_max is not None:
-            raise ValueError(
+            raise UserError(
                 "sigma_min and sigma_max are for elucidated cascades; this one has a schedule."
             )
         return schedules.log_snr(time_grid(num_steps), self.schedule)
@@ -124,4 +125,4 @@ def x0_from_output(x: Sample, output: Sample, level: Level, objective: Objective
             return alpha * x - sigma * output
         case "x_start":
             return output
-    raise ValueError(f"objective must be 'noise', 'v' or 'x_start', got {objective!r}.")
+    raise UserError(f"objective must be 'noise', 'v' or 'x_start', got {objective!r}.")

@@ -9,14 +9,15 @@ A run directory made this way is sampled from like any other (`python -m sample.
 """
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 from tyro.conf import Positional, arg, subcommand
 
-from imagen_jax import commands
 from imagen_jax.checkpoint import Weights
+from imagen_jax.errors import UserError
 from imagen_jax.interop import imagen_pytorch, inspect, run_dir, safetensors_file, verify
 from imagen_jax.interop.imagen_pytorch import Checkpoint
 from imagen_jax.interop.run_dir import RunDir
@@ -178,7 +179,7 @@ class Verify:
         source, run = imagen_pytorch.read(self.checkpoint, self.config), RunDir.open(self.run_dir)
         kept = [which for which in held_by(source) if all(run.has(n, which) for n in run.steps)]
         if not kept or not run.steps:
-            raise ValueError(f"{self.run_dir} holds none of the weights of {self.checkpoint}.")
+            raise UserError(f"{self.run_dir} holds none of the weights of {self.checkpoint}.")
         prove(source, run, kept)
 
 
@@ -192,13 +193,13 @@ def chosen(run: RunDir, weights: Literal["ema", "online", "both"]) -> list[Weigh
     has none at all."""
     for number, unet in enumerate(run.config.unets, 1):
         if number not in run.steps and not hasattr(unet, "is_null"):
-            raise ValueError(f"{run.path} has no weights of U-Net {number}: train it first.")
+            raise UserError(f"{run.path} has no weights of U-Net {number}: train it first.")
     has: list[Weights] = [
         which for which in ("ema", "online") if all(run.has(n, which) for n in run.steps)
     ]
     found = [which for which in has if weights in (which, "both")] or has
     if not found:
-        raise ValueError(f"{run.path}: some U-Nets have only averaged weights, others only online.")
+        raise UserError(f"{run.path}: some U-Nets have only averaged weights, others only online.")
     return found
 
 
@@ -222,7 +223,7 @@ def prove(source: Checkpoint, run: RunDir, kept: list[Weights]) -> None:
         count = sum(map(len, source.weights(which)))
         if wrong:
             shown = ", ".join(wrong[:10]) + (", ..." if len(wrong) > 10 else "")
-            raise ValueError(f"verify (a), {which}: {len(wrong)} of {count} differ: {shown}")
+            raise UserError(f"verify (a), {which}: {len(wrong)} of {count} differ: {shown}")
         print(f"verify (a), {which}: all {count} tensors come back bit for bit")
     try:
         for which in kept:
@@ -230,7 +231,7 @@ def prove(source: Checkpoint, run: RunDir, kept: list[Weights]) -> None:
                 errors = f"{found.with_text:.1e} with text, {found.without:.1e} without"
                 line = f"verify (b), {which}, U-Net {found.unet_number}: {errors}"
                 if not found.agrees:
-                    raise ValueError(
+                    raise UserError(
                         f"{line}; allowed are {verify.TOLERANCE} of the output. (a) holds, so the "
                         "weights are the same: the networks differ, or rounding alone is as large."
                     )
@@ -258,4 +259,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    commands.run(main)
+    try:
+        main()
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {error}")

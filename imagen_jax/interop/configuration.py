@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from imagen_jax.config import ElucidatedConfig, ImagenConfig
+from imagen_jax.errors import UserError
 from imagen_jax.interop import infer
 from imagen_jax.stage import show
 
@@ -42,15 +43,15 @@ def read_json(path: str | Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text())
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both
-        raise ValueError(f"{path} is not JSON: {error}.") from error
+        raise UserError(f"{path} is not JSON: {error}.") from error
     if not isinstance(data, dict):
-        raise ValueError(f"{path} holds {type(data).__name__}, not a JSON object.")
+        raise UserError(f"{path} holds {type(data).__name__}, not a JSON object.")
     imagen = data.get("imagen", data)
     if not isinstance(imagen, dict):
-        raise ValueError(f"{path}: 'imagen' is not a JSON object.")
+        raise UserError(f"{path}: 'imagen' is not a JSON object.")
     kind = data.get("type") if "imagen" in data else None
     if kind not in (None, "original", "elucidated"):
-        raise ValueError(f"{path}: type {kind!r} is neither 'original' nor 'elucidated'.")
+        raise UserError(f"{path}: type {kind!r} is neither 'original' nor 'elucidated'.")
     if kind is None and (imagen.get("elucidated") or set(HYPER_PARAMETERS) & imagen.keys()):
         kind = "elucidated"
     return {"type": kind, "imagen": imagen}
@@ -81,7 +82,7 @@ def to_ours(
     unets = params["unets"]
     unets = [unets] if isinstance(unets, Mapping) else unets
     if len(unets) != len(norms):
-        raise ValueError(f"the configuration has {len(unets)} unets, the weights {len(norms)}.")
+        raise UserError(f"the configuration has {len(unets)} unets, the weights {len(norms)}.")
     described = [
         unet if "is_null" in unet else UNET_CLASS_DEFAULTS | dict(sure) | unet | {"norm": norm}
         for unet, norm, sure in zip(unets, norms, known or [{}] * len(unets), strict=True)
@@ -95,7 +96,7 @@ def cascade(fields: Mapping[str, Any], kind: Kind) -> ImagenConfig:
     factors = fields.pop("temporal_downsample_factor", 1)
     fields.pop("resize_cond_video_frames", None)
     if fields.pop("video", False) or set(_tuple(factors)) != {1}:
-        raise ValueError("this is a video cascade; only those of pictures are converted.")
+        raise UserError("this is a video cascade; only those of pictures are converted.")
     if kind == "elucidated" and fields.get("elucidated") is None:
         own = {name: fields.pop(name) for name in HYPER_PARAMETERS if name in fields}
         fields["elucidated"] = own
@@ -113,7 +114,7 @@ def to_theirs(config: ImagenConfig) -> tuple[Kind, dict[str, Any]]:
     """
     for number, size in enumerate(config.image_sizes, 1):
         if not isinstance(size, int):
-            raise ValueError(
+            raise UserError(
                 f"U-Net {number} is {show(size)}: imagen-pytorch has square images only."
             )
     params = config.to_dict()
@@ -140,7 +141,7 @@ def complete(
     partial = given.get("unets", [{}] * len(shapes))
     partial = [partial] if isinstance(partial, Mapping) else partial
     if len(partial) != len(shapes):
-        raise ValueError(f"the configuration has {len(partial)} unets, the weights {len(shapes)}.")
+        raise UserError(f"the configuration has {len(partial)} unets, the weights {len(shapes)}.")
     unets, missing = [], []
     for tensors, sure, more in zip(shapes, known, partial, strict=True):
         if tensors.keys() <= {"dummy_parameter"}:
@@ -163,7 +164,7 @@ def complete(
     if any(missing):
         wanted["unets"] = missing
     if wanted:
-        raise ValueError(
+        raise UserError(
             "no configuration is stored there, and the tensors leave fields open. Put them into a "
             "JSON file for --config (here with imagen-pytorch's defaults):\n"
             + json.dumps(wanted, indent=2)
@@ -171,7 +172,7 @@ def complete(
     widths = {unet["text_embed_dim"] for unet in networks if unet["cond_on_text"]}
     channels = {unet.get("channels", 3) for unet in networks}
     if len(widths) > 1 or len(channels) > 1:
-        raise ValueError(f"the U-Nets differ in text widths {widths} or channels {channels}.")
+        raise UserError(f"the U-Nets differ in text widths {widths} or channels {channels}.")
     found = dict(condition_on_text=text, channels=channels.pop())
     if text:
         found["text_embed_dim"] = widths.pop()
@@ -182,7 +183,7 @@ def _with_eight_groups(unet: Mapping[str, Any]) -> dict[str, Any]:
     """Versions 1.22 to 1.26 let `resnet_groups` be chosen; here `norm="group"` has their 8."""
     groups = unet.get("resnet_groups", 8)
     if set(_tuple(groups)) != {8}:
-        raise ValueError(f"resnet_groups = {groups}: only the default, 8, is implemented.")
+        raise UserError(f"resnet_groups = {groups}: only the default, 8, is implemented.")
     return {name: value for name, value in unet.items() if name != "resnet_groups"}
 
 

@@ -24,6 +24,7 @@ from jax.typing import DTypeLike
 from imagen_jax import nn, sharding
 from imagen_jax.checkpoint import Weights
 from imagen_jax.config import ImagenConfig, NullUnetConfig
+from imagen_jax.errors import UserError
 from imagen_jax.imagen import Imagen
 from imagen_jax.interop import configuration, infer, keys
 from imagen_jax.interop.target import replacing
@@ -56,7 +57,7 @@ class Checkpoint:
         if which == "online":
             return self.online
         if self.ema is None:
-            raise ValueError("the file holds no averaged weights (ema): --weights online.")
+            raise UserError("the file holds no averaged weights (ema): --weights online.")
         return self.ema
 
     def trees(self, which: Weights) -> list[Params]:
@@ -72,7 +73,7 @@ def read(path: str | os.PathLike, config: str | os.PathLike | None = None) -> Ch
     """
     data = read_torch_file(path)
     if not isinstance(data, dict) or not data:
-        raise ValueError(f"{path} is no checkpoint of imagen-pytorch: it holds no dictionary.")
+        raise UserError(f"{path} is no checkpoint of imagen-pytorch: it holds no dictionary.")
     notes = []
     if any(STATE.fullmatch(name) for name in data):
         notes.append("the optimiser's state is not converted: training starts with a fresh one.")
@@ -96,7 +97,7 @@ def read(path: str | os.PathLike, config: str | os.PathLike | None = None) -> Ch
     ema, counters = _averages(data.get("ema"), online, path)
     steps = np.asarray(data.get("steps", np.zeros(len(online), np.int64)))
     if steps.shape != (len(online),):
-        raise ValueError(f"{path} holds {len(online)} U-Nets and steps of shape {steps.shape}.")
+        raise UserError(f"{path} holds {len(online)} U-Nets and steps of shape {steps.shape}.")
     return Checkpoint(
         config=_configuration(data, given, online, known),
         online=online,
@@ -211,10 +212,10 @@ def _check_entries(data: Mapping[str, Any], path: Any) -> None:
     """Raises ValueError for entries beside the tensors that are not of their kind."""
     kind, params = data.get("imagen_type"), data.get("imagen_params")
     if kind not in (None, "original", "elucidated"):
-        raise ValueError(f"{path}: imagen_type {kind!r} is neither 'original' nor 'elucidated'.")
+        raise UserError(f"{path}: imagen_type {kind!r} is neither 'original' nor 'elucidated'.")
     for name, value in (("imagen_params", params), ("config", data.get("config"))):
         if value is not None and not isinstance(value, dict):
-            raise ValueError(f"{path}: {name} is {type(value).__name__}, not a dictionary.")
+            raise UserError(f"{path}: {name} is {type(value).__name__}, not a dictionary.")
 
 
 def _configuration(
@@ -241,10 +242,10 @@ def _split(state: Any, prefix: str, path: Any) -> list[StateDict]:
     for name, array in _tensors(state, path).items():
         match = re.fullmatch(re.escape(prefix) + r"(\d+)\.(.+)", name)
         if not match:
-            raise ValueError(f"{path}: the tensor {name} belongs to no U-Net ({prefix}0. ...).")
+            raise UserError(f"{path}: the tensor {name} belongs to no U-Net ({prefix}0. ...).")
         parts.setdefault(int(match[1]), {})[match[2]] = array
     if sorted(parts) != list(range(len(parts))):
-        raise ValueError(f"{path} holds U-Nets {sorted(parts)}: some are missing.")
+        raise UserError(f"{path} holds U-Nets {sorted(parts)}: some are missing.")
     return [parts[i] for i in range(len(parts))]
 
 
@@ -264,7 +265,7 @@ def _averages(
         return None, None
     parts = _split(state, "", path)
     if len(parts) != len(online):
-        raise ValueError(f"{path} holds {len(online)} U-Nets and averages of {len(parts)}.")
+        raise UserError(f"{path} holds {len(online)} U-Nets and averages of {len(parts)}.")
     averages, counters = [], []
     for i, (tensors, mine) in enumerate(zip(parts, online, strict=True)):
         counters.append({name: tensors.pop(name).tolist() for name in ("initted", "step")})
@@ -273,7 +274,7 @@ def _averages(
             _check_copies(i, copies, mine, path)
         averages.append(_under(tensors, "ema_model."))
         if tensors:
-            raise ValueError(f"{path}: ema.{i}.{next(iter(tensors))} is not known.")
+            raise UserError(f"{path}: ema.{i}.{next(iter(tensors))} is not known.")
     return averages, counters
 
 
@@ -282,7 +283,7 @@ def _check_copies(index: int, copies: StateDict, online: StateDict, path: Any) -
     for name in copies.keys() | online.keys():
         a, b = copies.get(name), online.get(name)
         if a is None or b is None or not same_bits(a, b):
-            raise ValueError(
+            raise UserError(
                 f"{path}: ema.{index}.online_model.{name} differs from model's unets.{index}.{name}"
             )
 
@@ -310,10 +311,10 @@ def _under(tensors: StateDict, prefix: str) -> StateDict:
 
 def _tensors(state: Any, path: Any) -> StateDict:
     if not isinstance(state, dict):
-        raise ValueError(f"{path}: a dictionary of tensors was expected, found {type(state)}.")
+        raise UserError(f"{path}: a dictionary of tensors was expected, found {type(state)}.")
     for name, array in state.items():
         if not isinstance(name, str) or not isinstance(array, np.ndarray):
-            raise ValueError(f"{path}: {name!r} is no tensor; this is no state dict.")
+            raise UserError(f"{path}: {name!r} is no tensor; this is no state dict.")
     return dict(state)
 
 

@@ -9,6 +9,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from imagen_jax.errors import UserError
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -19,11 +21,11 @@ def unet_fields(shapes: Shapes, given: Mapping[str, Any]) -> tuple[dict[str, Any
     Raises ValueError if these are not the tensors of a `Unet` of imagen-pytorch 1.22 or newer.
     """
     if any(".temporal" in name or ".spatial_conv." in name for name in shapes):
-        raise ValueError("this is a video U-Net (Unet3D); only those of pictures are converted.")
+        raise UserError("this is a video U-Net (Unet3D); only those of pictures are converted.")
     try:
         fields = _core(shapes) | _levels(shapes) | _text(shapes) | _ending(shapes)
     except KeyError as error:
-        raise ValueError(
+        raise UserError(
             f"these are not the tensors of a Unet of imagen-pytorch 1.22 to 2.1: there is no "
             f"{error.args[0]}."
         ) from error
@@ -152,7 +154,7 @@ def _inputs(
         c_in = _convs(shapes, "init_conv")[0][1]
     rest = c_in - channels * (1 + fields["lowres_cond"])
     if rest < 0:
-        raise ValueError(
+        raise UserError(
             f"a U-Net of a cascade gives as many channels as it takes; this one gives {channels}, "
             f"and its first convolution takes {c_in}."
         )

@@ -17,6 +17,7 @@ import numpy as np
 
 from imagen_jax import nn
 from imagen_jax.config import NullUnetConfig, UnetConfig
+from imagen_jax.errors import UserError
 from imagen_jax.interop.table import UNET, Change
 from imagen_jax.types import Params
 
@@ -37,7 +38,7 @@ class Problem:
         return ROW.format(self.kind, self.name, str(self.shape), self.nearest)
 
 
-class MisfitError(ValueError):
+class MisfitError(UserError):
     """Tensors that do not fit, all of them: a table with the nearest candidates."""
 
     def __init__(self, problems: list[Problem], count: int):
@@ -147,7 +148,7 @@ def _counterparts(names: tuple[str, ...]) -> dict[str, tuple[str, Change]]:
         else:
             unknown.append(name)
     if unknown:
-        raise ValueError(f"{len(unknown)} parameters are not in the table: {', '.join(unknown)}.")
+        raise UserError(f"{len(unknown)} parameters are not in the table: {', '.join(unknown)}.")
     return found
 
 

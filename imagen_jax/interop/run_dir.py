@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 from imagen_jax import checkpoint
 from imagen_jax.checkpoint import Weights
 from imagen_jax.config import ImagenConfig, NullUnetConfig
+from imagen_jax.errors import UserError
 from imagen_jax.interop import keys
 from imagen_jax.types import Params
 
@@ -48,7 +49,7 @@ class RunDir:
         if they are of another architecture than the configuration says."""
         path = self._item(number, weights)
         if not path.is_dir():
-            raise ValueError(f"{self.path} holds no {weights} weights of U-Net {number}.")
+            raise UserError(f"{self.path} holds no {weights} weights of U-Net {number}.")
         target = keys.target(self.config.unets[number - 1])
         handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=CONCURRENT_GB)
         with ocp.Checkpointer(handler) as checkpointer:
@@ -64,7 +65,7 @@ class RunDir:
                 raise
             except (ValueError, KeyError, OSError) as error:
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                raise ValueError(f"{path} is damaged: {reason}") from error
+                raise UserError(f"{path} is damaged: {reason}") from error
 
     def params_or_null(self, number: int, weights: Weights) -> Params:
         """`params`; for a `NullUnet` that was never stored, the zero it begins with."""

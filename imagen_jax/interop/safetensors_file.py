@@ -21,6 +21,7 @@ import safetensors.numpy
 
 from imagen_jax.checkpoint import Weights
 from imagen_jax.config import ImagenConfig
+from imagen_jax.errors import UserError
 from imagen_jax.interop import keys
 from imagen_jax.types import Params
 
@@ -65,22 +66,22 @@ def read(path: str | os.PathLike) -> Contents:
     MisfitError for tensors that do not fit its configuration."""
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path} is not a file.")
+        raise UserError(f"{path} is not a file.")
     try:
         with safetensors.safe_open(path, "np") as file:
             metadata = file.metadata() or {}  # opening it has checked all names and places
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is damaged, or no safetensors file: {error}") from error
+        raise UserError(f"{path} is damaged, or no safetensors file: {error}") from error
     if metadata.get("format") != "imagen-jax":
-        raise ValueError(f"{path} was not written by imagen-jax: its metadata hold no cascade.")
+        raise UserError(f"{path} was not written by imagen-jax: its metadata hold no cascade.")
     try:
         told = {
             name: json.loads(metadata[name]) for name in ("config", "steps", "weights", "origin")
         }
     except (KeyError, ValueError) as error:
-        raise ValueError(f"{path}: its metadata are damaged: {error}") from error
+        raise UserError(f"{path}: its metadata are damaged: {error}") from error
     if told["weights"] not in ("ema", "online"):
-        raise ValueError(f"{path}: its metadata are damaged: weights {told['weights']!r}")
+        raise UserError(f"{path}: its metadata are damaged: weights {told['weights']!r}")
     config = ImagenConfig.from_dict(told["config"])
     steps = {int(number): step for number, step in told["steps"].items()}
     tensors = _views(path)
@@ -108,7 +109,7 @@ def _views(path: Path) -> dict[str, np.ndarray]:
             begin, end = (start + offset for offset in entry["data_offsets"])
             dtype = DTYPES.get(entry["dtype"])
             if dtype is None:
-                raise ValueError(
+                raise UserError(
                     f"{path}: {name} is of type {entry['dtype']}, not one of {', '.join(DTYPES)}."
                 )
             views[name] = np.asarray(data[begin:end]).view(dtype).reshape(entry["shape"])

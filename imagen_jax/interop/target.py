@@ -6,6 +6,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from imagen_jax.errors import UserError
+
 
 @contextlib.contextmanager
 def replacing(
@@ -20,13 +22,13 @@ def replacing(
     """
     path = Path(path)
     if path.is_symlink():
-        raise ValueError(f"{path} is a symbolic link: give the place itself.")
+        raise UserError(f"{path} is a symbolic link: give the place itself.")
     if path.exists() and not overwrite:
-        raise ValueError(f"{path} exists: choose another name, or replace it with --overwrite.")
+        raise UserError(f"{path} exists: choose another name, or replace it with --overwrite.")
     if path.is_dir() and not (path / "config.json").is_file():
-        raise ValueError(f"{path} is a directory without a config.json: it is not replaced.")
+        raise UserError(f"{path} is a directory without a config.json: it is not replaced.")
     if source is not None and path.resolve() in (source.resolve(), *source.resolve().parents):
-        raise ValueError(f"{path} holds what is to be converted: choose another place.")
+        raise UserError(f"{path} holds what is to be converted: choose another place.")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial, old = (
         path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("partial", "old")
@@ -35,7 +37,7 @@ def replacing(
         yield partial
         if path.exists() and path.is_dir() != partial.is_dir():
             there, new = ("a directory", "a file") if path.is_dir() else ("a file", "a directory")
-            raise ValueError(f"{path} is {there}: {new} does not replace it.")
+            raise UserError(f"{path} is {there}: {new} does not replace it.")
         if partial.is_dir() or path.is_dir():  # directories do not replace each other at once
             if path.exists():
                 path.rename(old)

@@ -9,6 +9,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from imagen_jax.errors import UserError
+
 _NEEDED = "needs torch (pip install 'imagen-jax[torch]')"
 
 
@@ -25,13 +27,13 @@ def read_torch_file(path: str | os.PathLike) -> Any:
     try:
         import torch
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             f"{path} is a PyTorch file: reading it {_NEEDED}, or convert it to safetensors."
         ) from error
     if not path.exists():
-        raise ValueError(f"{path} does not exist.")
+        raise UserError(f"{path} does not exist.")
     if not path.is_file():
-        raise ValueError(f"{path} is a directory, not a file of torch.save.")
+        raise UserError(f"{path} is a directory, not a file of torch.save.")
     size = path.stat().st_size
     is_zip = zipfile.is_zipfile(path)
     if is_zip:
@@ -41,14 +43,14 @@ def read_torch_file(path: str | os.PathLike) -> Any:
         data = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # pickle, zip and torch raise a dozen kinds for a bad file
         reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
+        raise UserError(
             f"{path} could not be read as weights alone (damaged, or it holds Python objects, "
             f"which are never executed): {reason}"
         ) from error
     try:
         return _to_numpy(data, torch, path)
     except RecursionError as error:
-        raise ValueError(f"{path} is damaged: its containers hold themselves.") from error
+        raise UserError(f"{path} is damaged: its containers hold themselves.") from error
 
 
 def write_torch_file(path: str | os.PathLike, content: dict[str, Any]) -> None:
@@ -59,7 +61,7 @@ def write_torch_file(path: str | os.PathLike, content: dict[str, Any]) -> None:
     try:
         import torch
     except ImportError as error:
-        raise ValueError(f"writing {path} {_NEEDED}.") from error
+        raise UserError(f"writing {path} {_NEEDED}.") from error
     with warnings.catch_warnings():  # arrays of JAX are read-only, and are only read here
         warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
         torch.save(_to_tensors(content, torch, {}), path)
@@ -72,10 +74,10 @@ def _check_archive(path: Path, size: int) -> None:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
     except zipfile.BadZipFile as error:
-        raise ValueError(f"{path} is damaged: {error}.") from error
+        raise UserError(f"{path} is damaged: {error}.") from error
     for entry in entries:
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > size:
-            raise ValueError(
+            raise UserError(
                 f"{path} is no file of torch.save, or damaged: its entry {entry.filename} claims "
                 f"{entry.file_size:,} bytes out of {entry.compress_size:,} in a file of {size:,}."
             )
@@ -85,16 +87,16 @@ def _to_numpy(data: Any, torch: Any, path: Path) -> Any:
     if isinstance(data, torch.Tensor):
         kind = f"{path}: a tensor of shape {tuple(data.shape)} and type {data.dtype}"
         if data.layout != torch.strided or data.device.type != "cpu" or data.is_quantized:
-            raise ValueError(f"{kind} is no plain array: it is sparse, quantized or without data.")
+            raise UserError(f"{kind} is no plain array: it is sparse, quantized or without data.")
         if data.numel() * data.element_size() > data.untyped_storage().nbytes():
-            raise ValueError(f"{kind} claims more bytes than are stored of it.")
+            raise UserError(f"{kind} claims more bytes than are stored of it.")
         data = data.detach()
         if data.dtype == torch.bfloat16:
             return data.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
         try:
             return data.numpy()
         except (TypeError, RuntimeError) as error:  # 8-bit floats, and conjugates not yet taken
-            raise ValueError(f"{kind} cannot be converted: {error}.") from error
+            raise UserError(f"{kind} cannot be converted: {error}.") from error
     if isinstance(data, dict):
         return {key: _to_numpy(value, torch, path) for key, value in data.items()}
     if isinstance(data, (list, tuple)):

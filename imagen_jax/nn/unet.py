@@ -20,6 +20,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from imagen_jax.errors import UserError
 from imagen_jax.nn import levels
 from imagen_jax.nn.attention import KeyValue
 from imagen_jax.nn.blocks import ConvBlock, ResnetBlock
@@ -70,7 +71,7 @@ class Unet(nnx.Module):
         rngs: nnx.Rngs,
     ):
         if remat is not None and not hasattr(jax.checkpoint_policies, remat):
-            raise ValueError(f"remat = {remat!r} is no policy of jax.checkpoint_policies.")
+            raise UserError(f"remat = {remat!r} is no policy of jax.checkpoint_policies.")
         self.config, self.dtype, self.remat = config, dtype, remat
         make = dict(dtype=dtype, rngs=rngs)
         cond = dict(time_cond_dim=config.time_cond_dim, norm=config.norm, **make)
@@ -154,7 +155,7 @@ class Unet(nnx.Module):
         null embedding of their position; with no `text_mask` they stay zero, as in the reference.
         """
         if text_embeds.shape[-1] != self.config.text_embed_dim:
-            raise ValueError(
+            raise UserError(
                 f"text_embeds are {text_embeds.shape[-1]} wide; this U-Net was made for "
                 f"text_embed_dim = {self.config.text_embed_dim}."
             )
@@ -233,10 +234,10 @@ class Unet(nnx.Module):
             (self_cond is not None, config.self_cond, "self_cond"),
         ):
             if given and not wanted:
-                raise ValueError(f"this U-Net is not conditioned on {what}, but {what} is given.")
+                raise UserError(f"this U-Net is not conditioned on {what}, but {what} is given.")
         if config.lowres_cond != (lowres_noise_times is not None):
             wants = "needs" if config.lowres_cond else "has no use for"
-            raise ValueError(f"this U-Net {wants} lowres_cond_img and lowres_noise_times.")
+            raise UserError(f"this U-Net {wants} lowres_cond_img and lowres_noise_times.")
 
     def _inputs(
         self,
@@ -249,16 +250,16 @@ class Unet(nnx.Module):
         config = self.config
         if config.lowres_cond != (lowres is not None):
             wants = "needs" if config.lowres_cond else "has no use for"
-            raise ValueError(f"this U-Net {wants} lowres_cond_img and lowres_noise_times.")
+            raise UserError(f"this U-Net {wants} lowres_cond_img and lowres_noise_times.")
         if (config.cond_images_channels > 0) != (cond_images is not None):
-            raise ValueError(
+            raise UserError(
                 f"cond_images are {'missing' if cond_images is None else 'given'}; this U-Net "
                 f"has cond_images_channels = {config.cond_images_channels}."
             )
         if x.shape[-1] != config.channels:
-            raise ValueError(f"x has {x.shape[-1]} channels, this U-Net {config.channels}.")
+            raise UserError(f"x has {x.shape[-1]} channels, this U-Net {config.channels}.")
         if any(size % config.downsampling for size in x.shape[1:3]):
-            raise ValueError(
+            raise UserError(
                 f"x is {x.shape[1]} x {x.shape[2]} pixels; this U-Net needs multiples of "
                 f"{config.downsampling}."
             )
@@ -269,7 +270,7 @@ class Unet(nnx.Module):
             parts.append(lowres)
         if cond_images is not None:
             if cond_images.shape[-1] != config.cond_images_channels:
-                raise ValueError(
+                raise UserError(
                     f"cond_images have {cond_images.shape[-1]} channels; this U-Net was made "
                     f"for cond_images_channels = {config.cond_images_channels}."
                 )
@@ -386,5 +387,5 @@ def _keep_mask(
     if cond_drop_prob in (0.0, 1.0):
         return jnp.full((b,), cond_drop_prob == 0.0)
     if key is None:
-        raise ValueError(f"cond_drop_prob = {cond_drop_prob} needs a key or a keep_mask.")
+        raise UserError(f"cond_drop_prob = {cond_drop_prob} needs a key or a keep_mask.")
     return jax.random.bernoulli(stream(key, "text_drop"), 1 - cond_drop_prob, (b,))

@@ -19,6 +19,7 @@ from jaxtyping import Int32
 from tokenizers import Tokenizer
 
 from imagen_jax.config import T5_WIDTHS
+from imagen_jax.errors import UserError
 from imagen_jax.sharding import Layout
 from imagen_jax.text import loading, tokenizer
 from imagen_jax.text.t5 import T5Config, abstract_encoder, encode
@@ -81,7 +82,7 @@ def load_encoder(
     """
     dtype = jnp.dtype(dtype)
     if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-        raise ValueError(f"dtype = {dtype} is none of float32, bfloat16, float16.")
+        raise UserError(f"dtype = {dtype} is none of float32, bfloat16, float16.")
     if str(name_or_folder) == DEMO:
         return TextEncoder(
             name=DEMO,
@@ -94,7 +95,7 @@ def load_encoder(
     pieces = tokenizer.load_tokenizer(folder)
     # A larger id would be clamped by the look-up on the device, without an error.
     if pieces.get_vocab_size() > config.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"{folder}: the tokenizer has {pieces.get_vocab_size()} pieces, the table of the model "
             f"vocab_size = {config.vocab_size}."
         )

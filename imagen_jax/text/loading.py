@@ -17,6 +17,7 @@ from flax import traverse_util
 from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
+from imagen_jax.errors import UserError
 from imagen_jax.interop.torch_file import read_torch_file
 from imagen_jax.sharding import Layout
 from imagen_jax.text.t5 import T5Config, abstract_encoder
@@ -62,7 +63,7 @@ def find_folder(name_or_folder: str | Path) -> Path:
         return folder
     name = str(name_or_folder)
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
-        raise ValueError(f"text encoder {name!r}: no such folder.")
+        raise UserError(f"text encoder {name!r}: no such folder.")
 
     from huggingface_hub import snapshot_download
 
@@ -78,11 +79,11 @@ def find_folder(name_or_folder: str | Path) -> Path:
                 return folder
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(
+        raise UserError(
             f"text encoder {name!r} is no folder here, is not in the Hugging Face cache and could "
             f"not be downloaded: {reason}"
         ) from error
-    raise ValueError(f"text encoder {name!r} has neither safetensors nor .bin weights on the hub.")
+    raise UserError(f"text encoder {name!r} has neither safetensors nor .bin weights on the hub.")
 
 
 def _cached(name: str) -> Path | None:
@@ -107,7 +108,7 @@ def read_config(folder: Path) -> T5Config:
     try:
         return T5Config.from_dict(_read_json(path))
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise UserError(f"{path}: {error}") from error
 
 
 def load_params(
@@ -123,7 +124,7 @@ def load_params(
     """
     files = weight_files(folder)
     if not files:
-        raise ValueError(
+        raise UserError(
             f"{folder} has no T5 weights: neither {' nor '.join(one for one, _ in _WEIGHTS)} "
             "nor an index of shards."
         )
@@ -157,7 +158,7 @@ def load_params(
         if names
     ]
     if problems:
-        raise ValueError(f"{folder} does not fit its config.json. {'; '.join(problems)}.")
+        raise UserError(f"{folder} does not fit its config.json. {'; '.join(problems)}.")
     return traverse_util.unflatten_dict({path: loaded[path] for path in shapes})
 
 
@@ -183,10 +184,10 @@ def weight_files(folder: Path) -> list[Path]:
             try:
                 shards = sorted(set(_read_json(folder / index)["weight_map"].values()))
             except (KeyError, AttributeError) as error:
-                raise ValueError(f"{folder / index} has no weight_map.") from error
+                raise UserError(f"{folder / index} has no weight_map.") from error
             absent = [shard for shard in shards if not (folder / shard).is_file()]
             if absent:
-                raise ValueError(f"{folder / index} names files that are missing: {absent}.")
+                raise UserError(f"{folder / index} names files that are missing: {absent}.")
             return [folder / shard for shard in shards]
     return []
 
@@ -196,7 +197,7 @@ def _tensors(file: Path) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
     if file.suffix != ".safetensors":
         state = read_torch_file(file)
         if not isinstance(state, dict):
-            raise ValueError(f"{file} holds a {type(state).__name__}, not named tensors.")
+            raise UserError(f"{file} holds a {type(state).__name__}, not named tensors.")
         for name, tensor in state.items():
             yield name, lambda tensor=tensor: tensor
         return
@@ -205,7 +206,7 @@ def _tensors(file: Path) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
             for name in tensors.keys():
                 yield name, lambda name=name: tensors.get_tensor(name)
     except SafetensorError as error:
-        raise ValueError(f"{file} is no readable safetensors file: {error}") from error
+        raise UserError(f"{file} is no readable safetensors file: {error}") from error
 
 
 def _translate(name: str) -> tuple[str | None, bool]:
@@ -220,6 +221,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except FileNotFoundError as error:
-        raise ValueError(f"{path} does not exist.") from error
+        raise UserError(f"{path} does not exist.") from error
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
+        raise UserError(f"{path} is no JSON: {error}") from error

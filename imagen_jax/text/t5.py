@@ -23,6 +23,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from imagen_jax.errors import UserError
 from imagen_jax.sharding import constrain, splits
 from imagen_jax.types import Params, TextEmbeds, TextMask
 
@@ -51,16 +52,16 @@ class T5Config:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type is int and (type(value) is not int or value < 1):
-                raise ValueError(f"T5Config.{field.name} = {value!r} must be a positive integer.")
+                raise UserError(f"T5Config.{field.name} = {value!r} must be a positive integer.")
         if self.feed_forward_proj not in FEED_FORWARDS:
-            raise ValueError(
+            raise UserError(
                 f"T5Config.feed_forward_proj = {self.feed_forward_proj!r} is none of "
                 f"{', '.join(map(repr, FEED_FORWARDS))}."
             )
         buckets = self.relative_attention_num_buckets
         distance = self.relative_attention_max_distance
         if buckets < 4 or buckets % 2 or distance <= buckets // 4:
-            raise ValueError(
+            raise UserError(
                 f"T5Config.relative_attention_num_buckets = {buckets} must be even, at least 4, "
                 f"and its quarter below relative_attention_max_distance = {distance}."
             )
@@ -70,7 +71,7 @@ class T5Config:
         """From a parsed `config.json`; what concerns the decoder or training is left aside."""
         kind = data.get("model_type", "t5")
         if kind not in ("t5", "mt5"):
-            raise ValueError(f"model_type = {kind!r} is no T5 (one of 't5', 'mt5').")
+            raise UserError(f"model_type = {kind!r} is no T5 (one of 't5', 'mt5').")
         names = [field.name for field in dataclasses.fields(cls)]
         return cls(**{name: data[name] for name in names if name in data})
 

@@ -12,6 +12,8 @@ import numpy as np
 from jaxtyping import Int32
 from tokenizers import Tokenizer
 
+from imagen_jax.errors import UserError
+
 MAX_LENGTH = 256
 """Tokens of a caption, as in the reference."""
 
@@ -36,7 +38,7 @@ def load_tokenizer(folder: str | Path | None = None) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"{path} is no tokenizer that can be read: {error}") from error
+        raise UserError(f"{path} is no tokenizer that can be read: {error}") from error
     return _plain(tokenizer)
 
 
@@ -48,13 +50,13 @@ def tokenize(
     Raises ValueError that names a caption without text, counted from 1.
     """
     if isinstance(texts, str):
-        raise ValueError(f"texts must be a list of captions, not one string: {texts[:40]!r}.")
+        raise UserError(f"texts must be a list of captions, not one string: {texts[:40]!r}.")
     if max_length < 1:
-        raise ValueError(f"max_length = {max_length} must be positive.")
+        raise UserError(f"max_length = {max_length} must be positive.")
     tokens = np.zeros((len(texts), max_length), np.int32)
     for i, text in enumerate(texts):
         if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"caption {i + 1} of {len(texts)} is empty: {text!r}.")
+            raise UserError(f"caption {i + 1} of {len(texts)} is empty: {text!r}.")
         # One by one: the library's own batching starts threads, which do not survive a fork.
         ids = tokenizer.encode(text).ids
         if len(ids) > max_length:
@@ -70,7 +72,7 @@ def _convert(spiece: Path) -> Tokenizer:
         return _plain(AutoTokenizer.from_pretrained(spiece.parent).backend_tokenizer)
     except (ImportError, ValueError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(
+        raise UserError(
             f"{spiece} could not be converted; `pip install sentencepiece protobuf` may help, or "
             f"put a tokenizer.json beside it. ({reason})"
         ) from error

@@ -340,7 +340,7 @@ class Finder(PathFinder):
         return super().find_spec(name, path, target)
 sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
 import imagen_jax
-from imagen_jax import commands
+import commands
 from imagen_jax.interop.__main__ import main
 for arguments in json.loads(sys.argv[1]):
     sys.argv = ["imagen_jax.interop", *arguments]

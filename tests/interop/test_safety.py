@@ -15,7 +15,8 @@ import pytest
 import safetensors.numpy
 import torch
 
-from imagen_jax import checkpoint, commands
+import commands
+from imagen_jax import checkpoint
 from imagen_jax.interop import imagen_pytorch, keys, run_dir, target, verify
 from imagen_jax.interop.torch_file import read_torch_file
 from tests.interop import states

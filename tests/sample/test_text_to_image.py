@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import commands
 import imagen_jax
-from imagen_jax import commands, nn, presets
+from imagen_jax import nn, presets
 from imagen_jax.config import ImagenConfig, NullUnetConfig, UnetConfig
 from imagen_jax.streams import image_seeds
 from sample import outputs, text_to_image

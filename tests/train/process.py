@@ -7,7 +7,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from imagen_jax import commands, distributed, training
+import commands
+from imagen_jax import distributed, training
 from imagen_jax.sharding import Layout, make_layout
 from tests import RUN_ONCE
 from train import loop, step

@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from imagen_jax import checkpoint, commands
+import commands
+from imagen_jax import checkpoint
 from tests import RUN_ONCE
 from tests.train import forked, support
 from train import loop, step

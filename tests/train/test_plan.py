@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from imagen_jax import commands, text
+import commands
+from imagen_jax import text
 from imagen_jax.sharding import make_layout
 from tests.train import support
 from train import plan

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import jax
 
 from imagen_jax import flops
+from imagen_jax.errors import UserError
 
 GiB, GB = 2**30, 10**9
 
@@ -79,13 +80,13 @@ def devices(topology: str) -> Sequence[jax.Device]:
         return jax.devices()
     found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", topology)
     if found is None or found[1] not in (*TPUS, "cpu", "gpu"):
-        raise ValueError(
+        raise UserError(
             f"--topology {topology}: give {', '.join(TPUS)} with a shape, as v5e:16x16, or cpu:8 "
             "for emulated devices, or local for those of this machine."
         )
     name, shape = found.groups()
     if name == "gpu":
-        raise ValueError(
+        raise UserError(
             f"--topology {topology}: JAX compiles for GPUs only where they are: run it there with "
             "--topology local. How arrays are split and what moves: --topology cpu:N --dtype "
             "bfloat16."
@@ -114,7 +115,7 @@ def chip(device: jax.Device) -> Chip | None:
 
 def _tpus(name: str, shape: str, topology: str) -> Sequence[jax.Device]:
     if importlib.util.find_spec("libtpu") is None:
-        raise ValueError(
+        raise UserError(
             f"--topology {topology} needs libtpu, the compiler for TPUs (Linux x86-64, 1.5 GB): "
             "pip install 'imagen-jax[tpu]', or pip install -e '.[tpu]' in a checkout. Without it, "
             "--topology cpu:8 emulates devices."
@@ -129,4 +130,4 @@ def _tpus(name: str, shape: str, topology: str) -> Sequence[jax.Device]:
         return topologies.get_topology_desc(f"{name}:{shape}", "tpu", **more).devices
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"--topology {topology}: libtpu knows no such slice: {reason}") from error
+        raise UserError(f"--topology {topology}: libtpu knows no such slice: {reason}") from error

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import jax
 
+from imagen_jax.errors import UserError
+
 STAGES = {"base": 1, "sr256": 2, "sr1024": 3}
 """Names of stages, accepted wherever a number is."""
 
@@ -74,4 +76,4 @@ def stage_number(stage: str | int) -> int:
         return STAGES[stage]
     if str(stage).isdecimal() and int(stage) > 0:
         return int(stage)
-    raise ValueError(f"{stage!r} is no stage: give its number, or one of {', '.join(STAGES)}.")
+    raise UserError(f"{stage!r} is no stage: give its number, or one of {', '.join(STAGES)}.")

@@ -1,0 +1,9 @@
+"""The one exception class for a user's mistake."""
+
+
+class UserError(ValueError):
+    """A wrong argument, configuration, file or flag; its message is one line that says which.
+
+    Commands print the message without a traceback. Any other exception is a fault of this library
+    or of one below it, and keeps its traceback.
+    """
