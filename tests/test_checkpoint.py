@@ -175,7 +175,7 @@ def test_reading_that_is_given_up_is_silent():
     program = """
 import commands
 
-commands.quiet_writers()
+commands.keep_writers_logs()
 
 
 async def read():

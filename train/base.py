@@ -9,14 +9,15 @@ The super-resolution stages are trained by `python -m train.super_res`, in any o
 """
 
 import commands
-from imagen_jax import distributed
+from commands import processes
 from train import loop
 from train.settings import parse
 
 
 def main() -> None:
     (settings,) = parse(__doc__)
-    distributed.start(settings.coordinator, settings.process_id, settings.num_processes)
+    processes.start(settings.coordinator, settings.process_id, settings.num_processes)
+    commands.errors_go_to(settings.run)
     loop.run(settings, 1)
 
 

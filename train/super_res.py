@@ -9,7 +9,7 @@ Needs no trained base: the small pictures are made from the large ones.
 import dataclasses
 
 import commands
-from imagen_jax import distributed
+from commands import processes
 from imagen_jax.errors import UserError
 from train import loop
 from train.settings import parse
@@ -28,7 +28,8 @@ def main() -> None:
     number = commands.stage_number(stage.unet_number)
     if number == 1:
         raise UserError("U-Net 1 is the base: train it with python -m train.base.")
-    distributed.start(settings.coordinator, settings.process_id, settings.num_processes)
+    processes.start(settings.coordinator, settings.process_id, settings.num_processes)
+    commands.errors_go_to(settings.run)
     loop.run(settings, number)
 
 

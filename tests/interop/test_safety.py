@@ -38,7 +38,7 @@ def converted(tmp_path_factory) -> Path:
 def quiet(monkeypatch):
     """As `commands.run` does for a user; the hook is put back."""
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
-    commands.quiet_writers()
+    commands.keep_writers_logs()
 
 
 def refused(match: str, *arguments) -> str:

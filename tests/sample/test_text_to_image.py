@@ -222,7 +222,7 @@ def test_ctrl_c_keeps_what_is_written(run, command, tmp_path, monkeypatch, reque
         (("--prompts-from", os.devnull), "holds no prompt"),
         (("--prompt", "a", "--steps", 1, 2, 3), "--steps has 3 values: give one, or one for each"),
         (("--prompt", "a", "--stop-at-unet-number", 3), "has 2 U-Nets"),
-        (("--prompt", "a", "--stop-at-unet-number", "sr"), "'sr' is no stage"),
+        (("--prompt", "a", "--stop-at-unet-number", "sr"), "'sr' is not a stage"),
         (("--prompt", "a", "--t5", "nowhere/t5"), "nowhere/t5"),
     ],
 )

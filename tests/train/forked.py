@@ -9,7 +9,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["train.loop", "imagen_jax.commands", "tests.train.support"])
+CONTEXT.set_forkserver_preload(["train.loop", "commands", "tests.train.support"])
 
 
 def start(target: Callable, *arguments, said: Path, environment: dict[str, str]) -> BaseProcess:

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 
 import commands
-from imagen_jax import distributed, training
+from commands import processes
+from imagen_jax import training
 from imagen_jax.sharding import Layout, make_layout
 from tests import RUN_ONCE
 from train import loop, step
@@ -19,10 +20,11 @@ def train(settings: Settings, file: Path) -> None:
     """Runs the settings, and writes what it saw to `file`.npz."""
 
     def main():
-        distributed.start(settings.coordinator, settings.process_id, settings.num_processes)
+        processes.start(settings.coordinator, settings.process_id, settings.num_processes)
         step._compiler_options = lambda *_: RUN_ONCE
         layout = make_layout(settings.mesh, rows=settings.rows, min_size=0)
         seen, loop.make_train_step = watched(layout, settings)
+        commands.errors_go_to(settings.run)
         loop.run(settings, 1, layout)
         np.savez(file, **seen)
 

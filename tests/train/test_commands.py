@@ -1,6 +1,7 @@
 """The commands as a user runs them: flags, mistakes, Ctrl-C, a full disk."""
 
 import json
+import logging
 import os
 import re
 import signal
@@ -10,11 +11,14 @@ import time
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
+import commands
 import imagen_jax
-from imagen_jax import checkpoint, commands
+from imagen_jax import checkpoint
 from imagen_jax.config import ImagenConfig
+from imagen_jax.errors import UserError
 from tests.train import support
 from train import base, super_res
 from train.settings import SECTIONS, Settings, flag
@@ -27,7 +31,7 @@ SHORT = ("--limit", "8", "--batch-size", "4", "--eval-batches", "1", "--sample-e
 def run_main(monkeypatch, main, *arguments) -> None:
     monkeypatch.setattr(sys, "argv", ["train/base.py", *map(str, arguments)])
     monkeypatch.setattr(commands, "use_compilation_cache", lambda: None)
-    monkeypatch.setattr(commands, "quiet_writers", lambda: None)
+    monkeypatch.setattr(commands, "keep_writers_logs", list)
     commands.run(main)
 
 
@@ -68,7 +72,7 @@ def test_flags_become_settings(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("main", "arguments", "message"),
     [
-        (super_res.main, ("--unet-number", "sr"), "error: 'sr' is no stage: give its number"),
+        (super_res.main, ("--unet-number", "sr"), "error: 'sr' is not a stage: give its number"),
         (super_res.main, ("--unet-number", "base"), "error: U-Net 1 is the base"),
         (base.main, ("--steps", "0"), "error: --steps 0: must be at least 1"),
         (base.main, ("--keep", "0"), "error: --keep 0: must be at least 1"),
@@ -111,9 +115,38 @@ def test_a_full_device_is_one_line(monkeypatch):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to")
 
     monkeypatch.setattr(commands, "use_compilation_cache", lambda: None)
-    monkeypatch.setattr(commands, "quiet_writers", lambda: None)
+    monkeypatch.setattr(commands, "keep_writers_logs", list)
     with pytest.raises(SystemExit, match="error: the device's memory is full"):
         commands.run(full)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (UserError("--lr 0"), r"error: --lr 0$"),
+        (OSError("no space"), r"error: no space \(traceback in .*error\.log\)"),
+    ],
+)
+def test_a_failure_leaves_its_traceback_in_the_run(monkeypatch, tmp_path, error, line):
+    def main():
+        commands.errors_go_to(tmp_path)
+        logging.getLogger("absl").error("array 7 was not written")
+        raise error
+
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    with pytest.raises(SystemExit, match=line):
+        commands.run(main)
+    log = (tmp_path / "error.log").read_text()
+    assert "raise error" in log and "array 7 was not written" in log
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch, tmp_path):
+    """ValueErrors of JAX and NumPy are bugs of ours, not mistakes of a user."""
+    monkeypatch.setattr(commands, "_error_log", tmp_path / "error.log")
+    monkeypatch.setattr(commands, "keep_writers_logs", list)
+    with pytest.raises(ValueError, match="reshape"):
+        commands.run(lambda: np.zeros(3).reshape(2, 2))
+    assert "cannot reshape array" in (tmp_path / "error.log").read_text()
 
 
 def test_super_resolution_by_name(monkeypatch, tmp_path, capsys):

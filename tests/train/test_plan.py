@@ -298,7 +298,7 @@ def run(monkeypatch, *arguments) -> None:
     monkeypatch.setattr(sys, "argv", ["train/plan.py", *map(str, arguments)])
     monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])  # the command adds to it
     monkeypatch.setattr(commands, "use_compilation_cache", lambda: None)
-    monkeypatch.setattr(commands, "quiet_writers", lambda: None)
+    monkeypatch.setattr(commands, "keep_writers_logs", list)
     commands.run(plan.main)
 
 

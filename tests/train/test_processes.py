@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import commands
+from commands import processes
 from imagen_jax import checkpoint, distributed
 from imagen_jax.sharding import make_layout
 from tests.train import forked, support
@@ -118,7 +120,7 @@ def test_processes_are_one(tmp_path, monkeypatch, mesh):
 
 
 def join(told: dict, ready: Path) -> None:
-    distributed.start(**told)
+    processes.start(**told)
     ready.write_text("")
     time.sleep(120)
 
@@ -151,6 +153,30 @@ def test_what_goes_wrong_in_one_process_goes_wrong_in_all(tmp_path):
     assert said[0] == said[1].replace("error: ", "error: process 1: ")
 
 
+def fail_alone(given: dict) -> None:
+    def main():
+        processes.start(**given)
+        distributed.gather("here")
+        if given["process_id"] == 1:
+            raise KeyError("missing")
+        time.sleep(120)  # as in a collective that process 1 never enters
+
+    commands.run(main)
+
+
+def test_a_failure_in_one_process_ends_the_others_at_once(tmp_path):
+    port, running = free_port(), []
+    said = [tmp_path / f"said{number}" for number in range(2)]
+    for number, file in enumerate(said):
+        given = dict(coordinator=f"localhost:{port}", process_id=number, num_processes=2)
+        running.append(forked.start(fail_alone, given, said=file, environment={}))
+    for process in running:
+        process.join(60)
+        assert process.exitcode == 1
+    assert "Traceback" in said[1].read_text() and "KeyError: 'missing'" in said[1].read_text()
+    assert said[0].read_text().splitlines()[-1] == "error: process 1: KeyError: 'missing'"
+
+
 def test_steps_that_not_all_processes_see(tmp_path, monkeypatch):
     views = [[[6, 4], 6], [[4], 4]]
     monkeypatch.setattr(distributed, "gather", lambda _: [json.dumps(view) for view in views])
@@ -177,12 +203,12 @@ def test_clusters_are_found_and_laptops_left_alone():
         (dict(KUBERNETES_SERVICE_HOST="10.0.0.1"), False),  # one pod
         (dict(KUBERNETES_SERVICE_HOST="10.0.0.1", JOB_COMPLETION_INDEX="0"), True),
     ):
-        assert distributed.in_cluster(environment | dict(JAX_PLATFORMS="cpu")) == found
+        assert processes.in_cluster(environment | dict(JAX_PLATFORMS="cpu")) == found
 
 
 def test_gpus_of_a_task():
     def devices(**environment):
-        return distributed.local_devices(environment)
+        return processes.local_devices(environment)
 
     eight = ",".join(map(str, range(8)))
     assert devices() is None
@@ -198,11 +224,11 @@ def test_gpus_of_a_task():
 
 def test_mistakes(monkeypatch):
     with pytest.raises(ValueError, match="go together"):
-        distributed.start("localhost:1", None, 2)
+        processes.start("localhost:1", None, 2)
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
     monkeypatch.setenv("JOB_COMPLETION_INDEX", "0")
-    with pytest.raises(ValueError, match=re.escape("pip install 'imagen-jax[k8s]'")):
-        distributed.start()
-    distributed.start(num_processes=1)  # stays alone
-    with pytest.raises(ValueError, match=re.escape("--process-id 2 is none of 0 .. 1")):
-        distributed.start("localhost:1", 2, 2)
+    with pytest.raises(ValueError, match=re.escape("pip install -e '.[k8s]'")):
+        processes.start()
+    processes.start(num_processes=1)  # stays alone
+    with pytest.raises(ValueError, match=re.escape("--process-id 2 is not in 0 .. 1")):
+        processes.start("localhost:1", 2, 2)

@@ -1,0 +1,148 @@
+"""What the commands share: one clear line for a mistake, a log of failures, compiled programs kept.
+
+    if __name__ == "__main__":
+        commands.run(main)
+
+A `UserError`, or an OSError such as a full disk, ends the command with one line and exit status 1.
+Anything else is a bug and keeps its traceback. Either way the traceback is in RUN/error.log where a
+command has named its run directory. Where several processes run as one, all of them end.
+"""
+
+import datetime
+import logging
+import os
+import sys
+import traceback
+import warnings
+from asyncio import CancelledError
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import jax
+
+from commands import processes
+from imagen_jax.errors import UserError
+
+STAGES = {"base": 1, "sr256": 2, "sr1024": 3}
+"""Names of stages, accepted wherever a number is."""
+
+_error_log: Path | None = None
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs a command."""
+    use_compilation_cache()
+    logged = keep_writers_logs()
+    try:
+        main()
+    except BrokenPipeError:  # the reader of the output has closed it, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except KeyboardInterrupt:
+        _end("interrupted")
+    except Exception as error:
+        log = _write_error_log(error, logged)
+        line = _line(error)
+        if line is None and not processes.started():
+            raise
+        if line is None:
+            traceback.print_exc()
+            line = f"{type(error).__name__}: {error}"
+        elif log is not None and not isinstance(error, UserError):
+            line += f" (traceback in {log})"
+        _end(f"error: {line}")
+    for text in logged:
+        print(f"note: {text.splitlines()[0]}", file=sys.stderr)
+
+
+def errors_go_to(folder: Path) -> None:
+    """From here on a failure leaves its traceback in error.log in this folder, if it exists by
+    then."""
+    global _error_log
+    _error_log = folder / "error.log"
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs for the next run, unless the environment chose a place already."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        jax.config.update("jax_compilation_cache_dir", str(home / "imagen-jax" / "xla"))
+
+
+def keep_writers_logs() -> list[str]:
+    """Collects what Orbax and TensorStore log; returns the growing list.
+
+    They raise what goes wrong and log the traceback of every array besides: thousands of lines when
+    a disk is full. Those belong into error.log.
+    """
+    kept = _Kept()
+    for name in ("absl", "asyncio"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [kept], False
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+
+    def show(unraisable: object) -> None:
+        error = unraisable.exc_value
+        # An array too late to fail, or one whose reading was given up.
+        closed = str(error) == "Event loop is closed"
+        if closed or isinstance(error.__cause__, (GeneratorExit, CancelledError)):
+            kept.texts.append("".join(traceback.format_exception(error)))
+        else:
+            sys.__unraisablehook__(unraisable)
+
+    sys.unraisablehook = show
+    return kept.texts
+
+
+def stage_number(stage: str | int) -> int:
+    """1, 2, 3 or base, sr256, sr1024 as a number. Raises UserError for anything else."""
+    if stage in STAGES:
+        return STAGES[stage]
+    if str(stage).isdecimal() and int(stage) > 0:
+        return int(stage)
+    raise UserError(f"{stage!r} is not a stage: give its number, or one of {', '.join(STAGES)}.")
+
+
+class _Kept(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(self.format(record))
+
+
+def _line(error: Exception) -> str | None:
+    """What the user can act on; None for a bug."""
+    if isinstance(error, (UserError, OSError)):
+        return str(error)
+    if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+        return (
+            "the device's memory is full: a smaller --batch-size may fit; in training also "
+            "--accumulate, --remat nothing_saveable or --dtype bfloat16."
+        )
+    return None
+
+
+def _write_error_log(error: Exception, logged: list[str]) -> Path | None:
+    """The file written, None without a run directory."""
+    if _error_log is None or not _error_log.parent.is_dir():
+        return None
+    number = processes.own_number()
+    path = _error_log.with_name(f"error-{number}.log") if number else _error_log
+    when = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    parts = [f"{when}  {' '.join(sys.argv)}\n", *traceback.format_exception(error), *logged]
+    try:
+        path.write_text("\n".join(part.rstrip() for part in parts) + "\n", encoding="utf-8")
+    except OSError as full:  # often the same full disk: the error itself is what must be shown
+        print(f"note: {path} could not be written: {full}", file=sys.stderr)
+        return None
+    return path
+
+
+def _end(line: str) -> NoReturn:
+    if processes.started():
+        print(line, file=sys.stderr, flush=True)
+        processes.end_all(line.removeprefix("error: "))
+    sys.exit(line)
