@@ -95,6 +95,11 @@ def keep_writers_logs() -> list[str]:
     return kept.texts
 
 
+def flag(name: str) -> str:
+    """The command-line flag of a field: `batch_size` -> `--batch-size`."""
+    return f"--{name.replace('_', '-')}"
+
+
 def stage_number(stage: str | int) -> int:
     """1, 2, 3 or base, sr256, sr1024 as a number. Raises UserError for anything else."""
     if stage in STAGES:

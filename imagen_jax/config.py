@@ -290,10 +290,15 @@ class ImagenConfig(Config):
 
     @classmethod
     def from_dict(cls: type[T], data: Mapping[str, Any]) -> T:
+        if not isinstance(data, Mapping):
+            return super().from_dict(data)
         if "unets" in data:
             unets = data["unets"]
-            unets = [unets] if isinstance(unets, Mapping) else unets
-            data = {**data, "unets": tuple(_unet_from(unet) for unet in unets)}
+            if isinstance(unets, Mapping):
+                unets = [unets]
+            if isinstance(unets, (list, tuple)):
+                unets = tuple(_unet_from(unet) for unet in unets)
+            data = {**data, "unets": unets}
         if isinstance(data.get("elucidated"), Mapping):
             data = {**data, "elucidated": ElucidatedConfig.from_dict(data["elucidated"])}
         return super().from_dict(data)

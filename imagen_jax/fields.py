@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -22,7 +23,9 @@ class Config:
 
     @classmethod
     def from_dict(cls: type[T], data: Mapping[str, Any]) -> T:
-        """Raises ValueError that names an unknown key, with the nearest known one, or a missing."""
+        """Raises UserError naming an unknown key (with the closest match) or a missing field."""
+        if not isinstance(data, Mapping):
+            raise UserError(f"{cls.__name__} must be a mapping of its fields, got {data!r}.")
         fields = dataclasses.fields(cls)
         _check_keys(cls.__name__, data, [field.name for field in fields])
         for field in fields:
@@ -36,8 +39,8 @@ class Config:
             value = _freeze(getattr(self, field.name))
             if not _fits(value, hints[field.name]):
                 raise UserError(
-                    f"{type(self).__name__}.{field.name} = {value!r} is not "
-                    f"{_spell(hints[field.name])}."
+                    f"{type(self).__name__}.{field.name} must be {_spell(hints[field.name])}, "
+                    f"got {value!r} ({type(value).__name__})."
                 )
             object.__setattr__(self, field.name, value)
 
@@ -56,7 +59,8 @@ def _freeze(value: Any) -> Any:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether plain data has the type of an annotation; an int will do for a float."""
+    """Whether plain data has the type of an annotation. An int will do for a float; inf and NaN
+    will not."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, arg) for arg in args)
@@ -69,24 +73,35 @@ def _fits(value: Any, hint: Any) -> bool:
             return all(_fits(v, args[0]) for v in value)
         return len(value) == len(args) and all(map(_fits, value, args))
     if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return number and math.isfinite(value)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, hint)
+
+
+_PLAIN = {
+    int: "an int",
+    float: "a finite number",
+    bool: "true or false",
+    str: "a string",
+    type(None): "null",
+}
 
 
 def _spell(hint: Any) -> str:
     """An annotation as a person says it: `one of 'cosine', 'linear', or a tuple of such`."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(_spell(arg) for arg in args)
+        many = {tuple[arg, ...] for arg in args}
+        return " or ".join("a tuple of these" if arg in many else _spell(arg) for arg in args)
     if origin is Literal:
         return "one of " + ", ".join(map(repr, args))
     if origin is tuple:
         if args[-1] is not Ellipsis:
             return f"({', '.join(map(_spell, args))})"
         return f"a tuple of {_spell(args[0])}"
-    return "null" if hint is type(None) else f"{hint.__name__}"
+    return _PLAIN.get(hint) or f"a {hint.__name__}"
 
 
 def first_difference(there: Any, here: Any, name: str = "") -> str | None:

@@ -52,6 +52,10 @@ class Imagen(nnx.Module):
         self.layout = layout
         self.unets = nnx.List(unets)
 
+    def __repr__(self) -> str:
+        unets = "".join(f"\n  {unet!r}" for unet in self.unets)
+        return f"Imagen(image_sizes={self.config.image_sizes}){unets}"
+
     def loss(
         self,
         images: AnyArray,

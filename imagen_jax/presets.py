@@ -83,6 +83,7 @@ def demo() -> ImagenConfig:
         unets=(base, enlarge),
         image_sizes=(16, 32),
         text_encoder_name="demo",
+        timesteps=(32, 16),
         pred_objectives="v",
         noise_schedules="cosine",
         lowres_noise_schedule="cosine",

@@ -211,13 +211,13 @@ def make_layout(
 ) -> Layout:
     """`DATAxMODEL` as a mesh over the devices of all processes, or over those given.
 
-    One factor may be -1: whatever is left. `auto` gives `data` as many devices as split `rows`, the
-    rows that a step takes at once, evenly, and `model` the rest. One process may use fewer devices
-    than it has. Raises ValueError if there are too few, or `rows` does not split.
+    One factor may be -1: whatever is left. `auto` is all devices on the data axis: a model axis is
+    never guessed. One process may use fewer devices than it has. Raises UserError if there are too
+    few, or if `rows`, the images that a step takes at once, do not split over the data axis.
     """
     devices = jax.devices() if devices is None else devices
     count = len(devices)
-    shape = mesh_shape(text, count=count, rows=rows)
+    shape = mesh_shape(text, count=count)
     needed = math.prod(shape)
     if needed > count or (needed < count and jax.process_count() > 1):
         raise UserError(
@@ -225,17 +225,22 @@ def make_layout(
         )
     if rows is not None and rows % shape[0]:
         raise UserError(
-            f"--mesh {text}: {rows} rows do not split evenly over {shape[0]} devices. Rows are "
-            "--batch-size divided by --accumulate."
+            f"--mesh {text}: {rows} images a step do not split evenly over {shape[0]} devices. "
+            f"{_nearest(rows, shape[0])} do (--batch-size divided by --accumulate)."
         )
     return Layout(_mesh(shape, devices[:needed]), min_size)
 
 
-def mesh_shape(text: str, *, count: int, rows: int | None) -> tuple[int, int]:
+def _nearest(rows: int, devices: int) -> str:
+    """The multiples of `devices` on either side of `rows`, for a message."""
+    below = rows - rows % devices
+    return f"{below} or {below + devices}" if below else f"{devices}"
+
+
+def mesh_shape(text: str, *, count: int) -> tuple[int, int]:
     """The shape that `text` asks for where there are `count` devices; see `make_layout`."""
     if text == "auto":
-        data = count if rows is None else math.gcd(count, rows)
-        return data, count // data
+        return count, 1
     data, model = parse(text)
     if -1 not in (data, model):
         return data, model

@@ -56,11 +56,11 @@ class Settings:
         counts = [(name, (getattr(self, name),)) for name in self.counts] + [("steps", self.steps)]
         for name, values in counts:
             if values is not None and min(values, default=0) < 1:
-                raise UserError(f"{flag(name)} {' '.join(map(str, values))}: at least 1.")
+                raise UserError(f"{commands.flag(name)} {' '.join(map(str, values))}: at least 1.")
         for name, last in (("seed", 2**32 - 1), ("eta", 1), ("lowres_sample_noise_level", 1)):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= last:
-                raise UserError(f"{flag(name)} {value} must lie in 0 .. {last}.")
+                raise UserError(f"{commands.flag(name)} {value} must lie in 0 .. {last}.")
         if self.mesh not in (None, "auto"):
             sharding.parse(self.mesh)
         if self.eta and self.sampler != "ddim":
@@ -124,7 +124,9 @@ class Settings:
             return tuple(default)
         if len(given) not in {1, last, len(default)}:
             runs = "the U-Net that runs" if last == 1 else f"each of the {last} U-Nets that run"
-            raise UserError(f"{flag(name)} has {len(given)} values: give one, or one for {runs}.")
+            raise UserError(
+                f"{commands.flag(name)} has {len(given)} values: give one, or one for {runs}."
+            )
         return (given * len(default) if len(given) == 1 else given + default)[: len(default)]
 
     def trained_steps(self, config: ImagenConfig, first: int = 1) -> dict[int, int]:
@@ -144,10 +146,6 @@ class Settings:
                 raise UserError(_untrained(self.checkpoint, number, first))
             steps[number] = step
         return steps
-
-
-def flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def _untrained(run: Path, number: int, first: int) -> str:

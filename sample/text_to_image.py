@@ -56,7 +56,7 @@ class Settings(settings.Settings):
             for name in ("prompt", "prompts_from", "t5"):
                 if getattr(self, name):
                     raise UserError(
-                        f"{settings.flag(name)}: the cascade of {self.checkpoint} was trained "
+                        f"{commands.flag(name)}: the cascade of {self.checkpoint} was trained "
                         "without captions; --num-images-per-prompt says how many to draw."
                     )
             return None

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -131,9 +132,9 @@ def test_sizes_are_height_and_width():
     [
         (dict(dim_mult=(1, 2)), "no field 'dim_mult'; did you mean 'dim_mults'?"),
         (dict(xyzzy=1), "no field 'xyzzy'."),
-        (dict(dim="8"), "UnetConfig.dim = '8' is not int"),
-        (dict(dim=True), "UnetConfig.dim = True is not int"),
-        (dict(resize_mode="nearst"), "resize_mode = 'nearst' is not one of 'nearest'"),
+        (dict(dim="8"), "UnetConfig.dim must be an int, got '8' (str)"),
+        (dict(dim=True), "UnetConfig.dim must be an int, got True (bool)"),
+        (dict(resize_mode="nearst"), "resize_mode must be one of 'nearest', 'bilinear'"),
         (dict(layer_attns=(True,)), "layer_attns = (True,) has 1 entries"),
         (dict(num_resnet_blocks=(1, 2, 3)), "num_resnet_blocks = (1, 2, 3) has 3 entries"),
         (dict(attn_heads=1), "attn_heads = 1"),
@@ -157,10 +158,16 @@ def test_mistakes_in_a_unet(fields, message):
     ("fields", "message"),
     [
         (dict(noise_schedule="cosine"), "did you mean 'noise_schedules'?"),
-        (dict(noise_schedules="cosin"), "'cosin' is not one of 'cosine', 'linear'"),
-        (dict(pred_objectives="eps"), "'eps' is not one of 'noise', 'v', 'x_start'"),
-        (dict(loss_type="mse"), "'mse' is not one of 'l1', 'l2', 'huber'"),
+        (dict(noise_schedules="cosin"), "noise_schedules must be one of 'cosine', 'linear'"),
+        (
+            dict(pred_objectives="eps"),
+            "pred_objectives must be one of 'noise', 'v', 'x_start' or a tuple of these",
+        ),
+        (dict(loss_type="mse"), "loss_type must be one of 'l1', 'l2', 'huber', got 'mse'"),
         (dict(unets=[dict(dim=8, dimm=1)]), "UnetConfig has no field 'dimm'"),
+        (dict(unets=math.inf), "ImagenConfig.unets must be"),
+        (dict(unets=["demo"]), "got ('demo',) (tuple)"),
+        (dict(min_snr_gamma=math.inf), "min_snr_gamma must be a finite number"),
         (dict(unets=[]), "0 unets and image_sizes"),
         (dict(image_sizes=(8,)), "2 unets and image_sizes = (8,)"),
         (dict(timesteps=(1, 2, 3)), "timesteps = (1, 2, 3) has 3 entries for 2 unets"),
@@ -176,7 +183,10 @@ def test_mistakes_in_a_unet(fields, message):
             "U-Net 2 reduces the resolution to 1/2; its size 5",
         ),
         (dict(image_sizes=((8, 12), 24)), "all stages must have one aspect ratio; 24 x 24"),
-        (dict(image_sizes=((8, 12, 3), 24)), "is not int or (int, int) or a tuple of"),
+        (
+            dict(image_sizes=((8, 12, 3), 24)),
+            "image_sizes must be an int or (an int, an int) or a",
+        ),
         (dict(image_sizes=(0, 16)), "U-Net 1: the size 0 x 0 must be positive"),
         (dict(image_sizes=((8, 13), (16, 26))), "its size 8 x 13 is not a multiple"),
         (dict(image_sizes=(7, 16)), "U-Net 1 reduces the resolution to 1/2; its size 7 x 7"),
@@ -184,7 +194,10 @@ def test_mistakes_in_a_unet(fields, message):
         (dict(cond_drop_prob=1.5), "cond_drop_prob = 1.5 must lie in"),
         (dict(dynamic_thresholding_percentile=95), "dynamic_thresholding_percentile = 95"),
         (dict(timesteps=0), "timesteps = 0 must be positive"),
-        (dict(elucidated=dict(lowres_conditioning="raw")), "'raw' is not one of 'log_snr', 'time'"),
+        (
+            dict(elucidated=dict(lowres_conditioning="raw")),
+            "must be one of 'log_snr', 'time'",
+        ),
         (dict(only_train_unet_number=3), "only_train_unet_number = 3 is not in 1 .. 2"),
         (dict(text_encoder_name="my-t5"), "width of text_encoder_name = 'my-t5' is not known"),
     ],
@@ -202,7 +215,7 @@ def test_a_command_says_it_in_one_line(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.startswith(
-        "error: ImagenConfig.noise_schedules = 'cosin' is not one of 'cosine', 'linear'"
+        "error: ImagenConfig.noise_schedules must be one of 'cosine', 'linear'"
     )
     assert len(done.stderr.splitlines()) == 1
 

@@ -23,6 +23,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+import commands
 from imagen_jax import checkpoint, distributed, nn
 from imagen_jax.config import ImagenConfig
 from imagen_jax.errors import UserError
@@ -33,7 +34,7 @@ from imagen_jax.streams import stream
 from imagen_jax.types import Params
 from train import log
 from train.optimizer import make_optimizer
-from train.settings import Optimization, Watching, flag
+from train.settings import Optimization, Watching
 from train.state import TrainState
 
 Record = Mapping[str, Any]
@@ -262,8 +263,8 @@ def _check_continues(saved: Record, record: Record) -> None:
         was, now = saved.get(name, record[name]), record[name]  # older runs recorded less
         if was != now:
             raise UserError(
-                f"{MEASURED.get(name) or flag(name)} was {was} and is {now}: that would not "
-                "continue the run. Start another with --init-from."
+                f"{MEASURED.get(name) or commands.flag(name)} was {was} and is {now}: that would "
+                "not continue the run. Start another with --init-from."
             )
 
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+import commands
 from imagen_jax import nn, sharding
 from imagen_jax.config import ImagenConfig
 from imagen_jax.errors import UserError
@@ -184,7 +185,7 @@ class Settings(Watching, Devices, Optimization, Data, Run):
     def _require(self, name: str, holds: Any, what: str) -> None:
         value = getattr(self, name)
         if value is not None and not holds(value):
-            raise UserError(f"{flag(name)} {value}: must be {what}.")
+            raise UserError(f"{commands.flag(name)} {value}: must be {what}.")
 
     def section(self, kind: type) -> Any:
         """One of SECTIONS with the values that stand here."""
@@ -255,11 +256,6 @@ def _shown(kind: type) -> Any:
     if kind in (Run, Data, Devices):
         marks.append(tyro.conf.DisallowNone)
     return Annotated[(kind, *marks)]
-
-
-def flag(name: str) -> str:
-    """The flag of a field."""
-    return f"--{name.replace('_', '-')}"
 
 
 def _read(path: Path) -> dict[str, Any]:

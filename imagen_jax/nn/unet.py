@@ -108,6 +108,11 @@ class Unet(nnx.Module):
         self.ups = nnx.List(levels.up(config, i, **make) for i in reversed(range(count)))
         self._make_final(config, cond, make)
 
+    def __repr__(self) -> str:
+        """A few lines; `nnx.display` shows every parameter."""
+        count = sum(x.size for x in jax.tree.leaves(nnx.state(self, nnx.Param)))
+        return f"Unet({count:,} parameters, {jnp.dtype(self.dtype)}, {self.config})"
+
     def _make_text(self, config: UnetConfig, **make) -> None:
         """Unconditional U-Nets hold the null embeddings and the pool too, as the reference's."""
         width = config.token_dim

@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from imagen_jax import presets
 from imagen_jax.config import UnetConfig
+from imagen_jax.imagen import Imagen
 from imagen_jax.nn import abstract, bind, init_params
 from tests import RUN_ONCE
 
@@ -156,3 +158,11 @@ def test_a_fresh_unet_starts_as_torch_does(params):
 def test_wrong_inputs_are_named(params, inputs, change, message):
     with pytest.raises(ValueError, match=message):
         bind(CONFIG, params)(**inputs | change)
+
+
+def test_a_network_prints_on_a_screen():
+    config = presets.tiny()
+    imagen = Imagen(config, rngs=nnx.Rngs(0))
+    count = sum(x.size for x in jax.tree.leaves(nnx.state(imagen.unets[0])))
+    assert repr(imagen.unets[0]).startswith(f"Unet({count:,} parameters, float32, UnetConfig(dim=8")
+    assert len(repr(imagen)) < 5000 and repr(imagen).count("\n") == 2

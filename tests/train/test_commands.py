@@ -21,7 +21,7 @@ from imagen_jax.config import ImagenConfig
 from imagen_jax.errors import UserError
 from tests.train import support
 from train import base, super_res
-from train.settings import SECTIONS, Settings, flag
+from train.settings import SECTIONS, Settings
 
 ROOT = Path(__file__).parents[2]
 SHORT = ("--limit", "8", "--batch-size", "4", "--eval-batches", "1", "--sample-every", "0",
@@ -51,7 +51,7 @@ def test_help_teaches(monkeypatch, capsys):
         assert section.__doc__ in " ".join(text.split()).replace(" │ │ ", " ")
     assert "--no-no-captions" not in text
     for field in Settings.__dataclass_fields__:
-        assert flag(field) in text
+        assert commands.flag(field) in text
 
 
 def test_flags_become_settings(monkeypatch, capsys):
