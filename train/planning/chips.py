@@ -126,6 +126,8 @@ def _tpus(name: str, shape: str, topology: str) -> Sequence[jax.Device]:
         os.environ.setdefault(key, value)
     # A v4 chip is two devices, unless its cores are joined.
     more = {"chip_config_name": "megacore"} if name == "v4" else {}
+    if set(shape.split("x")) == {"1"}:  # one chip; hosts hold four by default
+        more["chips_per_host_bounds"] = (1, 1, 1)
     try:
         return topologies.get_topology_desc(f"{name}:{shape}", "tpu", **more).devices
     except (jax.errors.JaxRuntimeError, ValueError) as error:
