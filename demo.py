@@ -1,8 +1,8 @@
 """The demo behind `make demo`: a small cascade learns 64 captioned pictures and draws them.
 
-Trains both stages on the CPU, samples every caption it was shown and, in a row of their own, a
-few new combinations, and writes everything beside the real pictures as runs/demo/demo.png. Stopped
-by Ctrl-C, it goes on where it was when started again.
+Trains both stages on the CPU, samples every caption it was shown and, in a row of their own, a few
+new combinations, and writes everything beside the real pictures as runs/demo/demo.png. Stopped by
+Ctrl-C, it resumes when started again.
 """
 
 import argparse
@@ -10,20 +10,20 @@ import time
 from importlib import resources
 from pathlib import Path
 
-import jax
 import numpy as np
-from tqdm import tqdm
 
 import commands
-from imagen_jax import checkpoint
+from imagen_jax import Pipeline
 from imagen_jax.data import NEW_COMBINATIONS, decode, demo_captions, labelled_grid, open_source
+from imagen_jax.streams import image_seeds
+from sample import outputs
+from sample.settings import GUIDED
 from train import loop
 from train.settings import Settings
 
 SEED = 0
 LEARNING_RATES = {1: 1e-3, 2: 2e-3}
-STEPS = (32, 16)  # denoising steps of base and super-resolution
-COND_SCALE = (2.0, 1.0)  # their guidance weights
+BATCH_SIZE = 35  # pictures drawn at once
 COLUMNS = 8
 
 
@@ -77,21 +77,18 @@ def settings(workdir: Path, number: int, steps: int) -> Settings:
 
 
 def draw(workdir: Path, prompts: list[str]) -> np.ndarray:
-    """One picture a prompt, (n, 32, 32, 3) in [0, 1]."""
-    imagen = checkpoint.load(workdir)
-    with tqdm(total=1.0, desc="drawing", bar_format="{l_bar}{bar}| {elapsed}<{remaining}") as bar:
-
-        def progress(unet_number: int, step: int, steps: int) -> None:
-            bar.update((unet_number - 1 + step / steps) / 2 - bar.n)
-
-        images = imagen.sample(
-            texts=prompts,
-            cond_scale=COND_SCALE,
-            timesteps=STEPS,
-            key=jax.random.key(SEED),
-            progress=progress,
-        )
-    return np.asarray(images)
+    """One picture a prompt, (n, 32, 32, 3) in [0, 1]: what `python -m sample.text_to_image` draws
+    from them by default."""
+    pipeline = Pipeline.load(workdir)
+    embeddings = pipeline.encode(prompts, batch_size=len(prompts))
+    images = pipeline.generate(
+        embeddings,
+        seeds=image_seeds(SEED, len(prompts)),
+        batch_size=BATCH_SIZE,
+        cond_scale=(GUIDED, 1.0),
+        progress=outputs.progress_bars,
+    )
+    return np.stack([image for _, image in images])
 
 
 def real_pictures(captions: list[str], size: int) -> np.ndarray:
