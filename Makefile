@@ -15,8 +15,8 @@ PIP := .venv/bin/python -m pip install
 # Installed without dependencies: imagen-pytorch asks for torchvision and kornia without bounds and
 # would replace torch by a CUDA build. What it needs of the rest is REFERENCE_NEEDS.
 REFERENCE := imagen-pytorch==2.1.0 torchvision==0.28.0 kornia==0.9.0 kornia-rs==0.2.0 \
-    accelerate==1.15.0 ema-pytorch==0.8.3 pytorch-warmup==0.2.0
-REFERENCE_NEEDS := click datasets fsspec packaging protobuf psutil "pydantic>=2" pyyaml sentencepiece
+    diffusers==0.42.1 accelerate==1.15.0 ema-pytorch==0.8.3 pytorch-warmup==0.2.0
+REFERENCE_NEEDS := click datasets filelock fsspec packaging importlib_metadata protobuf psutil "pydantic>=2" pyyaml regex requests sentencepiece
 
 # Both workers, and the commands that tests start, share what XLA compiled in this run.
 PYTEST = cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT && \

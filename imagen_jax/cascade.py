@@ -10,6 +10,7 @@ from jaxtyping import Array
 
 from imagen_jax import sampling
 from imagen_jax.config import ImagenConfig
+from imagen_jax.diffusion.grids import Spacing
 from imagen_jax.diffusion.process import RenoiseVariance
 from imagen_jax.errors import UserError
 from imagen_jax.resize import resize
@@ -47,6 +48,7 @@ class Request:
     timesteps: int | Sequence[int | None] | None = None
     sigma_min: float | Sequence[float | None] | None = None
     sigma_max: float | Sequence[float | None] | None = None
+    spacing: Spacing | None = None
     sampler: str | None = None
     eta: float = 0.0
     progress: Progress | None = None
@@ -210,6 +212,7 @@ def _sample_stage(
         steps=Steps(
             num_steps=defaults.num_steps if steps is None else steps,
             skip_steps=own("skip_steps") or 0,
+            spacing=request.spacing,
             sigma_min=own("sigma_min"),
             sigma_max=own("sigma_max"),
         ),

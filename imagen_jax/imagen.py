@@ -13,6 +13,7 @@ from PIL import Image as PILImage
 from imagen_jax import nn, text
 from imagen_jax.cascade import Request, check_text, sample_cascade
 from imagen_jax.config import ImagenConfig, NullUnetConfig
+from imagen_jax.diffusion.grids import Spacing
 from imagen_jax.diffusion.process import RenoiseVariance
 from imagen_jax.errors import UserError
 from imagen_jax.fields import first_difference
@@ -125,6 +126,7 @@ class Imagen(nnx.Module):
         timesteps: int | Sequence[int | None] | None = None,
         sigma_min: float | Sequence[float | None] | None = None,
         sigma_max: float | Sequence[float | None] | None = None,
+        spacing: Spacing | None = None,
         sampler: str | None = None,
         eta: float = 0.0,
         progress: Progress | None = None,
@@ -139,6 +141,8 @@ class Imagen(nnx.Module):
         replace the configuration's. `inpaint_masks` (b, h, w) are True where `inpaint_images` are
         kept. `lowres_sample_noise_level` is a time in [0, 1] on `lowres_noise_schedule`. `sampler`
         is a name in `samplers.SAMPLERS`, by default the noise process's; `eta` is that of `ddim`.
+        `spacing` is that of the noise levels: `t`, `log_snr`, `karras`, or a list of sigma / alpha
+        (diffusion/grids.py); None is the noise process's.
 
         Another key, text, guidance weight, number of steps (up to 1,024) or threshold compiles
         nothing new; guidance on and off (`cond_scale` 1) are two programs. Raises ValueError for

@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 from imagen_jax import nn
 from imagen_jax.conditioning import Condition, Conditioning, Guided
 from imagen_jax.diffusion import samplers
+from imagen_jax.diffusion.grids import Spacing
 from imagen_jax.diffusion.process import RenoiseVariance, q_sample
 from imagen_jax.errors import UserError
 from imagen_jax.resize import resize
@@ -216,10 +217,11 @@ def finish(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Steps:
-    """How many steps a stage takes, and over which range of noise."""
+    """How many steps a stage takes, how they are spaced, and over which range of noise."""
 
     num_steps: int
     skip_steps: int = 0
+    spacing: Spacing | None = None
     sigma_min: float | None = None
     sigma_max: float | None = None
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import commands
 from imagen_jax import checkpoint, nn, sharding
 from imagen_jax.config import ImagenConfig, NullUnetConfig
+from imagen_jax.diffusion.grids import SPACINGS
 from imagen_jax.diffusion.samplers import SAMPLERS
 from imagen_jax.errors import UserError
 
@@ -38,8 +39,12 @@ class Settings:
     steps: tuple[int, ...] | None = None
     """Denoising steps, one or one per U-Net. Default: the cascade's timesteps."""
     sampler: Literal[tuple(SAMPLERS)] | None = None
-    """`ancestral` draws noise at every step, `ddim` only at the start (more with --eta), `heun` is
-    EDM's, of second order. Default: the cascade's, ancestral or (elucidated) heun."""
+    """`ancestral` draws noise at every step, `ddim` only at the start (more with --eta); `dpm++2m`,
+    `dpm++3m` and `heun` (two evaluations a step) need few steps, `dpm++2m-sde` draws noise too.
+    Default: the cascade's, ancestral or (elucidated) heun."""
+    spacing: Literal[SPACINGS] | None = None
+    """Noise levels of the steps: `t`, equal steps of time, `log_snr` or `karras`. Default: the
+    cascade's, t or (elucidated) karras."""
     eta: float = 0.0
     """Noise of ddim, from 0 (none) to 1 (as much as the ancestral sampler's)."""
     lowres_sample_noise_level: float | None = None
@@ -113,6 +118,7 @@ class Settings:
             cond_scale=self._per_unet("cond_scale", scales, last),
             timesteps=self._per_unet("steps", timesteps, last),
             sampler=self.sampler or config.stage(last).process.sampler,
+            spacing=self.spacing,
             eta=self.eta,
             lowres_sample_noise_level=level,
         )

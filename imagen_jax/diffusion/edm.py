@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from imagen_jax.diffusion import losses
+from imagen_jax.diffusion import grids, losses
+from imagen_jax.diffusion.grids import Spacing
 from imagen_jax.diffusion.process import (
     Level,
     Network,
@@ -83,13 +84,25 @@ class EDM:
         return losses.per_sample(estimate, x0, "l2") * (sigma**2 + sd**2) / (sigma * sd) ** 2
 
     def grid(
-        self, num_steps: int, *, sigma_min: float | None = None, sigma_max: float | None = None
+        self,
+        num_steps: int,
+        *,
+        spacing: Spacing | None = None,
+        sigma_min: float | None = None,
+        sigma_max: float | None = None,
     ) -> Float[np.ndarray, "points"]:
-        """(sigma_max^(1/rho) + i / (N - 1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho, then 0."""
+        """Sigmas from sigma_max to sigma_min, then 0; by default Karras',
+        (sigma_max^(1/rho) + i / (N - 1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho."""
         low = self.sigma_min if sigma_min is None else sigma_min
         high = self.sigma_max if sigma_max is None else sigma_max
         if not 0 < low <= high:
             raise UserError(f"sigma_min = {low} must be in (0, sigma_max = {high}].")
+        if spacing == "t":
+            raise UserError("spacing 't': elucidated cascades have no time, use log_snr or karras.")
+        if spacing not in (None, "karras"):
+            ends = -2 * np.log(high), -2 * np.log(low)
+            sigmas = np.exp(-grids.log_snrs(spacing, *ends, num_steps) / 2)
+            return np.append(sigmas, 0).astype(np.float32)
         i = np.arange(num_steps, dtype=np.float32) / np.float32(max(num_steps - 1, 1))
         first, last = high ** (1 / self.rho), low ** (1 / self.rho)
         sigmas = (np.float32(first) + i * np.float32(last - first)) ** np.float32(self.rho)

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from imagen_jax.diffusion.grids import Spacing
 from imagen_jax.errors import UserError
 from imagen_jax.types import AnyArray, PRNGKey
 
@@ -88,10 +89,15 @@ class Process(Protocol):
         """Weighted loss of each sample, in float32."""
 
     def grid(
-        self, num_steps: int, *, sigma_min: float | None = None, sigma_max: float | None = None
+        self,
+        num_steps: int,
+        *,
+        spacing: Spacing | None = None,
+        sigma_min: float | None = None,
+        sigma_max: float | None = None,
     ) -> Float[np.ndarray, "points"]:
-        """num_steps + 1 positions, from noise to data. Raises ValueError for a range that the
-        process does not have."""
+        """num_steps + 1 positions, from noise to data; `spacing` is one of grids.py, None the
+        process's own. Raises UserError for a range or a spacing that the process does not have."""
 
     def prior(self, noise: Sample, level: Level) -> Sample:
         """What sampling starts from at the first level of its grid."""

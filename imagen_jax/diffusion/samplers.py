@@ -7,6 +7,7 @@ A step takes x at a level to x' at the next, less noisy one. It may ask for the 
     ddim        x' = alpha' x_0 + sqrt(sigma'^2 - s^2) eps + s z,
                 s = eta sigma' sqrt(1 - exp(l - l'))                                           (2)
     heun        second order, with churn: heun.py
+    dpm++       second and third order, from the steps before: dpm.py
 
 (1): Ho et al. 2020, as imagen-pytorch samples; (2): Song et al. 2021, Eq. 12; eta = 1 is (1).
 
@@ -27,6 +28,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from imagen_jax.diffusion.dpm import History, dpm_2m, dpm_2m_sde, dpm_3m
+from imagen_jax.diffusion.grids import Spacing
 from imagen_jax.diffusion.guidance import threshold
 from imagen_jax.diffusion.heun import heun
 from imagen_jax.diffusion.process import (
@@ -136,6 +139,9 @@ SAMPLERS: dict[str, Sampler] = {
     "ancestral": Sampler(ancestral),
     "ddim": Sampler(ddim),
     "heun": Sampler(heun),
+    "dpm++2m": Sampler(dpm_2m, History.none),
+    "dpm++2m-sde": Sampler(dpm_2m_sde, History.none),
+    "dpm++3m": Sampler(dpm_3m, History.none),
 }
 
 
@@ -153,11 +159,12 @@ def make_grid(
     num_steps: int,
     *,
     skip_steps: int = 0,
+    spacing: Spacing | None = None,
     sigma_min: float | None = None,
     sigma_max: float | None = None,
     multiple: int = 1024,
 ) -> Grid:
-    """The grid of `num_steps` steps, without the first `skip_steps`.
+    """The grid of `num_steps` steps, without the first `skip_steps`; `spacing` as in grids.py.
 
     Padded with its last entry to a multiple of `multiple`, plus one. Raises ValueError unless
     0 <= skip_steps < num_steps.
@@ -166,7 +173,9 @@ def make_grid(
         raise UserError(
             f"skip_steps = {skip_steps} of num_steps = {num_steps} must leave at least one step."
         )
-    positions = process.grid(num_steps, sigma_min=sigma_min, sigma_max=sigma_max)[skip_steps:]
+    positions = process.grid(num_steps, spacing=spacing, sigma_min=sigma_min, sigma_max=sigma_max)[
+        skip_steps:
+    ]
     steps = len(positions) - 1
     padded = np.pad(positions, (0, -steps % multiple), mode="edge")
     return Grid(padded, np.int32(steps), np.int32(num_steps))

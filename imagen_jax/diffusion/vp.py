@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from imagen_jax.diffusion import losses, schedules
+from imagen_jax.diffusion import grids, losses, schedules
+from imagen_jax.diffusion.grids import Spacing
 from imagen_jax.diffusion.losses import Objective
 from imagen_jax.diffusion.process import (
     Level,
@@ -32,6 +33,7 @@ from imagen_jax.errors import UserError
 from imagen_jax.types import PRNGKey
 
 ALPHA_MIN = 1e-8
+LOG_SNR_MIN = -10.2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,14 +88,24 @@ class VP:
         return error * losses.min_snr_weight(level.log_snr, self.objective, self.min_snr_gamma)
 
     def grid(
-        self, num_steps: int, *, sigma_min: float | None = None, sigma_max: float | None = None
+        self,
+        num_steps: int,
+        *,
+        spacing: Spacing | None = None,
+        sigma_min: float | None = None,
+        sigma_max: float | None = None,
     ) -> Float[np.ndarray, "points"]:
-        """log-SNRs at equal steps of time."""
+        """log-SNRs at equal steps of time, or of another spacing from the log-SNR -10.2 on, below
+        which the cosine schedule has next to no signal (Lu et al. 2022, Section 6.1)."""
         if sigma_min is not None or sigma_max is not None:
             raise UserError(
                 "sigma_min and sigma_max are for elucidated cascades; this one has a schedule."
             )
-        return schedules.log_snr(time_grid(num_steps), self.schedule)
+        if spacing in (None, "t"):
+            return schedules.log_snr(time_grid(num_steps), self.schedule)
+        low, high = schedules.log_snr(np.float32([1.0, 0.0]), self.schedule).tolist()
+        found = grids.log_snrs(spacing, max(low, LOG_SNR_MIN), high, num_steps + 1)
+        return found.astype(np.float32)
 
     def prior(self, noise: Sample, level: Level) -> Sample:
         """Noise of unit variance, wherever the grid starts, as in the reference."""

@@ -249,7 +249,8 @@ def one_step(sampler, x, x0, levels, noise, *, last=False, eta=0.0):
         return Prediction(x0, eps_from_x0(x, x0, level))
 
     step = Step(VP(), now, then, noise, jnp.array(last), 10, Options(eta=eta))
-    return SAMPLERS[sampler].step(State(x, x0), estimate, step).x
+    state = State(x, x0, SAMPLERS[sampler].memory(x))
+    return SAMPLERS[sampler].step(state, estimate, step).x
 
 
 def test_ddim_with_eta_one_is_ancestral():
@@ -402,8 +403,8 @@ def sample_mixture(process, sampler, steps, count, key=0, **options):
 
 LIMITS = {"v": V, "noise, linear": VP(schedule="linear"), "x_start": X_START, "edm": EDM()}
 CHURN = dict(S_churn=40.0, S_tmin=0.05, S_tmax=50.0, S_noise=1.003)
-DETERMINISTIC = {"ddim": {}, "heun": {}}
-STOCHASTIC = {"ancestral": {}, "ddim": dict(eta=0.7), "heun": CHURN}
+DETERMINISTIC = {"ddim": {}, "heun": {}, "dpm++2m": {}, "dpm++3m": {}}
+STOCHASTIC = {"ancestral": {}, "ddim": dict(eta=0.7), "heun": CHURN, "dpm++2m-sde": {}}
 
 
 @pytest.mark.parametrize("process", LIMITS)
