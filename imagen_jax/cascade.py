@@ -56,6 +56,8 @@ class Request:
     def check(self, config: ImagenConfig) -> None:
         """Raises ValueError for arguments that do not fit together, or not the cascade."""
         check_text(config, self.text_embeds, None)
+        if self.text_embeds is not None and not np.isfinite(self.text_embeds).all():
+            raise UserError("text_embeds hold NaN or infinity.")
         if (self.key is None) == (self.draws is None):
             raise UserError("sample needs either a key or draws.")
         numbers = self.numbers(config)

@@ -1,7 +1,8 @@
 """A run directory: the configuration, and the parameters of each U-Net, through Orbax.
 
-    RUN/config.json          {"imagen": ImagenConfig, "training": {"unet1": ..., ...}}, and "origin"
-                             where the weights were converted (interop.imagen_pytorch)
+    RUN/config.json          {"imagen": ImagenConfig, "training": {"unet1": ..., ...}}, "origin"
+                             where the weights were converted (interop.imagen_pytorch), and
+                             "text_encoder", the name and hash of the one it was trained with
     RUN/unet1/STEP/params    online parameters
     RUN/unet1/STEP/ema       their running average, where training keeps one
     RUN/unet1/STEP/opt_state, meta    what `--resume` needs besides
@@ -34,6 +35,7 @@ from imagen_jax.errors import UserError
 from imagen_jax.fields import first_difference
 from imagen_jax.imagen import Imagen
 from imagen_jax.sharding import Layout, make_layout
+from imagen_jax.text import Identity
 from imagen_jax.types import Params
 
 Weights = Literal["ema", "online"]
@@ -57,12 +59,21 @@ def read_origin(run: str | os.PathLike) -> dict[str, Any] | None:
     return _read_json(run).get("origin")
 
 
+def read_text_encoder(run: str | os.PathLike) -> Identity | None:
+    """The text encoder that a run was trained with; None without a record, or without a run."""
+    if not (Path(run) / "config.json").exists():
+        return None
+    found = _read_json(run).get("text_encoder")
+    return None if found is None else Identity.from_dict(found)
+
+
 def write_config(
     run: str | os.PathLike,
     config: ImagenConfig,
     training: Mapping[str, Any] | None = None,
     *,
     origin: Mapping[str, Any] | None = None,
+    text_encoder: Identity | None = None,
 ) -> None:
     """Writes `config.json`, adding `training` (`{"unet1": settings}`) to what stands there.
 
@@ -77,6 +88,9 @@ def write_config(
         data["training"] = data.get("training", {}) | dict(training or {})
         if origin is not None:
             data["origin"] = dict(origin)
+        if text_encoder is not None:
+            text_encoder.check(read_text_encoder(run), str(run))
+            data["text_encoder"] = text_encoder.to_dict()
         partial = path.with_suffix(".partial")
         with partial.open("w") as file:
             file.write(json.dumps(data, indent=2) + "\n")
@@ -237,7 +251,7 @@ def load(
         wanted = unet_numbers is None or number in unet_numbers
         params = load_params(run, number, **read) if wanted else None
         unets.append(nn.NullUnet() if params is None else nn.bind(unet, params, dtype=dtype))
-    return Imagen(config, unets=unets, layout=layout)
+    return Imagen(config, unets=unets, layout=layout, text_encoder=read_text_encoder(run))
 
 
 def save(run: str | os.PathLike, imagen: Imagen, *, step: int = 0) -> None:
@@ -245,7 +259,7 @@ def save(run: str | os.PathLike, imagen: Imagen, *, step: int = 0) -> None:
 
     Raises ValueError if `run` holds another cascade, or this step or a later one of a U-Net.
     """
-    write_config(run, imagen.config)
+    write_config(run, imagen.config, text_encoder=imagen.text_encoder)
     for number, unet in enumerate(imagen.unets, 1):
         if isinstance(unet, nn.NullUnet):
             continue

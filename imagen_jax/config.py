@@ -246,6 +246,12 @@ class ImagenConfig(Config):
         """The cascade, stage by stage."""
         return tuple(self.stage(number) for number in range(1, len(self.unets) + 1))
 
+    @property
+    def text_len(self) -> int:
+        """Tokens of an encoded caption that at least one U-Net reads; the others are cut."""
+        lengths = [unet.text_len for unet in self.unets if isinstance(unet, UnetConfig)]
+        return max(lengths, default=0)
+
     def sampling_defaults(self, unet_number: int) -> SamplingDefaults:
         """The numbers that sampling U-Net `unet_number` takes unless others are given."""
         i, own = self._index(unet_number), self.elucidated

@@ -1,6 +1,5 @@
 """`Imagen`: a cascade of U-Nets with the public calls of the reference, `loss` and `sample`."""
 
-import functools
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -31,8 +30,9 @@ class Imagen(nnx.Module):
 
     `unets` are the networks of `config.unets`, or are initialised from `rngs`, to compute in
     `dtype`. A `NullUnet` may replace any of them that is not at hand; it can be neither trained nor
-    sampled from. `layout` is the mesh that the parameters are on, None for one device. Raises
-    ValueError for networks of another configuration.
+    sampled from. `layout` is the mesh that the parameters are on, None for one device.
+    `text_encoder` is the encoder that the cascade was trained with, if that is known: another is
+    refused. Raises UserError for networks of another configuration.
     """
 
     def __init__(
@@ -42,6 +42,7 @@ class Imagen(nnx.Module):
         unets: Sequence[nnx.Module] | None = None,
         dtype: DTypeLike = jnp.float32,
         layout: Layout | None = None,
+        text_encoder: text.Identity | None = None,
         rngs: nnx.Rngs | None = None,
     ):
         if (unets is None) == (rngs is None):
@@ -52,6 +53,8 @@ class Imagen(nnx.Module):
         self.config = config
         self.layout = layout
         self.unets = nnx.List(unets)
+        self.text_encoder = text_encoder
+        self._encoder: text.TextEncoder | None = None
 
     def __repr__(self) -> str:
         unets = "".join(f"\n  {unet!r}" for unet in self.unets)
@@ -94,9 +97,35 @@ class Imagen(nnx.Module):
         )
         return jnp.mean(losses)
 
+    @property
+    def encoder(self) -> text.TextEncoder:
+        """The encoder that the configuration names, kept from its first use on.
+
+        It is in the dtype of the networks, on their mesh. A name that is not in the local cache of
+        the Hugging Face hub is downloaded. Raises UserError as `text.cascade_encoder` does.
+        """
+        if self._encoder is None:
+            dtypes = [unet.dtype for unet in self.unets if not isinstance(unet, nn.NullUnet)]
+            self._encoder = text.cascade_encoder(
+                self.config,
+                dtype=dtypes[0] if dtypes else jnp.float32,
+                layout=self.layout,
+                recorded=self.text_encoder,
+            )
+            self.text_encoder = self._encoder.identity
+        return self._encoder
+
+    def release_encoder(self) -> None:
+        """Gives the encoder's memory back; the next use reads it again."""
+        self._encoder = None
+
     def encode_text(self, texts: Sequence[str]) -> tuple[TextEmbeds, TextMask]:
-        """Embeddings and mask of captions, by the encoder that the configuration names."""
-        return _encoder(self.config.text_encoder_name)(list(texts))
+        """Embeddings, float32 (b, l, d), and mask (b, l) of captions, by `encoder`.
+
+        Captions are encoded at 256 tokens and cut to the l = `config.text_len` that the U-Nets
+        read. Raises UserError for an empty caption.
+        """
+        return self.encoder(list(texts), length=self.config.text_len)
 
     def sample(
         self,
@@ -170,11 +199,6 @@ def to_pil(images: Float[AnyArray, "b h w c"]) -> list[PILImage.Image]:
     """Images in [0, 1] as PIL images, 8 bits a channel."""
     pixels = np.asarray(jnp.round(jnp.clip(images, 0, 1) * 255)).astype(np.uint8)
     return [PILImage.fromarray(p[..., 0] if p.shape[-1] == 1 else p) for p in pixels]
-
-
-@functools.lru_cache(maxsize=1)
-def _encoder(name: str):
-    return text.load_encoder(name)
 
 
 def _fresh(unet, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Module:

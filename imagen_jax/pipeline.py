@@ -14,15 +14,13 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float
 
 from imagen_jax import checkpoint, nn, text
 from imagen_jax.checkpoint import Weights
-from imagen_jax.config import ImagenConfig, NullUnetConfig
-from imagen_jax.errors import UserError
+from imagen_jax.config import ImagenConfig
 from imagen_jax.imagen import Imagen
 from imagen_jax.sharding import Layout, make_layout
 from imagen_jax.streams import seed_keys
@@ -62,8 +60,9 @@ class Pipeline:
 
         `mesh`, as "8x1" or "auto", distributes weights and images over devices; None is the first
         one. `dtype` is what weights are kept and computed in (default: `nn.compute_dtype`). `t5` is
-        another encoder than the cascade's; `unet_numbers` are the U-Nets to load. Raises ValueError
-        if `run` is not a run directory, or for a mesh that the devices do not have.
+        the folder or name of the cascade's encoder, where that is not its `text_encoder_name`.
+        `unet_numbers` are the U-Nets to load. Raises UserError if `run` is not a run directory, or
+        for a mesh that the devices do not have.
         """
         config = checkpoint.read_config(run)
         return cls(
@@ -90,33 +89,25 @@ class Pipeline:
 
     @functools.cached_property
     def encoder(self) -> text.TextEncoder:
-        """Raises ValueError if it is not of the cascade's width."""
-        encoder = text.load_encoder(self.text_encoder_name, dtype=self.dtype, layout=self.layout)
-        if encoder.width != self.config.text_embed_dim:
-            raise UserError(
-                f"{encoder.name} has embeddings of {encoder.width}, the cascade text_embed_dim = "
-                f"{self.config.text_embed_dim}."
-            )
-        return encoder
+        """The text encoder in `dtype`. Raises UserError if it is not the cascade's."""
+        return text.cascade_encoder(
+            self.config,
+            name=self.text_encoder_name,
+            dtype=self.dtype,
+            layout=self.layout,
+            recorded=checkpoint.read_text_encoder(self.run),
+        )
 
     def release_encoder(self) -> None:
         """Gives the encoder's memory back; the next use reads it again."""
         self.__dict__.pop("encoder", None)
 
-    @property
-    def text_len(self) -> int:
-        """Tokens of a prompt that the cascade reads."""
-        lengths = [u.max_text_len for u in self.config.unets if not isinstance(u, NullUnetConfig)]
-        return min(text.tokenizer.MAX_LENGTH, max(lengths))
-
     def encode(self, prompts: Sequence[str], *, batch_size: int = 8) -> Embeddings:
-        """Embeddings of prompts, `batch_size` at a time."""
-        parts = []
-        for rows in batches(len(prompts), batch_size):
-            tokens = self.encoder.tokenize([prompts[row] for row in rows], self.text_len)
-            with self._mesh():
-                embeds, masks = _encode(self.encoder.params, self.encoder.config, tokens)
-            parts.append([np.asarray(embeds), np.asarray(masks)])
+        """Embeddings of prompts, `batch_size` at a time, as `Imagen.encode_text` gives them."""
+        parts = [
+            self.encoder([prompts[row] for row in rows], length=self.config.text_len)
+            for rows in batches(len(prompts), batch_size)
+        ]
         found = (np.concatenate(part)[: len(prompts)] for part in zip(*parts, strict=True))
         return Embeddings(*found)
 
@@ -153,12 +144,6 @@ class Pipeline:
                 )
             images = np.asarray(images)
             yield from zip(fresh.tolist(), images, strict=False)
-
-    def _mesh(self) -> contextlib.AbstractContextManager:
-        return contextlib.nullcontext() if self.layout is None else self.layout.use()
-
-
-_encode = jax.jit(text.encode, static_argnames="config")
 
 
 def batches(count: int, batch_size: int, *, fill: bool = False) -> Iterator[np.ndarray]:

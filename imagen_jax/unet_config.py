@@ -13,6 +13,9 @@ from imagen_jax.fields import Config
 
 ResizeMode = Literal["nearest", "bilinear", "bicubic", "area"]
 
+TEXT_LENGTH = 256
+"""Tokens that captions are encoded at (imagen-pytorch's t5.py, MAX_LENGTH)."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UnetConfig(Config):
@@ -123,6 +126,11 @@ class UnetConfig(Config):
             if used and any(kernel % 2 != stride % 2 for kernel in getattr(self, name)):
                 parity = "odd" if stride == 1 else "even"
                 raise UserError(f"{name} = {getattr(self, name)}: every size must be {parity}.")
+
+    @property
+    def text_len(self) -> int:
+        """Tokens of an encoded caption that this U-Net reads: its `encode_text` cuts the others."""
+        return min(TEXT_LENGTH, self.max_text_len)
 
     @property
     def first_dim(self) -> int:

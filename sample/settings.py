@@ -26,7 +26,8 @@ class Settings:
     weights: checkpoint.Weights = "ema"
     """The running average of the parameters, or the parameters themselves."""
     t5: str | None = None
-    """Text encoder: folder or name of a T5, or `demo`. Default: the cascade's text_encoder_name."""
+    """Where the text encoder is: folder or name of a T5, or `demo`. Default: the cascade's
+    text_encoder_name. One of other weights than in training is refused."""
     stop_at_unet_number: str | None = None
     """Last U-Net to run: 1, 2, 3 or base, sr256, sr1024. Default: the cascade's last."""
 

@@ -20,7 +20,7 @@ import numpy as np
 import tyro
 
 import commands
-from imagen_jax import checkpoint
+from imagen_jax import checkpoint, text
 from imagen_jax.config import ImagenConfig
 from imagen_jax.errors import UserError
 from imagen_jax.pipeline import Embeddings, Pipeline
@@ -64,6 +64,9 @@ class Settings(settings.Settings):
         for number, prompt in enumerate(prompts, 1):
             if not prompt.strip():
                 raise UserError(f"prompt {number} of {len(prompts)} is empty: {prompt!r}.")
+            prompts[number - 1] = text.valid(prompt)
+            if prompts[number - 1] != prompt:
+                print(f"note: prompt {number} is not UTF-8; it is read as {prompts[number - 1]!r}.")
         if self.prompts_from is not None:
             lines = self.prompts_from.read_text(encoding="utf-8").splitlines()
             prompts += [line.strip() for line in lines if line.strip()]
@@ -131,16 +134,13 @@ def embed(pipeline: Pipeline, prompts: list[str], batch_size: int) -> Embeddings
     to the U-Nets; what it cuts is said."""
     encoder = pipeline.encoder
     if encoder.is_demo:
-        print(
-            "text: the demo encoder, a small T5 with random frozen weights: it knows no language, "
-            "and the cascade only the captions it was shown."
-        )
+        print(text.DEMO_NOTE)
     for number, prompt in enumerate(prompts, 1):
         tokens = len(encoder.tokenizer.encode(prompt).ids)
-        if tokens > pipeline.text_len:
+        if tokens > pipeline.config.text_len:
             print(
                 f"note: prompt {number} is cut: it has {tokens} tokens, the cascade reads "
-                f"{pipeline.text_len}."
+                f"{pipeline.config.text_len}."
             )
     embeddings = pipeline.encode(prompts, batch_size=batch_size)
     pipeline.release_encoder()

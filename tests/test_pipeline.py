@@ -1,6 +1,8 @@
 """A loaded cascade: its dtype, its mesh, and images that depend on their own seeds alone."""
 
 import dataclasses
+import gc
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ import pytest
 from flax import nnx
 
 import imagen_jax
-from imagen_jax import UnetConfig, nn, presets
+from imagen_jax import UnetConfig, checkpoint, nn, presets
 from imagen_jax.pipeline import Embeddings, Pipeline
 from imagen_jax.streams import RUN, image_seeds, row_keys, stream
 from tests import SMALLEST_UNET
@@ -114,6 +116,36 @@ def test_no_two_streams_share_a_key():
         keys.append(stream(key, name))
     data = {tuple(np.asarray(jax.random.key_data(one)).tolist()) for one in keys}
     assert len(data) == len(keys)
+
+
+def test_the_library_holds_one_encoder_of_the_networks_dtype(run, embeddings):
+    imagen = imagen_jax.load(run, dtype=jnp.bfloat16)
+    embeds, masks = imagen.encode_text(["a red apple", "a pear"])
+    np.testing.assert_array_equal(masks, embeddings.masks[:2])
+    np.testing.assert_allclose(embeds, embeddings.embeds[:2], atol=0.1)
+    encoder = weakref.ref(imagen.encoder)
+    assert encoder() is imagen.encoder and encoder().dtype == jnp.bfloat16
+    imagen.release_encoder()
+    gc.collect()
+    assert encoder() is None
+
+
+def test_a_run_refuses_another_encoder(run, tmp_path):
+    """What was saved with an encoder records it, and is used with no other."""
+    imagen = imagen_jax.load(run)
+    imagen.encode_text(["a red apple"])
+    imagen_jax.save(tmp_path, imagen)
+    recorded = checkpoint.read_text_encoder(tmp_path)
+    assert recorded == imagen.encoder.identity and checkpoint.read_text_encoder(run) is None
+    assert Pipeline.load(tmp_path).encoder.identity == recorded
+    file = tmp_path / "config.json"
+    file.write_text(file.read_text().replace(recorded.sha256, "0" * 64))
+    for use in (Pipeline.load(tmp_path), imagen_jax.load(tmp_path, unet_numbers=())):
+        with pytest.raises(ValueError, match="'demo' .* is not the one of this cascade") as caught:
+            use.encoder  # noqa: B018
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="weights differ"):
+        checkpoint.write_config(tmp_path, imagen.config, text_encoder=recorded)
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,10 @@
 """From `--data` to batches on the device: pictures, and the text as the frozen T5 sees it."""
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
-from jax.typing import DTypeLike
-from jaxtyping import Int32
 from tqdm import tqdm
 
 from imagen_jax import text
@@ -18,7 +14,6 @@ from imagen_jax.data import Batches, Record, Source, decode, make_batches, open_
 from imagen_jax.errors import UserError
 from imagen_jax.sharding import Layout
 from imagen_jax.stage import Stage
-from imagen_jax.types import AnyArray, TextEmbeds, TextMask
 from train.settings import Data, Optimization
 from train.step import Batch
 
@@ -36,6 +31,7 @@ class Feed:
     train: Source
     heldout: Source
     encoder: text.TextEncoder | None
+    text_encoder: text.Identity | None  # of captions, or of stored embeddings if they tell
     count: int  # of all pictures, usable or not
     skipped: dict[str, str] = dataclasses.field(default_factory=dict)  # key -> reason
 
@@ -49,13 +45,22 @@ class Feed:
         layout: Layout,
         *,
         seed: int,
+        recorded: text.Identity | None = None,
     ) -> "Feed":
-        """Raises ValueError for data that is not there, or an encoder that does not fit."""
+        """Raises UserError for data that is not there, or an encoder that does not fit, or is not
+        the `recorded` one."""
         source = open_source(settings.data, heldout_fraction=settings.heldout_fraction)
         train, heldout = _chosen(source.split("train"), settings), source.split("heldout")
-        encoder = None
-        if config.condition_on_text and not source.has_embeds:
-            encoder = _load_encoder(config, optimization.compute_dtype, layout)
+        encoder = text_encoder = None
+        if config.condition_on_text and source.has_embeds:
+            text_encoder = text.read_beside(settings.data)
+            if text_encoder is not None:
+                text_encoder.check(recorded, "this run")
+        elif config.condition_on_text:
+            encoder = text.cascade_encoder(
+                config, dtype=optimization.compute_dtype, layout=layout, recorded=recorded
+            )
+            text_encoder = encoder.identity
         feed = cls(
             config=config,
             stage=stage,
@@ -66,6 +71,7 @@ class Feed:
             train=train,
             heldout=heldout,
             encoder=encoder,
+            text_encoder=text_encoder,
             count=len(train) + len(heldout),
         )
         if next(feed.usable(heldout), None) is not None:
@@ -88,10 +94,10 @@ class Feed:
             batch_size=self.batch_size,
             seed=self.seed,
             start_step=start_step,
-            tokenize=self._tokenize if self.encoder is not None else None,
+            tokenize=None if self.encoder is None else self.encoder.tokenize,
             channels=self.config.channels,
             shuffle=shuffle,
-            text_len=self.text_len,
+            text_len=self.stage.network.max_text_len,
             rows=self.layout.own_rows(self.batch_size),
             on_skip=self.skip,
             **options,
@@ -115,27 +121,19 @@ class Feed:
             self.skipped[key] = reason
             tqdm.write(f"skipped {key}: {reason}")
 
-    @property
-    def text_len(self) -> int:
-        """Tokens of a caption: what the U-Net reads, and at most T5's 256."""
-        return min(256, self.stage.network.max_text_len)
-
-    def _tokenize(self, captions: list[str]):
-        return self.encoder.tokenize(captions, self.text_len)
-
     def to_device(self, batch: dict) -> Batch:
         """The rows of all processes as one batch. Pictures stay uint8; tokens become embeddings."""
         if not self.config.condition_on_text:
             batch = {"images": batch["images"]}
+        if "tokens" in batch and jax.process_count() == 1:  # others may have longer captions
+            batch["tokens"] = text.trim(batch["tokens"])
         batch = self.layout.to_batch(batch, self.batch_size)
         if "tokens" in batch:
-            batch["text_embeds"], batch["text_masks"] = self.embed(batch.pop("tokens"))
+            batch["text_embeds"], batch["text_masks"] = self.encoder.embed(
+                batch.pop("tokens"), length=self.stage.network.text_len
+            )
         check_text(self.config, batch.get("text_embeds"), None)
         return batch
-
-    def embed(self, tokens: Int32[AnyArray, "b l"]) -> tuple[TextEmbeds, TextMask]:
-        encode = _encoder(self.encoder.config, self.layout, self.layout.rows(len(tokens)))
-        return encode(self.encoder.params, tokens)
 
     def evaluation(self, source: Source, count: int) -> Iterator[Batch]:
         """The first `count` batches, always the same."""
@@ -150,19 +148,3 @@ def _chosen(source: Source, settings: Data) -> Source:
         lines = settings.captions_from.read_text().splitlines()
         source = source.with_captions([line.strip() for line in lines if line.strip()])
     return source if settings.limit is None else source.take(settings.limit)
-
-
-def _load_encoder(config: ImagenConfig, dtype: DTypeLike, layout: Layout) -> text.TextEncoder:
-    encoder = text.load_encoder(config.text_encoder_name, dtype=dtype, layout=layout)
-    if encoder.width != config.text_embed_dim:
-        raise UserError(
-            f"{config.text_encoder_name} has embeddings of {encoder.width}, the cascade "
-            f"text_embed_dim = {config.text_embed_dim}."
-        )
-    return encoder
-
-
-@functools.lru_cache(maxsize=8)
-def _encoder(config: text.T5Config, layout: Layout, sharding: NamedSharding) -> Callable:
-    encode = layout.on_mesh(lambda params, tokens: text.encode(params, config, tokens))
-    return jax.jit(encode, out_shardings=sharding)

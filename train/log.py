@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from imagen_jax import distributed, nn
+from imagen_jax import distributed, nn, text
 from imagen_jax.errors import UserError
 from imagen_jax.stage import show
 from train.feed import Feed
@@ -42,9 +42,11 @@ def announce(feed: Feed, run: Path, settings: str) -> None:
     print(f"U-Net {stage.unet_number} of {len(feed.config.unets)}: {size}, {count:,} parameters")
     print(f"data: {len(feed.train)} pictures of {feed.settings.data}, {len(feed.heldout)} held out")
     if feed.encoder is not None and feed.encoder.is_demo:
+        print(f"{text.DEMO_NOTE} --t5 google/t5-v1_1-base uses a real one.")
+    if stage.condition_on_text and feed.text_encoder is None:
         print(
-            "text: the demo encoder, a small T5 with random frozen weights: it tells captions "
-            "apart and knows no language. --t5 google/t5-v1_1-base uses a real one."
+            "note: nothing says which text encoder made the stored embeddings (text_encoder.json "
+            "beside them), so no other will be refused when this cascade is sampled."
         )
     print(f"devices: {feed.layout.describe()}")
     print(f"run: {run} (configuration in config.json)")

@@ -16,7 +16,7 @@ import json
 import jax
 from tqdm import tqdm
 
-from imagen_jax import distributed, flops
+from imagen_jax import checkpoint, distributed, flops
 from imagen_jax.config import ImagenConfig, NullUnetConfig
 from imagen_jax.errors import UserError
 from imagen_jax.sharding import Layout, make_layout
@@ -50,7 +50,10 @@ def run(settings: Settings, unet_number: int, layout: Layout | None = None) -> b
         print(f"U-Net {unet_number} in {run_dir.path} has all of its {run_dir.complete} steps.")
         return True
     with distributed.together():
-        feed = Feed.open(config, stage, data, optimization, layout, seed=settings.seed)
+        recorded = checkpoint.read_text_encoder(run_dir.path)
+        feed = Feed.open(
+            config, stage, data, optimization, layout, seed=settings.seed, recorded=recorded
+        )
     record = settings.record() | {"pictures": len(feed.train), "order": feed.train.fingerprint()}
     with run_dir.metrics(watching, record) as metrics:
         announce(feed, run_dir.path, settings.describe())
@@ -59,7 +62,7 @@ def run(settings: Settings, unet_number: int, layout: Layout | None = None) -> b
         )
         previews = Previews(run_dir, feed, metrics, watching, optimization.compute_dtype)
         with (
-            run_dir.checkpoints(record, keep=watching.keep) as checkpoints,
+            run_dir.checkpoints(record, feed.text_encoder, keep=watching.keep) as checkpoints,
             Interrupt(layout) as interrupt,
         ):
             trainer = Trainer(

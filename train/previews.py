@@ -101,11 +101,12 @@ class Previews:
         """What the samples are conditioned on: the records' text, and their pictures shrunk."""
         feed, given = self.feed, sampling.Given()
         if feed.encoder is not None:
-            tokens = feed.encoder.tokenize([record.caption for record in records], feed.text_len)
-            embeds, masks = feed.embed(tokens)
+            captions = [record.caption for record in records]
+            embeds, masks = feed.encoder(captions, length=feed.stage.network.text_len)
             given = given._replace(text_embeds=embeds, text_masks=masks)
         elif feed.stage.condition_on_text:
-            embeds, masks = pad_embeds([record.embeds for record in records], feed.text_len)
+            stored = [record.embeds for record in records]
+            embeds, masks = pad_embeds(stored, feed.stage.network.max_text_len)
             given = given._replace(text_embeds=embeds, text_masks=masks)
         if feed.stage.lowres is not None:
             given = given._replace(

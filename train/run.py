@@ -24,7 +24,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 import commands
-from imagen_jax import checkpoint, distributed, nn
+from imagen_jax import checkpoint, distributed, nn, text
 from imagen_jax.config import ImagenConfig
 from imagen_jax.errors import UserError
 from imagen_jax.fields import first_difference
@@ -195,11 +195,15 @@ class RunDir:
         return Start(jax.jit(create, out_shardings=placed, donate_argnums=0)(params), [])
 
     @contextlib.contextmanager
-    def checkpoints(self, record: Record, *, keep: int | None) -> Iterator["Checkpoints"]:
+    def checkpoints(
+        self, record: Record, text_encoder: text.Identity | None = None, *, keep: int | None
+    ) -> Iterator["Checkpoints"]:
         """Writes config.json, then opens the directory for saving."""
         number = self.stage.unet_number
         if distributed.talks():
-            checkpoint.write_config(self.path, self.config, {f"unet{number}": record})
+            checkpoint.write_config(
+                self.path, self.config, {f"unet{number}": record}, text_encoder=text_encoder
+            )
         self.check_shared()
         with checkpoint.open_manager(self.path, number, keep=keep) as manager:
             yield Checkpoints(self, record, manager)

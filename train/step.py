@@ -50,7 +50,7 @@ def step_flops(stage: Stage, settings: Optimization) -> int:
     one = jax.ShapeDtypeStruct
     batch = {"images": one((1, *stage.sample_shape), jnp.uint8)}
     if stage.condition_on_text:
-        length = min(256, stage.network.max_text_len)
+        length = stage.network.text_len
         batch["text_embeds"] = one((1, length, stage.network.text_embed_dim), jnp.float32)
         batch["text_masks"] = one((1, length), jnp.bool_)
     key = jax.eval_shape(lambda: jax.random.key(0))

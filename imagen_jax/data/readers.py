@@ -251,4 +251,6 @@ def _array(data: bytes) -> np.ndarray:
         raise UserError(f"damaged .npy: {error}") from error
     if array.ndim != 2 or not np.issubdtype(array.dtype, np.floating):
         raise UserError(f"a stored embedding is float (l, d), got {array.dtype} {array.shape}")
+    if not np.isfinite(array).all():
+        raise UserError("the stored embedding holds NaN or infinity")
     return array

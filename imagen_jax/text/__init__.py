@@ -1,10 +1,29 @@
 """Captions in, embeddings out: the T5 tokenizer and a frozen T5 encoder (Raffel et al., 2020).
 
-`load_encoder("demo")` needs no files; `load_encoder(FOLDER_OR_NAME)` reads a Hugging Face folder.
+    encoder = load_encoder("demo")               # needs no files; a Hugging Face folder or name
+    encoder = cascade_encoder(config)            # the one of a cascade, of its width
+    embeds, mask = encoder(captions, length=config.text_len)
+
+All captions become embeddings through `TextEncoder`, in training, sampling and the library: encoded
+at 256 tokens, then cut. `Identity` is what runs and stored embeddings record of an encoder.
 """
 
-from imagen_jax.text.encoder import TextEncoder, load_encoder
+from imagen_jax.text.encoder import DEMO_NOTE, TextEncoder, cascade_encoder, load_encoder
+from imagen_jax.text.identity import Identity, read_beside
 from imagen_jax.text.t5 import T5Config, encode
-from imagen_jax.text.tokenizer import load_tokenizer, tokenize
+from imagen_jax.text.tokenizer import load_tokenizer, tokenize, trim, valid
 
-__all__ = ["T5Config", "TextEncoder", "encode", "load_encoder", "load_tokenizer", "tokenize"]
+__all__ = [
+    "DEMO_NOTE",
+    "Identity",
+    "T5Config",
+    "TextEncoder",
+    "cascade_encoder",
+    "encode",
+    "load_encoder",
+    "load_tokenizer",
+    "read_beside",
+    "tokenize",
+    "trim",
+    "valid",
+]

@@ -7,23 +7,26 @@ always the same, which is enough for a network to learn what each caption it was
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 from jaxtyping import Int32
 from tokenizers import Tokenizer
 
-from imagen_jax.config import T5_WIDTHS
+from imagen_jax.config import T5_WIDTHS, ImagenConfig
 from imagen_jax.errors import UserError
 from imagen_jax.sharding import Layout
-from imagen_jax.text import loading, tokenizer
+from imagen_jax.text import identity, loading, tokenizer
+from imagen_jax.text.identity import Identity
 from imagen_jax.text.t5 import T5Config, abstract_encoder, encode
-from imagen_jax.types import Params, TextEmbeds, TextMask
+from imagen_jax.types import AnyArray, Params, TextEmbeds, TextMask
+from imagen_jax.unet_config import TEXT_LENGTH
 
 DEMO = "demo"
 DEMO_CONFIG = T5Config(
@@ -34,19 +37,29 @@ DEMO_CONFIG = T5Config(
     num_heads=4,
     feed_forward_proj="gated-gelu",
 )
+DEMO_NOTE = (
+    "text: the demo encoder, a small T5 with random frozen weights. It tells captions apart and "
+    "knows no language: a cascade knows only the captions that it was trained on."
+)
 _DEMO_SEED = 5
-
-_encode = jax.jit(encode, static_argnames="config")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class TextEncoder:
-    """What text becomes embeddings with. `params` is a pure dict for `encode`."""
+    """A tokenizer and a frozen T5 encoder: the only way from captions to embeddings.
+
+    Captions are encoded at 256 tokens, as by the reference, and the embeddings are cut to what is
+    read. (T5 sees a caption in both directions: encoding fewer tokens gives other embeddings.)
+    `params` is a pure dict for `encode`, in the dtype that the encoder computes in, placed as
+    `layout` says.
+    """
 
     name: str
     config: T5Config
-    params: Params
-    tokenizer: Tokenizer
+    params: Params = dataclasses.field(repr=False)
+    tokenizer: Tokenizer = dataclasses.field(repr=False)
+    sha256: str
+    layout: Layout | None = None
 
     @property
     def width(self) -> int:
@@ -58,17 +71,87 @@ class TextEncoder:
         """Whether the weights are random: a command must say so."""
         return self.name == DEMO
 
-    def tokenize(
-        self, texts: Sequence[str], max_length: int = tokenizer.MAX_LENGTH
-    ) -> Int32[np.ndarray, "b {max_length}"]:
-        """See `imagen_jax.text.tokenize`."""
-        return tokenizer.tokenize(self.tokenizer, texts, max_length=max_length)
+    @property
+    def identity(self) -> Identity:
+        """What a run and stored embeddings record of it."""
+        return Identity(name=self.name, sha256=self.sha256)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """What it computes in; embeddings are float32 all the same."""
+        return self.params["embedding"].dtype
+
+    def tokenize(self, captions: Sequence[str]) -> Int32[np.ndarray, "b 256"]:
+        """See `imagen_jax.text.tokenize`. No device is used."""
+        return tokenizer.tokenize(self.tokenizer, captions)
+
+    def embed(
+        self, tokens: Int32[AnyArray, "b l2"], *, length: int = TEXT_LENGTH
+    ) -> tuple[TextEmbeds, TextMask]:
+        """Embeddings (b, length, d) and mask of tokens (`tokenize`), on the device.
+
+        The embeddings are cut to `length`, or padded with zeros. Compiled once for each shape of
+        `tokens`, so `trim` them where a process has all rows.
+        """
+        rows = None if self.layout is None else self.layout.rows(len(tokens))
+        return _embed(self.config, length, self.layout, rows)(self.params, tokens)
 
     def __call__(
-        self, texts: Sequence[str], max_length: int = tokenizer.MAX_LENGTH
+        self, captions: Sequence[str], *, length: int = TEXT_LENGTH
     ) -> tuple[TextEmbeds, TextMask]:
-        """Embeddings and mask of captions; compiled once per number and length of them."""
-        return _encode(self.params, self.config, self.tokenize(texts, max_length))
+        """Embeddings, float32 (b, length, d), and mask of captions, on the host.
+
+        Raises UserError for an empty caption, and for embeddings that are not finite.
+        """
+        tokens = tokenizer.trim(self.tokenize(captions))
+        fetch = jax.device_get if self.layout is None else self.layout.fetch
+        embeds, mask = fetch(self.embed(tokens, length=length))
+        for caption, finite in zip(captions, np.isfinite(embeds).all((1, 2)), strict=True):
+            if not finite:
+                raise UserError(
+                    f"text encoder {self.name!r}: the embedding of {caption[:60]!r} is not finite "
+                    f"in {self.dtype}."
+                )
+        return embeds, mask
+
+
+@functools.lru_cache(maxsize=8)
+def _embed(
+    config: T5Config, length: int, layout: Layout | None, rows: NamedSharding | None
+) -> Callable[[Params, AnyArray], tuple[TextEmbeds, TextMask]]:
+    def embed(params: Params, tokens: AnyArray) -> tuple[TextEmbeds, TextMask]:
+        embeds, mask = (x[:, :length] for x in encode(params, config, tokens))
+        missing = (0, length - mask.shape[1])
+        return jnp.pad(embeds, ((0, 0), missing, (0, 0))), jnp.pad(mask, ((0, 0), missing))
+
+    if layout is None:
+        return jax.jit(embed)
+    return jax.jit(layout.on_mesh(embed), out_shardings=rows)
+
+
+def cascade_encoder(
+    config: ImagenConfig,
+    *,
+    name: str | None = None,
+    dtype: DTypeLike = jnp.float32,
+    layout: Layout | None = None,
+    recorded: Identity | None = None,
+) -> TextEncoder:
+    """The text encoder of a cascade, as `load_encoder` reads it.
+
+    `name` is where to find it instead of `text_encoder_name`. `recorded` is the encoder that the
+    cascade was trained with, where that is known. Raises UserError for another one, or one of
+    another width.
+    """
+    name = name or config.text_encoder_name
+    encoder = load_encoder(name, dtype=dtype, layout=layout)
+    if encoder.width != config.text_embed_dim:
+        raise UserError(
+            f"{encoder.name} has embeddings of {encoder.width}, the cascade text_embed_dim = "
+            f"{config.text_embed_dim}."
+        )
+    encoder.identity.check(recorded, "this cascade")
+    return encoder
 
 
 def load_encoder(
@@ -76,19 +159,24 @@ def load_encoder(
 ) -> TextEncoder:
     """`demo`, a Hugging Face folder with a T5 (full or encoder), or such a model's name.
 
-    `dtype` is what the weights are kept and computed in; embeddings come as float32 all the same.
-    With a `layout` the weights are split over its mesh: no device ever holds all of them.
-    Raises ValueError with one line for whatever is missing or does not fit.
+    A name is looked up in the hub's local cache and downloaded if it is not there; T5-XXL's encoder
+    is 19 GB in float32. `dtype` (float32, bfloat16, float16) is what the weights are kept and
+    computed in; embeddings are float32 all the same. With a `layout` the weights are split over its
+    mesh: no device ever holds all of them. Raises UserError with one line for whatever is missing,
+    does not fit, or is not finite.
     """
     dtype = jnp.dtype(dtype)
     if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         raise UserError(f"dtype = {dtype} is none of float32, bfloat16, float16.")
     if str(name_or_folder) == DEMO:
+        params, sha256 = _demo_params(dtype, layout)
         return TextEncoder(
             name=DEMO,
             config=DEMO_CONFIG,
-            params=_demo_params(dtype, layout),
+            params=params,
             tokenizer=tokenizer.load_tokenizer(),
+            sha256=sha256,
+            layout=layout,
         )
     folder = loading.find_folder(name_or_folder)
     config = loading.read_config(folder)
@@ -99,11 +187,18 @@ def load_encoder(
             f"{folder}: the tokenizer has {pieces.get_vocab_size()} pieces, the table of the model "
             f"vocab_size = {config.vocab_size}."
         )
-    params = loading.load_params(folder, config, dtype=dtype, layout=layout)
-    return TextEncoder(name=str(name_or_folder), config=config, params=params, tokenizer=pieces)
+    params, sha256 = loading.load_params(folder, config, dtype=dtype, layout=layout)
+    return TextEncoder(
+        name=str(name_or_folder),
+        config=config,
+        params=params,
+        tokenizer=pieces,
+        sha256=sha256,
+        layout=layout,
+    )
 
 
-def _demo_params(dtype: DTypeLike, layout: Layout | None) -> Params:
+def _demo_params(dtype: DTypeLike, layout: Layout | None) -> tuple[Params, str]:
     """Drawn by numpy's PCG64, in sorted order of the names: the same on every version of JAX.
 
     Standard deviations are 1 / sqrt(fan-in) as in T5, so that each branch adds at most about as
@@ -112,7 +207,7 @@ def _demo_params(dtype: DTypeLike, layout: Layout | None) -> Params:
     rng = np.random.Generator(np.random.PCG64(_DEMO_SEED))
     shapes = traverse_util.flatten_dict(abstract_encoder(DEMO_CONFIG)[1])
     draw = functools.partial(rng.standard_normal, dtype=np.float32)
-    params = {}
+    params, digests = {}, {}
     for path in sorted(shapes, key=lambda path: tuple(map(str, path))):
         shape = shapes[path].shape
         if path[-1] == "scale":
@@ -123,6 +218,7 @@ def _demo_params(dtype: DTypeLike, layout: Layout | None) -> Params:
             value = draw(shape) / np.float32(fan_in**0.5)
         else:
             value = draw(shape)
+        digests[path] = identity.digest(value)
         value = value.astype(loading.stored_dtype(path, dtype))
         params[path] = jnp.asarray(value) if layout is None else layout.put(path, value)
-    return traverse_util.unflatten_dict(params)
+    return traverse_util.unflatten_dict(params), identity.weights_hash(digests)

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from imagen_jax.errors import UserError
 from imagen_jax.interop.torch_file import read_torch_file
 from imagen_jax.sharding import Layout
+from imagen_jax.text import identity
 from imagen_jax.text.t5 import T5Config, abstract_encoder
 from imagen_jax.types import Params
 
@@ -117,10 +118,11 @@ def load_params(
     *,
     dtype: DTypeLike = jnp.float32,
     layout: Layout | None = None,
-) -> Params:
-    """The encoder's weights in `dtype`, by name, strictly; placed as the `layout` says.
+) -> tuple[Params, str]:
+    """The encoder's weights in `dtype`, by name, strictly, placed as the `layout` says; their hash.
 
-    Raises ValueError with all missing, unknown and misshapen names.
+    Raises UserError with all missing, unknown and misshapen names, and those of tensors that hold
+    NaN or infinity.
     """
     files = weight_files(folder)
     if not files:
@@ -131,7 +133,8 @@ def load_params(
     shapes = traverse_util.flatten_dict(abstract_encoder(config)[1])
     paths = {"/".join(map(str, path)): path for path in shapes}
     loaded: dict[tuple[Any, ...], Any] = {}
-    unknown, misshapen = [], []
+    digests: dict[tuple[Any, ...], bytes | None] = {}
+    unknown, misshapen, infinite = [], [], []
     for file in files:
         for name, read in _tensors(file):
             if re.fullmatch(_IGNORED, name):
@@ -150,16 +153,33 @@ def load_params(
                 loaded[path] = None
                 continue
             kept = np.array(tensor, dtype=stored_dtype(path, dtype), order="C")
+            digests[path] = identity.digest(kept if kept.dtype == jnp.bfloat16 else tensor)
+            if digests[path] is None:
+                infinite.append(name)
             loaded[path] = jnp.asarray(kept) if layout is None else layout.put(path, kept)
     missing = [name for name, path in paths.items() if path not in loaded]
-    problems = [
-        f"{label} {len(names)}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
-        for label, names in (("missing", missing), ("unknown", unknown), ("misshapen", misshapen))
-        if names
-    ]
+    _refuse(folder, missing, unknown, misshapen, infinite)
+    params = traverse_util.unflatten_dict({path: loaded[path] for path in shapes})
+    return params, identity.weights_hash(digests)
+
+
+def _refuse(
+    folder: Path,
+    missing: list[str],
+    unknown: list[str],
+    misshapen: list[str],
+    infinite: list[str],
+) -> None:
+    labels = dict(missing=missing, unknown=unknown, misshapen=misshapen)
+    problems = [f"{label} {len(names)}: {_few(names)}" for label, names in labels.items() if names]
     if problems:
         raise UserError(f"{folder} does not fit its config.json. {'; '.join(problems)}.")
-    return traverse_util.unflatten_dict({path: loaded[path] for path in shapes})
+    if infinite:
+        raise UserError(f"{folder} is damaged: NaN or infinity in {_few(infinite)}.")
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def stored_dtype(path: tuple[Any, ...], dtype: DTypeLike) -> DTypeLike:

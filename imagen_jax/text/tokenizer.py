@@ -5,6 +5,7 @@ The vocabulary is shipped (`assets/`), so that no download stands before the fir
 """
 
 import hashlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,9 +14,10 @@ from jaxtyping import Int32
 from tokenizers import Tokenizer
 
 from imagen_jax.errors import UserError
+from imagen_jax.unet_config import TEXT_LENGTH
 
-MAX_LENGTH = 256
-"""Tokens of a caption, as in the reference."""
+SHORTEST = 32
+"""Columns of tokens that `trim` leaves at least."""
 
 _BUNDLED = Path(__file__).parent / "assets" / "tokenizer.json"
 _T5_SPIECE_SHA256 = "d60acb128cf7b7f2536e8f38a5b18a05535c9e14c7a355904270e15b0945ea86"
@@ -43,11 +45,11 @@ def load_tokenizer(folder: str | Path | None = None) -> Tokenizer:
 
 
 def tokenize(
-    tokenizer: Tokenizer, texts: Sequence[str], *, max_length: int = MAX_LENGTH
+    tokenizer: Tokenizer, texts: Sequence[str], *, max_length: int = TEXT_LENGTH
 ) -> Int32[np.ndarray, "b {max_length}"]:
     """Token ids, padded with 0; a longer caption is cut and still ends with the end token.
 
-    Raises ValueError that names a caption without text, counted from 1.
+    Raises UserError that names a caption without text, counted from 1.
     """
     if isinstance(texts, str):
         raise UserError(f"texts must be a list of captions, not one string: {texts[:40]!r}.")
@@ -58,11 +60,26 @@ def tokenize(
         if not isinstance(text, str) or not text.strip():
             raise UserError(f"caption {i + 1} of {len(texts)} is empty: {text!r}.")
         # One by one: the library's own batching starts threads, which do not survive a fork.
-        ids = tokenizer.encode(text).ids
+        ids = tokenizer.encode(valid(text)).ids
         if len(ids) > max_length:
             ids = ids[: max_length - 1] + ids[-1:]
         tokens[i, : len(ids)] = ids
     return tokens
+
+
+def trim(tokens: Int32[np.ndarray, "b l"]) -> Int32[np.ndarray, "b l2"]:
+    """Without most of the columns in which every row is padding.
+
+    32, 64, 128 or 256 columns are left, so that an encoder is compiled for few shapes. Padding is
+    masked: the embeddings of the real tokens are those of all columns, to rounding.
+    """
+    longest = max(np.flatnonzero(tokens.any(axis=0)), default=0) + 1
+    return tokens[:, : max(SHORTEST, 1 << int(longest - 1).bit_length())]
+
+
+def valid(text: str) -> str:
+    """Half surrogate pairs, which JSON and arguments that are not UTF-8 can bring, as U+FFFD."""
+    return re.sub("[\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", text)
 
 
 def _convert(spiece: Path) -> Tokenizer:

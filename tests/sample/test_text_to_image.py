@@ -171,15 +171,18 @@ def test_options_a_stage(run, command, tmp_path, capsys):
 def test_prompts_from_a_file_and_a_long_one(run, command, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("one\n\n two \n", encoding="utf-8")
     long = "word " * 30
-    arguments = ("--prompt", long, "--prompts-from", tmp_path / "prompts.txt")
+    latin = os.fsdecode("é".encode("latin-1"))  # an argument that is not UTF-8
+    arguments = ("--prompt", long, "--prompt", latin, "--prompts-from", tmp_path / "prompts.txt")
     command(run, *arguments, *BASE, "--out", tmp_path / "out")
     assert [name[:7] for name in written(tmp_path / "out")] == [
         "000-wor",
-        "001-one",
-        "002-two",
+        "001.png",
+        "002-one",
+        "003-two",
         "grid.pn",
     ]
     note = capsys.readouterr().out
+    assert "prompt 2 is not UTF-8; it is read as '\N{REPLACEMENT CHARACTER}'" in note
     assert re.search(r"prompt 1 is cut: it has \d\d tokens, the cascade reads 16", note)
 
 

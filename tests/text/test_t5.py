@@ -58,7 +58,7 @@ def pair(request, tmp_path_factory):
     model.save_pretrained(folder)
     config = loading.read_config(folder)
     assert config == CONFIGS[request.param]
-    return config, loading.load_params(folder, config), model
+    return config, loading.load_params(folder, config)[0], model
 
 
 def random_tokens(config: T5Config, lengths: list[int], width: int) -> np.ndarray:

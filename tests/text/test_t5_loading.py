@@ -63,7 +63,7 @@ def params(folder):
 
 
 def load(folder: Path, dtype=jnp.float32):
-    return loading.load_params(folder, loading.read_config(folder), dtype=dtype)
+    return loading.load_params(folder, loading.read_config(folder), dtype=dtype)[0]
 
 
 def copy_of(folder: Path, to: Path) -> Path:
@@ -137,6 +137,31 @@ def test_bfloat16_on_disk_and_any_dtype_on_loading(suffix, folder, params, tmp_p
     assert half["wi_0"]["kernel"].dtype == jnp.float16
 
 
+def test_a_model_has_one_hash_in_every_file_and_dtype(model, folder, tmp_path):
+    """The decoder, shards and bfloat16 change nothing; one value in one tensor does."""
+    known = load_encoder(folder).identity
+    for dtype in (jnp.bfloat16, jnp.float16):
+        assert load_encoder(folder, dtype=dtype).sha256 == known.sha256
+    save_full_sharded(model, tmp_path)
+    shutil.copy(folder / "tokenizer.json", tmp_path)
+    assert load_encoder(tmp_path).sha256 == known.sha256
+    here = copy_of(folder, tmp_path)
+    rewrite(here, lambda tensors: tensors.update({k: v.bfloat16() for k, v in tensors.items()}))
+    load_encoder(here).identity.check(known, "a run")
+    rewrite(here, lambda tensors: tensors["encoder.final_layer_norm.weight"][3:4].add_(0.1))
+    with pytest.raises(ValueError, match=f"{here}.*is not the one of a run.*weights differ") as it:
+        load_encoder(here).identity.check(known, "a run")
+    assert "\n" not in str(it.value)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_weight_that_is_not_finite_is_named(dtype, folder, tmp_path):
+    here, name = copy_of(folder, tmp_path), "encoder.block.1.layer.0.SelfAttention.k.weight"
+    rewrite(here, lambda tensors: tensors[name][2:3, 4].fill_(np.nan))
+    with pytest.raises(ValueError, match=f"{here} is damaged: NaN or infinity in {name}."):
+        load_encoder(here, dtype=dtype)
+
+
 def test_the_table_may_have_its_other_name(folder, params, tmp_path):
     here = copy_of(folder, tmp_path)
 
@@ -172,7 +197,7 @@ def test_a_large_model_is_never_in_memory_twice(tmp_path):
     config = loading.read_config(tmp_path)
     loading.abstract_encoder(config)
     tracemalloc.start()
-    loaded = loading.load_params(tmp_path, config, dtype=jnp.bfloat16)
+    loaded, _ = loading.load_params(tmp_path, config, dtype=jnp.bfloat16)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     final = sum(leaf.nbytes for leaf in jax.tree.leaves(loaded))
@@ -211,8 +236,8 @@ def test_a_bad_folder_gets_one_clear_line(files, named, tmp_path):
 def test_a_folder_brings_its_own_tokenizer(folder):
     encoder = load_encoder(folder)
     assert (encoder.width, encoder.is_demo) == (12, False)
-    np.testing.assert_array_equal(encoder.tokenize(["cat"], 4), [[3, 1, 0, 0]])
-    embeds, mask = encoder(["cat", "dog"], 4)
+    np.testing.assert_array_equal(encoder.tokenize(["cat"])[:, :4], [[3, 1, 0, 0]])
+    embeds, mask = encoder(["cat", "dog"], length=4)
     assert embeds.shape == (2, 4, 12)
     np.testing.assert_array_equal(mask, [[True, True, False, False]] * 2)
 

@@ -1,5 +1,6 @@
 """The shipped vocabulary and the demo encoder: what a user of the demo depends on."""
 
+import dataclasses
 import hashlib
 import pickle
 
@@ -63,6 +64,20 @@ def test_captions_that_are_none_are_named(demo, texts, named):
         demo.tokenize(texts)
 
 
+def test_half_an_emoji_is_a_replacement_character(pieces):
+    """Legal in JSON, and what an argument that is not UTF-8 becomes."""
+    want = tokenize(pieces, ["cat \N{REPLACEMENT CHARACTER}", "\N{GRINNING FACE}"])
+    np.testing.assert_array_equal(tokenize(pieces, ["cat \ud83d", "\N{GRINNING FACE}"]), want)
+    np.testing.assert_array_equal(tokenize(pieces, ["cat \udce9"])[0], want[0])
+
+
+def test_embeddings_that_are_not_finite_are_refused(demo):
+    """As from a model that overflows in float16."""
+    params = demo.params | {"norm": {"scale": jnp.full(128, jnp.nan)}}
+    with pytest.raises(ValueError, match="encoder 'demo': the embedding of 'a cat' is not finite"):
+        dataclasses.replace(demo, params=params)(["a cat"], length=16)
+
+
 def test_t5s_own_sentencepiece_file_needs_no_conversion(tmp_path, monkeypatch):
     """Google's v1.1 folders hold nothing else; the checksum stands in for the real file."""
     (tmp_path / "spiece.model").write_bytes(b"as if")
@@ -73,28 +88,29 @@ def test_t5s_own_sentencepiece_file_needs_no_conversion(tmp_path, monkeypatch):
 
 def test_the_demo_is_always_the_same(demo):
     """Networks trained on it depend on these numbers."""
-    embeds, mask = demo(["a red heart"], 16)
+    embeds, mask = demo(["a red heart"], length=16)
     assert demo.is_demo and demo.width == embeds.shape[-1] == T5_WIDTHS["demo"]
     assert mask.sum() == 5
+    assert demo.sha256[:12] == "de79838f3861"
     pinned = [[-0.8236, 1.1084, -0.2298], [0.0650, 1.1549, -0.9572]]
     np.testing.assert_allclose(embeds[0, :2, :3], pinned, atol=1e-3)
     np.testing.assert_allclose(np.abs(embeds).mean(), 0.250600, rtol=1e-4)
 
 
 def test_the_demo_tells_captions_apart(demo):
-    embeds, mask = map(np.asarray, demo(CAPTIONS, 16))
+    embeds, mask = map(np.asarray, demo(CAPTIONS, length=16))
     pooled = embeds.sum(1) / mask.sum(1, keepdims=True)
     pooled /= np.linalg.norm(pooled, axis=1, keepdims=True)
     cosines = (pooled @ pooled.T)[~np.eye(len(CAPTIONS), dtype=bool)]
     assert cosines.max() < 0.95 and cosines.mean() < 0.4
-    one, other = np.asarray(demo(["dog bites man", "man bites dog"], 16)[0])
+    one, other = np.asarray(demo(["dog bites man", "man bites dog"], length=16)[0])
     assert np.abs(one - other).mean() > 0.1  # the order of words counts
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, "float16"])
 def test_the_demo_in_half_precision(demo, dtype):
-    embeds, _ = demo(CAPTIONS, 16)
-    half, _ = load_encoder("demo", dtype=dtype)(CAPTIONS, 16)
+    embeds, _ = demo(CAPTIONS, length=16)
+    half, _ = load_encoder("demo", dtype=dtype)(CAPTIONS, length=16)
     np.testing.assert_allclose(half, embeds, atol=0.03 * np.abs(embeds).max())
 
 

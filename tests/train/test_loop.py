@@ -210,6 +210,7 @@ def test_mistakes(straight, tmp_path):
         "no policy of jax.checkpoint_policies": support.settings(tmp_path, remat="all"),
     }
     before = (straight.run / "config.json").read_text()
+    assert checkpoint.read_text_encoder(straight.run).name == "demo"
     for message, settings in mistakes.items():
         with pytest.raises(ValueError, match=message):
             loop.run(settings, 1)

@@ -181,7 +181,7 @@ def _batch(stage: Stage, batch_size: int, layout: Layout) -> dict[str, Shape]:
     rows = layout.rows(batch_size)
     batch = {"images": Shape((batch_size, *stage.sample_shape), jnp.uint8, sharding=rows)}
     if stage.condition_on_text:
-        tokens = (batch_size, min(256, stage.network.max_text_len))
+        tokens = (batch_size, stage.network.text_len)
         embeds = (*tokens, stage.network.text_embed_dim)
         batch["text_embeds"] = Shape(embeds, jnp.float32, sharding=rows)
         batch["text_masks"] = Shape(tokens, jnp.bool_, sharding=rows)
