@@ -207,16 +207,24 @@ class CrossEmbed(nnx.Module):
 class PixelUnshuffle(nnx.Module):
     """Halves the resolution: every 2 x 2 pixels become channels, then a 1 x 1 convolution.
 
-    Reference `Downsample`. Channels are ordered (c, row, column): a sharded channel axis must not
-    get a leading factor of 2.
+    Reference `Downsample`. The two are one 2 x 2 convolution with stride 2, which needs no
+    transpose of the pixels; the kernel is stored as the reference's, its inputs ordered (c, row,
+    column). Only so may it be reshaped: a sharded axis must not get a leading factor of 2.
     """
 
     def __init__(self, c_in: int, c_out: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.conv = conv(4 * c_in, c_out, 1, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b h w c_in"]) -> Float[Array, "b h2 w2 c_out"]:
-        x = rearrange(x, "b (h i) (w j) c -> b h w (c i j)", i=2, j=2)
-        return constrain(self.conv(x), "b h w c")
+        kernel = self.conv.kernel[...][0, 0].astype(self.conv.dtype)
+        y = jax.lax.conv_general_dilated(
+            x.astype(self.conv.dtype),
+            rearrange(kernel, "(c i j) o -> i j c o", i=2, j=2),
+            window_strides=(2, 2),
+            padding="VALID",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        return constrain(y + self.conv.bias[...].astype(y.dtype), "b h w c")
 
 
 class PixelShuffle(nnx.Module):
