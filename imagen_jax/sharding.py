@@ -304,6 +304,12 @@ def model_parallel() -> bool:
     return jax.sharding.get_abstract_mesh().shape.get(MODEL, 1) > 1
 
 
+def platform() -> str:
+    """What the function being traced will run on: `cpu`, `tpu`, or a GPU's name."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return jax.default_backend() if device is None else device.platform
+
+
 def _mesh(shape: tuple[int, int], devices: Sequence[jax.Device]) -> Mesh:
     # Auto stated explicitly: the default, Explicit, rejects convolutions on split kernels.
     types = (AxisType.Auto,) * 2

@@ -109,8 +109,7 @@ class QKNorm(nnx.Module):
         self.k_scale = nnx.Param(jnp.ones((dim_head,)))
 
     def __call__(self, q: Array, k: Array) -> tuple[Array, Array]:
-        gains = self.q_scale[...].astype(q.dtype), self.k_scale[...].astype(k.dtype)
-        return l2norm(q) * gains[0], l2norm(k) * gains[1]
+        return l2norm(q, self.q_scale[...]), l2norm(k, self.k_scale[...])
 
 
 class Attention(nnx.Module):
