@@ -96,9 +96,9 @@ def ema_decay(step: Int[Array, ""], settings: Optimization) -> Float[Array, ""]:
 
 
 def update_ema(ema: PyTree, params: PyTree, decay: Float[Array, ""]) -> PyTree:
-    """decay * ema + (1 - decay) * params, skipped where decay is 1."""
-    return jax.lax.cond(
-        decay < 1,
-        lambda: jax.tree.map(lambda e, p: p + decay * (e - p), ema, params),
-        lambda: ema,
-    )
+    """decay * ema + (1 - decay) * params; exactly `ema` where decay is 1.
+
+    Selected element by element, in the loops that update the parameters. A conditional would stand
+    between the two, and pass complete trees.
+    """
+    return jax.tree.map(lambda e, p: jnp.where(decay < 1, p + decay * (e - p), e), ema, params)
