@@ -1,19 +1,27 @@
 """What the command lines share: one clear line for a mistake, and a cache of compiled programs."""
 
+import ctypes
 import logging
 import os
 import sys
 import warnings
 from asyncio import CancelledError
 from collections.abc import Callable
+from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from imagen_jax.errors import UserError
 
 STAGES = {"base": 1, "sr256": 2, "sr1024": 3}
 """Names of stages, accepted wherever a number is."""
+
+TRIM_THRESHOLD, MMAP_THRESHOLD, ARENA_MAX = -1, -3, -8  # M_... of glibc's malloc.h
+MOST = 2**31 - 1
 
 
 def run(main: Callable[[], None]) -> None:
@@ -21,6 +29,7 @@ def run(main: Callable[[], None]) -> None:
 
     IMAGEN_JAX_TRACEBACK=1 in the environment shows the traceback instead.
     """
+    keep_memory()
     use_compilation_cache()
     quiet_writers()
     try:
@@ -44,6 +53,29 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(f"error: another process has stopped, or is out of reach: {first}")
     except KeyboardInterrupt:
         sys.exit("interrupted")
+
+
+def keep_memory() -> None:
+    """On a CPU: freed memory stays with the process, for the next step's temporaries.
+
+    glibc gives a program's buffers back after each step, and the kernel maps and clears them again
+    at the next: a third of a training step (benchmarks/README.md). Call it before JAX starts its
+    threads, each of which would take an arena of its own, whose large blocks are always given back.
+    """
+    accelerated = entry_points(group="jax_plugins") or find_spec("libtpu")
+    if sys.platform != "linux" or (accelerated and jax.config.jax_platforms != "cpu"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # only glibc has it
+    if mallopt is not None:
+        for parameter, value in (ARENA_MAX, 1), (MMAP_THRESHOLD, MOST), (TRIM_THRESHOLD, MOST):
+            mallopt(parameter, value)
+
+
+def use_precision(dtype: DTypeLike) -> None:
+    """Computes float32 in float32: GPUs and TPUs round the factors of products, to TF32 or
+    bfloat16, unless asked not to. JAX_DEFAULT_MATMUL_PRECISION in the environment overrides it."""
+    if jnp.dtype(dtype) == jnp.float32 and jax.config.jax_default_matmul_precision is None:
+        jax.config.update("jax_default_matmul_precision", "highest")
 
 
 def use_compilation_cache() -> None:

@@ -17,6 +17,7 @@ from train.settings import parse
 def main() -> None:
     (settings,) = parse(__doc__)
     distributed.start(settings.coordinator, settings.process_id, settings.num_processes)
+    commands.use_precision(settings.compute_dtype)
     loop.run(settings, 1)
 
 

@@ -29,6 +29,7 @@ def main() -> None:
     if number == 1:
         raise UserError("U-Net 1 is the base: train it with python -m train.base.")
     distributed.start(settings.coordinator, settings.process_id, settings.num_processes)
+    commands.use_precision(settings.compute_dtype)
     loop.run(settings, number)
 
 
