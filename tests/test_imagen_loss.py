@@ -215,11 +215,10 @@ def test_bytes_are_cropped_before_they_become_floats(mode, size):
 
 
 def test_noise_is_given_for_the_image_or_for_its_crop():
-    stage = cascade(random_crop_sizes=(None, 4)).stage(2)
-    draws = draws_for(cascade(random_crop_sizes=(None, 4)), 2)
-    cropped = np.stack(
-        [n[t : t + 4, x : x + 4] for n, (t, x) in zip(draws.noise, draws.crop, strict=True)]
-    )
+    config = cascade(random_crop_sizes=(None, 4))
+    stage, draws = config.stage(2), draws_for(config, 2)
+    windows = [(slice(top, top + 4), slice(left, left + 4)) for top, left in draws.crop]
+    cropped = np.stack([n[window] for n, window in zip(draws.noise, windows, strict=True)])
     for noise in (draws.noise, cropped):
         given = dataclasses.replace(draws, noise=noise)
         prepared = training.prepare(stage, IMAGES[:, :8, :8], given)
