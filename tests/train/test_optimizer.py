@@ -88,7 +88,7 @@ def test_rounding_at_random_is_exact_in_the_mean():
 
 
 def test_the_dither_is_noise():
-    """Every bit is set half of the time, and neighbours, steps and leaves have nothing in common."""
+    """Every bit is set half of the time; neighbours, steps and leaves have nothing in common."""
     keys = jax.random.split(jax.random.key(0), 2)
     one, two = (np.asarray(_scrambled(key, (256, 512)) >> 16, np.uint16) for key in keys)
     bits = np.unpackbits(one.view(np.uint8)).reshape(-1, 16).mean(axis=0)
