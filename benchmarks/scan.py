@@ -66,6 +66,9 @@ def main() -> None:
         began = time.perf_counter()
         compiled = jax.jit(jax.grad(fn)).trace(stacked, x, t).lower().compile()
         line = f"{name}: compiled in {time.perf_counter() - began:.1f} s"
+        memory = compiled.memory_analysis()
+        line += f", temporaries {memory.temp_size_in_bytes / 2**20:.0f} MiB"
+        line += f", code {memory.generated_code_size_in_bytes / 2**20:.1f} MiB"
         if args.topology == "local":
             inputs = jax.tree.map(lambda s: jnp.full(s.shape, 0.01, s.dtype), (stacked, x, t))
             line += f", a step {_seconds(compiled, inputs) * 1e3:.0f} ms"

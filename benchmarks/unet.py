@@ -18,6 +18,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import commands
+
 UNET = dict(
     dim=64,
     cond_dim=128,
@@ -38,6 +40,7 @@ def main() -> None:
     parser.add_argument("--side", choices=SIDES, help="measure one side in this process")
     args = parser.parse_args()
     if args.side:
+        commands.keep_memory()  # for both sides alike
         print(json.dumps(SIDES[args.side]()))
         return
     sides = ["jax", "torch"] + (["torch-compile"] if _has_gpu() else [])

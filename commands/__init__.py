@@ -20,8 +20,11 @@ from pathlib import Path
 from typing import NoReturn
 
 import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from commands import processes
+from commands.memory import keep_memory
 from imagen_jax.errors import UserError
 
 STAGES = {"base": 1, "sr256": 2, "sr1024": 3}
@@ -32,6 +35,7 @@ _error_log: Path | None = None
 
 def run(main: Callable[[], None]) -> None:
     """Runs a command."""
+    keep_memory()
     use_compilation_cache()
     logged = keep_writers_logs()
     try:
@@ -61,6 +65,13 @@ def errors_go_to(folder: Path) -> None:
     then."""
     global _error_log
     _error_log = folder / "error.log"
+
+
+def use_precision(dtype: DTypeLike) -> None:
+    """Computes float32 in float32: GPUs and TPUs round the factors of products, to TF32 or
+    bfloat16, unless asked not to. JAX_DEFAULT_MATMUL_PRECISION in the environment overrides it."""
+    if jnp.dtype(dtype) == jnp.float32 and jax.config.jax_default_matmul_precision is None:
+        jax.config.update("jax_default_matmul_precision", "highest")
 
 
 def use_compilation_cache() -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import json
 import math
 import types
@@ -34,7 +35,7 @@ class Config:
         return cls(**{name: _freeze(value) for name, value in data.items()})
 
     def _check_types(self) -> None:
-        hints = typing.get_type_hints(type(self))
+        hints = _hints(type(self))
         for field in dataclasses.fields(self):
             value = _freeze(getattr(self, field.name))
             if not _fits(value, hints[field.name]):
@@ -52,6 +53,10 @@ def _check_keys(where: str, data: Mapping[str, Any], known: list[str]) -> None:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else "."
             raise UserError(f"{where} has no field {key!r}{hint}")
+
+
+_hints = functools.cache(typing.get_type_hints)
+"""Of a class; they take longer than all checks together."""
 
 
 def _freeze(value: Any) -> Any:

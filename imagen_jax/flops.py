@@ -10,7 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import Jaxpr, JaxprEqn
+from jax.typing import DTypeLike
 
 from imagen_jax.errors import UserError
 
@@ -56,8 +58,11 @@ def count_traced(jaxpr: Jaxpr) -> int:
     return _of_jaxpr(jaxpr)
 
 
-def peak(device_kind: str) -> float | None:
-    """bfloat16 operations per second of such a device; None if it is not in `PEAKS`."""
+def peak(device_kind: str, dtype: DTypeLike = "bfloat16") -> float | None:
+    """Operations per second of such a device in `dtype`; None where no figure is known: for a
+    device that is not in `PEAKS`, and for any dtype but bfloat16."""
+    if jnp.dtype(dtype) != jnp.bfloat16:
+        return None
     known = [name for name in PEAKS if device_kind.startswith(name)]
     return PEAKS[max(known, key=len)] if known else None
 

@@ -268,17 +268,34 @@ def constrain(x: Array, axes: str, *, h: int | None = None) -> Array:
     from 16 x 64, and both forms of one map must be split alike. Raises ValueError if the names do
     not fit the array.
     """
-    names = _axes(axes, x.shape, h)
+    spec = _spec(axes, x.shape, h)
+    return x if spec is None else jax.lax.with_sharding_constraint(x, spec)
+
+
+def per_device(
+    fn: Callable[..., Array], *arrays: Array, axes: Sequence[str], h: int | None = None
+) -> Array:
+    """fn(*arrays), each device with its own part of them, for kernels that the compiler cannot
+    split. `axes` name those of each array as in `constrain`; the result is split as the first."""
+    specs = tuple(_spec(names, x.shape, h) for names, x in zip(axes, arrays, strict=True))
+    if specs[0] is None:
+        return fn(*arrays)
+    return jax.shard_map(fn, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)
+
+
+def _spec(axes: str, shape: tuple[int, ...], h: int | None) -> jax.P | None:
+    """Which mesh axis splits each axis of an activation; None where there is one device."""
+    names = _axes(axes, shape, h)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return x
+        return None
     spec: list[str | None] = []
-    for name, size in zip(names, x.shape, strict=True):
+    for name, size in zip(names, shape, strict=True):
         rows = {"h": size, "p": h}.get(name)
         even = AXES[name] and (rows or size) % mesh.shape[AXES[name]] == 0
         large = rows is None or rows >= ROWS_FROM
         spec.append(AXES[name] if even and large and AXES[name] not in spec else None)
-    return jax.lax.with_sharding_constraint(x, P(*spec))
+    return P(*spec)
 
 
 def _axes(axes: str, shape: tuple[int, ...], h: int | None) -> list[str]:
@@ -307,6 +324,12 @@ def model_parallel() -> bool:
     """Whether the mesh in use has several devices along `model`, so that activations may be split
     over it."""
     return jax.sharding.get_abstract_mesh().shape.get(MODEL, 1) > 1
+
+
+def platform() -> str:
+    """What the function being traced will run on: `cpu`, `tpu`, or a GPU's name."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return jax.default_backend() if device is None else device.platform
 
 
 def _mesh(shape: tuple[int, int], devices: Sequence[jax.Device]) -> Mesh:

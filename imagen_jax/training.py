@@ -37,7 +37,7 @@ class Draws:
     """(b,) what decides the noise levels (`Process.draw`): diffusion times in [0, 1], or standard
     normal numbers in an elucidated cascade."""
     noise: Any = None
-    """(b, h, w, c) of the image, before cropping."""
+    """(b, h, w, c) of the image before cropping, as the reference draws it, or of the crop."""
     lowres_times: Any = None
     """(b,) times of the low-resolution augmentation, in [0, 1]."""
     lowres_noise: Any = None
@@ -75,9 +75,11 @@ def stage_losses(
     `images` are (b, h, w, c) of the stage's aspect ratio, in [0, 1] or uint8, and at least as large
     as the stage. Source: the reference's `Imagen.forward` and `p_losses`, with two differences.
     Self-conditioning leaves the target alone (there it replaces x_0 by the prediction), and
-    conditions on x_0 whatever the objective. `cond_images` are cropped with the image.
+    conditions on x_0 whatever the objective. `cond_images` are cropped with the image. Where the
+    stage crops, noise that is drawn from the key is drawn for the crop; given noise may be of
+    either size.
     """
-    images = to_float(images)
+    images = jnp.asarray(images)
     check_images(stage, images)
     if cond_images is not None:
         check_aspect(stage, cond_images.shape, "cond_images")
@@ -108,20 +110,42 @@ def stage_losses(
 
 
 def prepare(
-    stage: Stage, images: Array, draws: Draws, cond_images: AnyArray | None = None
+    stage: Stage, images: AnyArray, draws: Draws, cond_images: AnyArray | None = None
 ) -> Inputs:
-    """Images in [0, 1] at the stage's size, normalised and cropped; no noise on them yet."""
-    x0 = stage.normalize(resize(images, stage.size, mode=stage.resize_mode))
-    lowres = None if stage.lowres is None else _lowres_of(stage, images)
-    cond_images = None if cond_images is None else to_float(cond_images)
-    inputs = Inputs(x0, jnp.asarray(draws.noise), lowres, cond_images)
-    if stage.crop is None:
-        return inputs
-    if cond_images is not None:
-        cond_images = resize(cond_images, stage.size, mode=stage.network.resize_mode)
-        inputs = inputs._replace(cond_images=cond_images)
-    crop = functools.partial(_crop, corner=draws.crop, size=stage.crop)
-    return Inputs(*(None if x is None else crop(x) for x in inputs))
+    """Images in [0, 1] or uint8 as the network sees them: resized, cropped, normalised; no noise on
+    them yet.
+
+    Cropped as early as can be: bytes before they become floats, and `nearest` selects bytes.
+    """
+
+    def crop(x: Array) -> Array:
+        return x if stage.crop is None else _crop(x, corner=draws.crop, size=stage.crop)
+
+    def finish(x: Array) -> Array:
+        return stage.normalize(to_float(crop(x)))
+
+    noise, lowres = jnp.asarray(draws.noise), None
+    if noise.shape[1:] == stage.sample_shape:
+        noise = crop(noise)
+    if stage.lowres is not None:
+        small = _resized(stage, images, stage.lowres.size, clamp=True)
+        lowres = finish(_resized(stage, small, stage.size, clamp=True))
+    if cond_images is not None and stage.crop is None:
+        cond_images = to_float(cond_images)
+    elif cond_images is not None:
+        mode = stage.network.resize_mode
+        cond_images = to_float(crop(resize(to_float(cond_images), stage.size, mode=mode)))
+    return Inputs(finish(_resized(stage, images, stage.size)), noise, lowres, cond_images)
+
+
+def _resized(stage: Stage, images: AnyArray, size: Size, *, clamp: bool = False) -> Array:
+    """Images at a size, floats clipped to the range of images; bytes stay bytes where pixels are
+    only selected."""
+    images = jnp.asarray(images)
+    if images.dtype == jnp.uint8 and (stage.resize_mode == "nearest" or images.shape[1:3] == size):
+        return resize(images, size)
+    value_range = stage.value_range if clamp else None
+    return resize(to_float(images), size, mode=stage.resize_mode, clamp=value_range)
 
 
 def complete_draws(
@@ -140,17 +164,22 @@ def complete_draws(
             if key is None:
                 raise UserError(f"the loss needs a key, or draws with {name}.")
             drawn[name] = draw(stream(key, name))
-        elif jnp.shape(given) != shape:
+        elif jnp.shape(given) not in (shape, _given_shape(stage, name, shape)):
             raise UserError(f"draws.{name} must have the shape {shape}, got {jnp.shape(given)}.")
     return dataclasses.replace(draws, **drawn)
 
 
+def _given_shape(stage: Stage, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The other shape that a given draw may have: noise of the image before cropping."""
+    return (shape[0], *stage.sample_shape) if name == "noise" else shape
+
+
 def _wanted(stage: Stage, b: int) -> dict[str, tuple[tuple[int, ...], Any]]:
     """Name of each draw that the stage needs -> its shape, and how it is drawn from a key."""
-    noise = (b, *stage.sample_shape)
+    shown = (b, *stage.trained_size, stage.channels)
     wanted = {
         "times": ((b,), lambda k: stage.process.draw(k, b)),
-        "noise": (noise, lambda k: jax.random.normal(k, noise)),
+        "noise": (shown, lambda k: jax.random.normal(k, shown)),
     }
     if stage.lowres is not None:
         lowres, levels = stage.lowres, b if stage.lowres.per_sample else 1
@@ -158,7 +187,6 @@ def _wanted(stage: Stage, b: int) -> dict[str, tuple[tuple[int, ...], Any]]:
             (b,),
             lambda k: jnp.broadcast_to(lowres.process.draw(k, levels), (b,)),
         )
-        shown = (b, *stage.trained_size, stage.channels)
         wanted["lowres_noise"] = (shown, lambda k: jax.random.normal(k, shown))
     if stage.crop is not None:
         last = jnp.array([n - m + 1 for n, m in zip(stage.size, stage.crop, strict=True)])
@@ -215,14 +243,7 @@ def check_aspect(stage: Stage, shape: tuple[int, ...], name: str, *, ndim: int =
 
 def shrink(stage: Stage, images: Array) -> Array:
     """Images in [0, 1] at the size of the stage before."""
-    return resize(images, stage.lowres.size, mode=stage.resize_mode, clamp=stage.value_range)
-
-
-def _lowres_of(stage: Stage, images: Array) -> Array:
-    """The image shrunk and upsampled again, in [-1, 1]."""
-    small = shrink(stage, images)
-    large = resize(small, stage.size, mode=stage.resize_mode, clamp=stage.value_range)
-    return stage.normalize(large)
+    return _resized(stage, images, stage.lowres.size, clamp=True)
 
 
 def _crop(images: Array, *, corner: Int[AnyArray, "b 2"], size: Size) -> Array:

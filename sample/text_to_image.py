@@ -79,6 +79,7 @@ class Settings(settings.Settings):
 
 def main() -> None:
     given = tyro.cli(Settings, description=__doc__)
+    commands.use_precision(given.compute_dtype)
     config = checkpoint.read_config(given.checkpoint)
     options = given.options(config)
     prompts = given.prompts(config)

@@ -77,3 +77,4 @@ def test_peaks_of_devices():
     assert flops.peak("NVIDIA H100 PCIe") == 756e12
     assert flops.peak("TPU v5 lite") == 197e12
     assert flops.peak("cpu") is None
+    assert flops.peak("TPU v5 lite", "float32") is None  # the figures are of bfloat16

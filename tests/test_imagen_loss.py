@@ -197,6 +197,34 @@ def test_conditioning_pictures_are_cropped_with_the_picture():
         np.testing.assert_allclose(seen.told["x"][i], clean, atol=0.08)  # sigma(0) = 0.0125
 
 
+@pytest.mark.parametrize("mode", ["nearest", "bilinear"])
+@pytest.mark.parametrize("size", [8, 16])
+def test_bytes_are_cropped_before_they_become_floats(mode, size):
+    """What the network sees is the same to the bit, and no float has the size of the image."""
+    stage = cascade(random_crop_sizes=(None, 4), resize_mode=mode).stage(2)
+    images = np.random.default_rng(3).integers(0, 256, (BATCH, size, size, 3)).astype(np.uint8)
+    draws = training.complete_draws(stage, BATCH, jax.random.key(0), None)
+    got = training.prepare(stage, images, draws)
+    want = training.prepare(stage, images.astype(np.float32) / 255, draws)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert a.shape == (BATCH, 4, 4, 3)
+        np.testing.assert_array_equal(a, b)
+    if mode == "nearest":
+        text = str(jax.make_jaxpr(lambda x: training.prepare(stage, x, draws))(images))
+        assert f"u8[{BATCH},8,8,3]" in text and f"f32[{BATCH},8,8,3]" not in text
+
+
+def test_noise_is_given_for_the_image_or_for_its_crop():
+    config = cascade(random_crop_sizes=(None, 4))
+    stage, draws = config.stage(2), draws_for(config, 2)
+    windows = [(slice(top, top + 4), slice(left, left + 4)) for top, left in draws.crop]
+    cropped = np.stack([n[window] for n, window in zip(draws.noise, windows, strict=True)])
+    for noise in (draws.noise, cropped):
+        given = dataclasses.replace(draws, noise=noise)
+        prepared = training.prepare(stage, IMAGES[:, :8, :8], given)
+        np.testing.assert_array_equal(prepared.noise, cropped)
+
+
 def test_jit_equals_eager():
     config = cascade(pred_objectives="v")
     imagen = cascades.ours(config)
@@ -242,7 +270,7 @@ def test_what_is_drawn():
         assert set(np.unique(draws.crop)) == {0, 1, 2, 3}
         assert 0.85 < np.mean(draws.keep_mask) < 0.95
         assert 0 <= draws.times.min() < 0.01 and 0.99 < draws.times.max() < 1
-        assert draws.noise.shape[1:] == (8, 8, 3) and draws.lowres_noise.shape[1:] == (5, 5, 3)
+        assert draws.noise.shape[1:] == (5, 5, 3) and draws.lowres_noise.shape[1:] == (5, 5, 3)
         assert draws.self_cond is None
 
 

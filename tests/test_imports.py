@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "config": LEAVES | {"diffusion", "stage"},
     "presets": {"config"},
     "nn": LEAVES,
-    "text": LEAVES | {"config", "interop.torch_file"},
+    "text": LEAVES | {"nn", "config", "interop.torch_file"},
     "conditioning": LEAVES | {"diffusion", "nn"},
     "training": LEAVES | {"diffusion", "nn", "stage", "conditioning"},
     "sampling": LEAVES | {"diffusion", "nn", "stage", "conditioning"},

@@ -18,6 +18,7 @@ def main() -> None:
     (settings,) = parse(__doc__)
     processes.start(settings.coordinator, settings.process_id, settings.num_processes)
     commands.errors_go_to(settings.run)
+    commands.use_precision(settings.compute_dtype)
     loop.run(settings, 1)
 
 

@@ -182,7 +182,7 @@ def _finished(run: RunDir, watching: Watching, steps: int) -> bool:
 def _ideal_seconds(stage: Stage, optimization: Optimization, layout: Layout) -> float | None:
     """What a step would take at the peak of the devices, if that is known."""
     devices = layout.mesh.devices.flat
-    peak = flops.peak(devices[0].device_kind)
+    peak = flops.peak(devices[0].device_kind, optimization.compute_dtype)
     return peak and step_flops(stage, optimization) / (peak * len(devices))
 
 

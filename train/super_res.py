@@ -30,6 +30,7 @@ def main() -> None:
         raise UserError("U-Net 1 is the base: train it with python -m train.base.")
     processes.start(settings.coordinator, settings.process_id, settings.num_processes)
     commands.errors_go_to(settings.run)
+    commands.use_precision(settings.compute_dtype)
     loop.run(settings, number)
 
 

@@ -21,11 +21,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from imagen_jax.nn.attend import SCALE, attend
 from imagen_jax.nn.layers import LayerNorm, affine_layer_norm, conv, dropout, l2norm, linear
 from imagen_jax.sharding import constrain, splits
 from imagen_jax.types import PRNGKey
-
-SCALE = 8.0  # of the logits; queries and keys have unit length
 
 Pixels = Float[Array, "b p c"]
 Tokens = Float[Array, "b m d"]
@@ -38,36 +37,6 @@ class KeyValue(NamedTuple):
     v: Float[Array, "b m n k"]
 
 
-def attend(
-    q: Float[Array, "b p n k"],
-    k: Float[Array, "b m n2 k"],
-    v: Float[Array, "b m n2 k"],
-    *,
-    h: int | None = None,
-) -> Float[Array, "b p nk"]:
-    """Softmax attention, heads merged; one key head may serve all query heads.
-
-    The queries are pixels of `h` rows, or tokens (None).
-
-    With one key head a head's query is a query like any other: n heads of p queries are p * n
-    queries, and both products are of matrices, without transposes to and from heads. Heads that
-    are split over devices must stay an axis of their own.
-    """
-    b, p, n, _ = q.shape
-    if k.shape[2] == 1 and not splits(n):
-        q, k, v = rearrange(q, "b p n k -> b (p n) k"), k[:, :, 0], v[:, :, 0]
-        logits = jnp.einsum("bqk,bmk->bqm", q, k, preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(logits * SCALE, axis=-1).astype(v.dtype)
-        out = jnp.einsum("bqm,bmk->bqk", weights, v)
-    else:
-        out = jax.nn.dot_product_attention(q, k, v, scale=SCALE)
-    return constrain(out.reshape(b, p, -1), f"{_queries(h)} c", h=h)
-
-
-def _queries(h: int | None) -> str:
-    return "b m" if h is None else "b p"
-
-
 def split_heads(
     x: Float[Array, "b p nk"], heads: int, *, h: int | None = None
 ) -> Float[Array, "b p n k"]:
@@ -76,7 +45,7 @@ def split_heads(
     Where the heads do not split evenly over the devices, all of them are gathered first: the
     partitioner gets a reshape of a sharded axis to (2, ...) wrong.
     """
-    axes = _queries(h)
+    axes = "b m" if h is None else "b p"
     x = constrain(x, f"{axes} c" if splits(heads) else f"{axes} _", h=h)
     return constrain(rearrange(x, "b p (n k) -> b p n k", n=heads), f"{axes} n k", h=h)
 
@@ -109,8 +78,7 @@ class QKNorm(nnx.Module):
         self.k_scale = nnx.Param(jnp.ones((dim_head,)))
 
     def __call__(self, q: Array, k: Array) -> tuple[Array, Array]:
-        gains = self.q_scale[...].astype(q.dtype), self.k_scale[...].astype(k.dtype)
-        return l2norm(q) * gains[0], l2norm(k) * gains[1]
+        return l2norm(q, self.q_scale[...]), l2norm(k, self.k_scale[...])
 
 
 class Attention(nnx.Module):
@@ -156,7 +124,7 @@ class Attention(nnx.Module):
         if text is not None:
             parts.append(text)
         k, v = join(parts)
-        out = self.to_out(attend(*self.qk_norm(q, k), v, h=h))
+        out = self.to_out(attend(*self.qk_norm(q, k), v, scale=SCALE, h=h))
         return self.norm_out(constrain(out, "b p c", h=h))
 
 
@@ -206,7 +174,7 @@ class CrossAttention(nnx.Module):
         if self.linear_attn:
             out = linear_attend(q, k, v, h=h, scale=SCALE)
         else:
-            out = attend(*self.qk_norm(q, k), v, h=h)
+            out = attend(*self.qk_norm(q, k), v, scale=SCALE, h=h)
         return self.norm_out(constrain(self.to_out(out), "b p c", h=h))
 
 

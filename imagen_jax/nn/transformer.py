@@ -7,13 +7,13 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from imagen_jax.nn.attend import SCALE, attend
 from imagen_jax.nn.attention import (
     Attention,
     KeyValue,
     LinearAttention,
     QKNorm,
     Tokens,
-    attend,
     split_heads,
     split_kv,
 )
@@ -120,7 +120,7 @@ class PerceiverLayer(nnx.Module):
         y = self.norm_latents(latents)
         q = split_heads(self.to_q(y), self.heads)
         k, v = split_kv(self.to_kv(jnp.concatenate([self.norm(x), y], axis=1)), self.heads)
-        out = constrain(self.to_out(attend(*self.qk_norm(q, k), v)), "b m d")
+        out = constrain(self.to_out(attend(*self.qk_norm(q, k), v, scale=SCALE)), "b m d")
         latents = self.norm_out(out) + latents
         return constrain(self.ff(latents, "b m"), "b m d") + latents
 

@@ -41,6 +41,15 @@ from imagen_jax.types import (
 )
 from imagen_jax.unet_config import UnetConfig
 
+REMAT_POLICIES = (
+    "nothing_saveable",
+    "dots_with_no_batch_dims_saveable",
+    "dots_saveable",
+    "everything_saveable",
+)
+"""Of `jax.checkpoint_policies`: what the forward pass keeps of a block, from nothing up. Its other
+names are aliases, or make a policy from arguments."""
+
 
 class TextCond(NamedTuple):
     """Everything a U-Net derives from a text, independent of picture and time.
@@ -58,8 +67,8 @@ class TextCond(NamedTuple):
 class Unet(nnx.Module):
     """The U-Net of one stage. `config` says what it is, `dtype` what it computes in.
 
-    `remat` names a policy of `jax.checkpoint_policies`, say "nothing_saveable": every residual
-    block and transformer is then recomputed in the backward pass except what the policy saves.
+    `remat` is one of REMAT_POLICIES, say "nothing_saveable": every residual block and transformer
+    is then recomputed in the backward pass except what the policy saves.
     """
 
     def __init__(
@@ -70,8 +79,8 @@ class Unet(nnx.Module):
         remat: str | None = None,
         rngs: nnx.Rngs,
     ):
-        if remat is not None and not hasattr(jax.checkpoint_policies, remat):
-            raise UserError(f"remat = {remat!r} is no policy of jax.checkpoint_policies.")
+        if remat not in (None, *REMAT_POLICIES):
+            raise UserError(f"remat = {remat!r} is not one of {', '.join(REMAT_POLICIES)}.")
         self.config, self.dtype, self.remat = config, dtype, remat
         make = dict(dtype=dtype, rngs=rngs)
         cond = dict(time_cond_dim=config.time_cond_dim, norm=config.norm, **make)
@@ -151,6 +160,7 @@ class Unet(nnx.Module):
             width, config.out_channels, size, kernel_init=zeros, bias_init=zeros, **make
         )
 
+    @jax.named_scope("text")
     def encode_text(
         self, text_embeds: TextEmbeds, text_mask: TextMask | None = None, *, keep_mask: KeepMask
     ) -> TextCond:
@@ -308,36 +318,36 @@ class Unet(nnx.Module):
         if self.init_resnet_block is not None:
             x = run(self.init_resnet_block, x, t)
         skips = []
-        for level, (text_init, text_attn), level_key in zip(
-            self.downs, text_downs, keys[:n], strict=True
-        ):
-            x = x if level.before is None else level.before(x)
-            x = run(level.init_block, x, t, tokens, text_init)
-            for block in level.resnets:
-                x = run(block, x, t)
+        for i, level, (text_init, text_attn) in zip(range(n), self.downs, text_downs, strict=True):
+            with jax.named_scope(f"down{i}"):
+                x = x if level.before is None else level.before(x)
+                x = run(level.init_block, x, t, tokens, text_init)
+                for block in level.resnets:
+                    x = run(block, x, t)
+                    skips.append(x)
+                if level.attn is not None:
+                    x = run(level.attn, x, tokens, text_attn, key=keys[i])
                 skips.append(x)
-            if level.attn is not None:
-                x = run(level.attn, x, tokens, text_attn, key=level_key)
-            skips.append(x)
-            x = x if level.after is None else level.after(x)
+                x = x if level.after is None else level.after(x)
 
-        x = run(self.mid_block1, x, t, tokens, text_mid1)
-        x = x if self.mid_attn is None else run(self.mid_attn, x)
-        x = run(self.mid_block2, x, t, tokens, text_mid2)
+        with jax.named_scope("middle"):
+            x = run(self.mid_block1, x, t, tokens, text_mid1)
+            x = x if self.mid_attn is None else run(self.mid_attn, x)
+            x = run(self.mid_block2, x, t, tokens, text_mid2)
 
         features = []
-        for level, (text_init, text_attn), level_key in zip(
-            self.ups, text_ups, keys[n:], strict=True
-        ):
-            x = run(level.init_block, x, t, tokens, text_init, skip=skips.pop() * skip_scale)
-            for block in level.resnets:
-                x = run(block, x, t, skip=skips.pop() * skip_scale)
-            if level.attn is not None:
-                x = run(level.attn, x, tokens, text_attn, key=level_key)
-            features.append(x)
-            x = x if level.after is None else level.after(x)
+        for i, level, (text_init, text_attn) in zip(range(n), self.ups, text_ups, strict=True):
+            with jax.named_scope(f"up{n - 1 - i}"):
+                x = run(level.init_block, x, t, tokens, text_init, skip=skips.pop() * skip_scale)
+                for block in level.resnets:
+                    x = run(block, x, t, skip=skips.pop() * skip_scale)
+                if level.attn is not None:
+                    x = run(level.attn, x, tokens, text_attn, key=keys[n + i])
+                features.append(x)
+                x = x if level.after is None else level.after(x)
 
-        return self._final(x, t, features, residual, lowres)
+        with jax.named_scope("final"):
+            return self._final(x, t, features, residual, lowres)
 
     def _final(
         self, x: Array, t: Array, features: list[Array], residual: Array, lowres: Array | None
@@ -368,7 +378,8 @@ class Unet(nnx.Module):
 
         if self.remat is not None:
             call = jax.checkpoint(call, policy=getattr(jax.checkpoint_policies, self.remat))
-        return call(x, skip, *args, **kwargs)
+        with jax.named_scope(type(block).__name__):
+            return call(x, skip, *args, **kwargs)
 
 
 class NullUnet(nnx.Module):

@@ -24,6 +24,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from imagen_jax.errors import UserError
+from imagen_jax.nn.attend import attend
 from imagen_jax.sharding import constrain, splits
 from imagen_jax.types import Params, TextEmbeds, TextMask
 
@@ -132,10 +133,7 @@ class Attention(nnx.Module):
             constrain(constrain(project(x), axes).reshape(heads), "b l n k")
             for project in (self.q, self.k, self.v)
         )
-        logits = jnp.einsum("blnk,bmnk->bnlm", q, k, preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(logits + bias, axis=-1).astype(v.dtype)
-        out = jnp.einsum("bnlm,bmnk->blnk", weights, v).reshape(*x.shape[:2], -1)
-        return constrain(self.o(out), "b l d")
+        return constrain(self.o(attend(q, k, v, scale=1.0, bias=bias)), "b l d")
 
 
 class FeedForward(nnx.Module):

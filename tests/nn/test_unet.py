@@ -11,6 +11,7 @@ from flax import nnx
 
 from imagen_jax import presets
 from imagen_jax.config import UnetConfig
+from imagen_jax.errors import UserError
 from imagen_jax.imagen import Imagen
 from imagen_jax.nn import abstract, bind, init_params
 from tests import RUN_ONCE
@@ -130,6 +131,18 @@ def test_remat_changes_nothing(params, inputs):
     largest = max(float(jnp.abs(a).max()) for a in jax.tree.leaves(plain))
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(saved), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * largest)
+
+
+@pytest.mark.parametrize("name", ["save_only_these_names", "__doc__"])
+def test_what_makes_a_policy_is_none(name):
+    with pytest.raises(UserError, match="not one of nothing_saveable, dots_with"):
+        abstract(CONFIG, remat=name)
+
+
+def test_a_profile_names_level_and_block(params, inputs):
+    text = jax.jit(lambda p: bind(CONFIG, p)(**inputs)).lower(params).as_text(debug_info=True)
+    for name in ("text/", "down0/ResnetBlock", "down1/Transformer", "middle/", "up1/", "final/"):
+        assert name in text, name
 
 
 def test_a_fresh_unet_starts_as_torch_does(params):

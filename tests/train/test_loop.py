@@ -207,7 +207,7 @@ def test_mistakes(straight, tmp_path):
         "no source 'nowhere'": support.settings(tmp_path, data="nowhere"),
         "--mesh 16x1: 16x1 needs 16 devices, found 8": support.settings(tmp_path, mesh="16x1"),
         "--mesh 8x1: 4 rows do not split evenly over 8": support.settings(tmp_path, mesh="8x1"),
-        "no policy of jax.checkpoint_policies": support.settings(tmp_path, remat="all"),
+        "remat = 'all' is not one of nothing_saveable,": support.settings(tmp_path, remat="all"),
     }
     before = (straight.run / "config.json").read_text()
     assert checkpoint.read_text_encoder(straight.run).name == "demo"

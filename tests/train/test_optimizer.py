@@ -10,7 +10,9 @@ import pytest
 import torch
 from ema_pytorch import EMA
 
+from imagen_jax.sharding import make_layout
 from train.optimizer import (
+    _scrambled,
     ema_decay,
     learning_rate,
     make_optimizer,
@@ -83,6 +85,23 @@ def test_rounding_at_random_is_exact_in_the_mean():
     mean = rounded[:, :-1].astype(jnp.float32).mean(axis=0)
     np.testing.assert_allclose(mean, x[:-1], rtol=3e-4, atol=1e-40)
     assert (rounded[:, [0, 5, 6]] == x[jnp.array([0, 5, 6])]).all()
+
+
+def test_the_dither_is_noise():
+    """Every bit is set half of the time; neighbours, steps and leaves have nothing in common."""
+    keys = jax.random.split(jax.random.key(0), 2)
+    one, two = (np.asarray(_scrambled(key, (256, 512)) >> 16, np.uint16) for key in keys)
+    bits = np.unpackbits(one.view(np.uint8)).reshape(-1, 16).mean(axis=0)
+    np.testing.assert_allclose(bits, 0.5, atol=4 * 0.5 / np.sqrt(one.size))
+    for other in (two, np.roll(one, 1, 0), np.roll(one, 1, 1), np.roll(two, 1, 1)):
+        assert abs(np.corrcoef(one.ravel(), other.ravel())[0, 1]) < 4 / np.sqrt(one.size)
+
+
+def test_the_dither_does_not_depend_on_the_mesh():
+    split = make_layout("2x4").named(jax.P("data", "model"))
+    key = jax.random.key(1)
+    got = jax.jit(lambda key: _scrambled(key, (64, 32)), out_shardings=split)(key)
+    np.testing.assert_array_equal(got, _scrambled(key, (64, 32)))
 
 
 @pytest.mark.parametrize("name", ["adam", "adafactor"])

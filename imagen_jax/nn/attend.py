@@ -1,0 +1,127 @@
+"""Softmax attention, by the means of the device that it is traced for.
+
+    plain   XLA's two products, the logits between them in memory, in float32: everywhere
+    cudnn   cuDNN's fused attention: NVIDIA from Ampere on, bfloat16 and float16
+    splash  Pallas' splash attention: TPUs, bfloat16, one key head
+
+The fused ones never write the logits: b * n * p * m float32s, 0.5 GB for one 64 x 64 feature map
+with 8 heads. They take over where there are at least FUSED_FROM queries and keys; below, logits are
+not much larger than the queries. They have no additive bias: T5 has one, in float32.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from jaxtyping import Array, Float
+
+from imagen_jax.sharding import constrain, per_device, platform, splits
+
+SCALE = 8.0
+"""Of the U-Net's logits, whose queries and keys have unit length."""
+
+FUSED_FROM = 256
+LANES = 128  # of a TPU: blocks are multiples of it
+
+Queries = Float[Array, "b p n k"]
+KeysOrValues = Float[Array, "b m n2 k"]
+
+
+def attend(
+    q: Queries,
+    k: KeysOrValues,
+    v: KeysOrValues,
+    *,
+    scale: float,
+    bias: Float[Array, "#b n p m"] | None = None,
+    h: int | None = None,
+) -> Float[Array, "b p nk"]:
+    """softmax(scale q k^T + bias) v, heads merged; one key head may serve all query heads.
+
+    The queries are pixels of `h` rows, or tokens (None). Softmax is in float32 in every form.
+    """
+    b, p, n, _ = q.shape
+    rows = "b m" if h is None else "b p"
+    fused = None if bias is not None else _fused(q, k)
+    if fused is not None:
+        axes = (f"{rows} n k", "b m n k", "b m n k")
+        out = per_device(functools.partial(fused, scale=scale), q, k, v, axes=axes, h=h)
+    elif k.shape[2] == 1 and bias is None and not splits(n):
+        out = _one_key_head(q, k, v, scale=scale)
+    else:  # heads that are split over devices must stay an axis of their own
+        out = jax.nn.dot_product_attention(q, k, v, bias, scale=scale)
+    return constrain(out.reshape(b, p, -1), f"{rows} c", h=h)
+
+
+def _one_key_head(q: Queries, k: KeysOrValues, v: KeysOrValues, *, scale: float) -> Queries:
+    """With one key head a head's query is a query like any other: n heads of p queries are p * n
+    queries, and both products are of matrices, without transposes to and from heads."""
+    flat, k, v = rearrange(q, "b p n k -> b (p n) k"), k[:, :, 0], v[:, :, 0]
+    logits = jnp.einsum("bqk,bmk->bqm", flat, k, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(logits * scale, axis=-1).astype(v.dtype)
+    return jnp.einsum("bqm,bmk->bqk", weights, v).reshape(q.shape)
+
+
+def _fused(q: Queries, k: KeysOrValues):
+    """The fused form of these shapes on the device in question, or None."""
+    where, (p, m, width) = platform(), (q.shape[1], k.shape[1], q.shape[3])
+    if min(p, m) < FUSED_FROM:
+        return None
+    if where in ("gpu", "cuda") and q.dtype in (jnp.bfloat16, jnp.float16):
+        return _cudnn if width % 8 == 0 and width <= 128 and _has_cudnn_attention() else None
+    if where == "tpu" and q.dtype == jnp.bfloat16 and k.shape[2] == 1:
+        return _splash
+    return None
+
+
+@functools.cache
+def _has_cudnn_attention() -> bool:
+    """Whether the GPU is NVIDIA's, Ampere or newer."""
+    capability = str(getattr(jax.devices()[0], "compute_capability", ""))  # AMD's is a name
+    return capability.replace(".", "").isdecimal() and float(capability) >= 8.0
+
+
+def _cudnn(q: Queries, k: KeysOrValues, v: KeysOrValues, *, scale: float) -> Queries:
+    return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation="cudnn")
+
+
+def _splash(
+    q: Queries, k: KeysOrValues, v: KeysOrValues, *, scale: float, interpret: bool = False
+) -> Queries:
+    """All heads' queries as those of one head, as in `_one_key_head`; keys are filled up to whole
+    blocks, the filling in a segment of its own."""
+    p, n, m = *q.shape[1:3], k.shape[1]
+    if p * n % LANES:
+        return _one_key_head(q, k, v, scale=scale)
+    from jax.experimental.pallas.ops.tpu import splash_attention
+
+    padded = -(-m // LANES) * LANES
+    kernel = splash_attention.make_splash_mha_single_device(
+        splash_attention.MultiHeadMask([splash_attention.FullMask((p * n, padded))]),
+        block_sizes=_block_sizes(p * n, padded),
+        interpret=interpret,
+    )
+    segments = splash_attention.SegmentIds(
+        jnp.zeros(p * n, jnp.int32), jnp.asarray(np.arange(padded) >= m, jnp.int32)
+    )
+    flat = rearrange(q * scale, "b p n k -> b 1 (p n) k")
+    k, v = (
+        rearrange(jnp.pad(a, ((0, 0), (0, padded - m), (0, 0), (0, 0))), "b m 1 k -> b 1 m k")
+        for a in (k, v)
+    )
+    return jax.vmap(kernel, in_axes=(0, 0, 0, None))(flat, k, v, segments).reshape(q.shape)
+
+
+def _block_sizes(queries: int, keys: int):
+    """The largest blocks that divide them: up to 512 queries by 1024 keys."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import BlockSizes
+
+    block_q, block_kv = (
+        LANES * max(i for i in range(1, most + 1) if size // LANES % i == 0)
+        for size, most in ((queries, 4), (keys, 8))
+    )
+    forward = dict(block_q=block_q, block_kv=block_kv)
+    backward = dict(block_q_dkv=block_q, block_kv_dkv=block_kv)
+    return BlockSizes(**forward, **backward, block_q_dq=block_q, block_kv_dq=block_kv)

@@ -1,0 +1,57 @@
+"""What every command sets up for its process, seen from a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+STEPS = """
+import resource
+import commands
+commands.keep_memory()
+import jax, jax.numpy as jnp
+x = jnp.ones((4096, 4096))
+step = jax.jit(lambda x: jnp.sort(x, axis=0).sum(axis=0))  # a temporary of 64 MiB
+faults = []
+for _ in range(20):
+    jax.block_until_ready(step(x[:2048] + 1))
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+print(faults[-1] - faults[9])
+"""
+PRECISION = """
+import commands, jax
+for dtype in ("bfloat16", "float32"):
+    commands.use_precision(dtype)
+    print(jax.config.jax_default_matmul_precision)
+"""
+
+
+def run(code: str, **environment: str) -> list[str]:
+    environment = os.environ | {"XLA_FLAGS": ""} | environment
+    if not environment["JAX_DEFAULT_MATMUL_PRECISION"]:
+        del environment["JAX_DEFAULT_MATMUL_PRECISION"]
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
+        cwd=Path(__file__).parents[1],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    return done.stdout.split()
+
+
+@pytest.mark.skipif(not hasattr(os, "confstr"), reason="asks for the C library by os.confstr")
+def test_steps_keep_their_memory():
+    if "glibc" not in (os.confstr("CS_GNU_LIBC_VERSION") or ""):
+        pytest.skip("mallopt is glibc's")
+    (faults,) = run(STEPS)
+    assert int(faults) < 10 * 8192  # 10 steps, of more than 16,384 pages each
+
+
+def test_float32_is_computed_in_float32_unless_the_user_says_otherwise():
+    assert run(PRECISION, JAX_DEFAULT_MATMUL_PRECISION="") == ["None", "highest"]
+    assert run(PRECISION, JAX_DEFAULT_MATMUL_PRECISION="tensorfloat32")[1] == "tensorfloat32"
