@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax
 
-from imagen_jax.errors import UserError
+from imagen_jax.errors import UserError, first_line
 
 STAGES = {"base": 1, "sr256": 2, "sr1024": 3}
 """Names of stages, accepted wherever a number is."""
@@ -40,8 +40,7 @@ def run(main: Callable[[], None]) -> None:
             )
         if jax.process_count() == 1 or os.environ.get("IMAGEN_JAX_TRACEBACK"):
             raise
-        first = str(error).strip().splitlines()[0]
-        sys.exit(f"error: another process has stopped, or is out of reach: {first}")
+        sys.exit(f"error: another process has stopped, or is out of reach: {first_line(error)}")
     except KeyboardInterrupt:
         sys.exit("interrupted")
 
