@@ -22,6 +22,7 @@ import tyro
 import commands
 from imagen_jax import checkpoint
 from imagen_jax.config import ImagenConfig
+from imagen_jax.data import is_unicode, read_lines
 from imagen_jax.errors import UserError
 from imagen_jax.pipeline import Embeddings, Pipeline
 from imagen_jax.streams import image_seeds
@@ -64,9 +65,10 @@ class Settings(settings.Settings):
         for number, prompt in enumerate(prompts, 1):
             if not prompt.strip():
                 raise UserError(f"prompt {number} of {len(prompts)} is empty: {prompt!r}.")
+            if not is_unicode(prompt):
+                raise UserError(f"prompt {number} of {len(prompts)} is not UTF-8: {prompt!r}.")
         if self.prompts_from is not None:
-            lines = self.prompts_from.read_text(encoding="utf-8").splitlines()
-            prompts += [line.strip() for line in lines if line.strip()]
+            prompts += read_lines(self.prompts_from)
             if not prompts:
                 raise UserError(f"{self.prompts_from} holds no prompt.")
         if not prompts:
