@@ -281,6 +281,32 @@ def test_bad_pictures_are_skipped_counted_and_named(tmp_path, capsys):
     assert not support.metrics(settings.run, "eval/heldout")
 
 
+def test_a_run_goes_on_with_the_same_pictures_elsewhere(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(4):
+        Image.new("RGB", (8, 8), (60 * i, 0, 0)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text("red")
+    settings = support.settings(tmp_path, data=str(folder), heldout_fraction=0.0, steps=1)
+    assert loop.run(settings, 1)
+    on = dataclasses.replace(settings, resume=True)
+    assert loop.run(dataclasses.replace(on, steps=2, data=f"{folder}/"), 1)
+    folder.rename(tmp_path / "moved")
+    moved = dataclasses.replace(on, steps=3, data=str(tmp_path / "moved"))
+    assert loop.run(moved, 1)
+    Image.new("RGB", (8, 8), (0, 0, 9)).save(tmp_path / "moved" / "2.png")
+    with pytest.raises(ValueError, match="--data .*moved, .*: not the pictures that the run was"):
+        loop.run(dataclasses.replace(moved, steps=4), 1)
+
+
+def test_a_set_that_is_all_held_out_names_the_flag(tmp_path):
+    (tmp_path / "one").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "one" / "dog_52.png")
+    settings = support.settings(tmp_path, data=str(tmp_path / "one"))
+    with pytest.raises(ValueError, match=r"\(1 of 1\) are held out .*--heldout-fraction 0 trains"):
+        loop.run(settings, 1)
+
+
 def test_stored_embeddings_of_another_width(tmp_path):
     for i in range(3):
         Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.png")
@@ -346,6 +372,7 @@ def test_speed_and_profile(tmp_path, monkeypatch, capsys):
         assert line["images_per_second"] == pytest.approx(4 * line["steps_per_second"])
         used = line["steps_per_second"] * work / 1e12
         assert line["model_flop_utilization"] == pytest.approx(used)
+        assert 0 <= line["waited_for_data"] <= 1
     assert list((settings.run / "profile").rglob("*.xplane.pb"))
     assert "profile of steps 4 .. 4 in" in capsys.readouterr().out
 
