@@ -191,7 +191,8 @@ def _report(
     run: RunDir, feed: Feed, step: int, stopped_by: str | None, announced: set[str]
 ) -> bool:
     """Says what was left out on the way, and how to resume after a signal: then False."""
-    for text in distributed.gather(json.dumps(feed.left_out)):
+    found = {name: why for name, why in feed.left_out.items() if name not in announced}
+    for text in distributed.gather(json.dumps(found)):
         for name, reason in json.loads(text).items():
             feed.skip(name, reason)
     report_left_out(feed.left_out, run.path, run.stage.unet_number, known=announced)
