@@ -1,4 +1,4 @@
-"""The one exception class for a user's mistake."""
+"""The one exception class for a user's mistake, and what a message quotes of another error."""
 
 
 class UserError(ValueError):
@@ -7,3 +7,9 @@ class UserError(ValueError):
     Commands print the message without a traceback. Any other exception is a fault of this library
     or of one below it, and keeps its traceback.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the name of its class where it has none."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(lines[0].split())

@@ -16,6 +16,7 @@ from imagen_jax.diffusion.grids import Spacing
 from imagen_jax.diffusion.process import RenoiseVariance
 from imagen_jax.errors import UserError
 from imagen_jax.fields import first_difference
+from imagen_jax.pixels import to_pil
 from imagen_jax.sampling import Progress
 from imagen_jax.sharding import Layout
 from imagen_jax.streams import RowKeys
@@ -182,7 +183,7 @@ class Imagen(nnx.Module):
             arguments["text_embeds"], arguments["text_masks"] = self.encode_text(texts)
         outputs = self._sample(Request(**arguments))
         if return_pil_images:
-            outputs = [to_pil(output) for output in outputs]
+            outputs = [[to_pil(image) for image in np.asarray(output)] for output in outputs]
         return outputs if return_all_unet_outputs else outputs[-1]
 
     def _sample(self, request: Request) -> list[Image]:
@@ -193,12 +194,6 @@ class Imagen(nnx.Module):
             dtypes=[getattr(unet, "dtype", None) for unet in self.unets],
             layout=self.layout,
         )
-
-
-def to_pil(images: Float[AnyArray, "b h w c"]) -> list[PILImage.Image]:
-    """Images in [0, 1] as PIL images, 8 bits a channel."""
-    pixels = np.asarray(jnp.round(jnp.clip(images, 0, 1) * 255)).astype(np.uint8)
-    return [PILImage.fromarray(p[..., 0] if p.shape[-1] == 1 else p) for p in pixels]
 
 
 def _fresh(unet, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Module:

@@ -14,7 +14,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-from imagen_jax.data import labelled_grid, to_pil
+from imagen_jax.data import labelled_grid
+from imagen_jax.pixels import to_pil
 from imagen_jax.sampling import Progress
 
 CELLS = (128, 256)  # pixels: the smallest and the largest picture of a grid

@@ -22,6 +22,7 @@ import tyro
 import commands
 from imagen_jax import checkpoint, text
 from imagen_jax.config import ImagenConfig
+from imagen_jax.data import read_lines
 from imagen_jax.errors import UserError
 from imagen_jax.pipeline import Embeddings, Pipeline
 from imagen_jax.streams import image_seeds
@@ -68,8 +69,7 @@ class Settings(settings.Settings):
             if prompts[number - 1] != prompt:
                 print(f"note: prompt {number} is not UTF-8; it is read as {prompts[number - 1]!r}.")
         if self.prompts_from is not None:
-            lines = self.prompts_from.read_text(encoding="utf-8").splitlines()
-            prompts += [line.strip() for line in lines if line.strip()]
+            prompts += read_lines(self.prompts_from)
             if not prompts:
                 raise UserError(f"{self.prompts_from} holds no prompt.")
         if not prompts:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LEAVES = {"types", "fields", "unet_config", "resize", "sharding", "streams"}
+LEAVES = {"types", "fields", "unet_config", "resize", "pixels", "sharding", "streams"}
 MODEL = LEAVES | {"diffusion", "stage", "config", "presets"}  # what a cascade is, as data
 THEORY = MODEL | {"nn", "text", "conditioning", "training", "sampling", "cascade", "imagen"}
 ALL = THEORY | {
@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "fields": set(),
     "unet_config": {"fields"},
     "resize": {"types"},
+    "pixels": set(),
     "sharding": {"types"},
     "streams": {"types"},
     "diffusion": {"types"},

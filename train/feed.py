@@ -1,21 +1,37 @@
 """From `--data` to batches on the device: pictures, and the text as the frozen T5 sees it."""
 
+import contextlib
 import dataclasses
+import itertools
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from imagen_jax import text
 from imagen_jax.cascade import check_text
 from imagen_jax.config import ImagenConfig
-from imagen_jax.data import Batches, Record, Source, decode, make_batches, open_source
+from imagen_jax.data import (
+    Batches,
+    Record,
+    Source,
+    check,
+    check_caption,
+    decode,
+    make_batches,
+    open_source,
+    read_lines,
+)
 from imagen_jax.errors import UserError
 from imagen_jax.sharding import Layout
 from imagen_jax.stage import Stage
 from train.settings import Data, Optimization
 from train.step import Batch
+
+SURVEYED = 10_000  # records of a set that are looked at before training
+KEPT_BYTES = 256 * 2**20  # of decoded evaluation batches
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,8 +48,8 @@ class Feed:
     heldout: Source
     encoder: text.TextEncoder | None
     text_encoder: text.Identity | None  # of captions, or of stored embeddings if they tell
-    count: int  # of all pictures, usable or not
-    skipped: dict[str, str] = dataclasses.field(default_factory=dict)  # key -> reason
+    left_out: dict[str, str]  # key or file name -> why it is not trained on, as far as is known
+    kept: dict[str, list[dict]] = dataclasses.field(default_factory=dict)  # evaluation batches
 
     @classmethod
     def open(
@@ -50,7 +66,13 @@ class Feed:
         """Raises UserError for data that is not there, or an encoder that does not fit, or is not
         the `recorded` one."""
         source = open_source(settings.data, heldout_fraction=settings.heldout_fraction)
-        train, heldout = _chosen(source.split("train"), settings), source.split("heldout")
+        train, heldout = source.split("train"), source.split("heldout")
+        if not len(train):
+            raise UserError(
+                f"{source.name}: all of its pictures ({len(heldout)} of {len(source)}) are held "
+                "out for evaluation: --heldout-fraction 0 trains on them."
+            )
+        train = _chosen(train, settings)
         encoder = text_encoder = None
         if config.condition_on_text and source.has_embeds:
             text_encoder = text.read_beside(settings.data)
@@ -72,8 +94,9 @@ class Feed:
             heldout=heldout,
             encoder=encoder,
             text_encoder=text_encoder,
-            count=len(train) + len(heldout),
+            left_out=dict(source.left_out),
         )
+        feed.survey()
         if next(feed.usable(heldout), None) is not None:
             return feed
         nothing = dataclasses.replace(heldout, rows=heldout.rows[:0])
@@ -81,27 +104,54 @@ class Feed:
 
     def training(self, start_step: int) -> Batches:
         """The batches to train on, from `start_step` on."""
-        flip, workers = self.settings.flip, self.settings.workers
-        return self.batches(self.train, start_step=start_step, flip=flip, workers=workers)
+        return self.batches(
+            self.train,
+            self.batch_size,
+            start_step=start_step,
+            flip=self.settings.flip,
+            workers=self.settings.workers,
+        )
 
     def batches(
-        self, source: Source, *, start_step: int = 0, shuffle: bool = True, **options
+        self,
+        source: Source,
+        batch_size: int,
+        *,
+        start_step: int = 0,
+        shuffle: bool = True,
+        flip: bool = False,
+        workers: int = 0,
     ) -> Batches:
         """This process's rows of the batches, from `start_step` on."""
         return make_batches(
             source,
             image_size=self.stage.size,
-            batch_size=self.batch_size,
+            batch_size=batch_size,
             seed=self.seed,
             start_step=start_step,
             tokenize=None if self.encoder is None else self.encoder.tokenize,
             channels=self.config.channels,
             shuffle=shuffle,
             text_len=self.stage.network.max_text_len,
-            rows=self.layout.own_rows(self.batch_size),
+            flip=flip,
+            rows=self.layout.own_rows(batch_size),
+            threads=self.settings.threads,
+            workers=workers,
             on_skip=self.skip,
-            **options,
         )
+
+    def survey(self) -> None:
+        """Looks for records that cannot be used, by their captions and the headers of their
+        images, among the first `SURVEYED`: the rest is found as it is decoded."""
+        for source in (self.train, self.heldout):
+            for i in range(min(len(source), SURVEYED)):
+                try:
+                    record = source[i]
+                    if self.encoder is not None:
+                        check_caption(record)
+                    check(record.image, image_size=self.stage.size)
+                except UserError as error:
+                    self.skip(source.key(i), str(error))
 
     def usable(self, source: Source) -> Iterator[tuple[Record, np.ndarray]]:
         """The records that can be trained on, and their pictures."""
@@ -109,26 +159,30 @@ class Feed:
         for i in range(len(source)):
             try:
                 record = source[i]
-                if self.encoder is not None and not record.caption:
-                    raise UserError("no caption")
-                yield record, decode(record.image, image_size=size, channels=self.config.channels)
-            except ValueError as error:
+                if self.encoder is not None:
+                    check_caption(record)
+                picture = decode(record.image, image_size=size, channels=self.config.channels)
+            except UserError as error:
                 self.skip(source.key(i), str(error))
+            else:
+                yield record, picture
 
     def skip(self, key: str, reason: str) -> None:
-        """Names a picture that cannot be used, once."""
-        if key not in self.skipped:
-            self.skipped[key] = reason
-            tqdm.write(f"skipped {key}: {reason}")
+        """Notes a picture that cannot be used."""
+        self.left_out.setdefault(key, reason)
 
-    def to_device(self, batch: dict) -> Batch:
-        """The rows of all processes as one batch. Pictures stay uint8; tokens become embeddings."""
+    def put(self, batch: dict, batch_size: int) -> Batch:
+        """The rows of all processes as one batch on the devices. Nothing is computed there."""
         if not self.config.condition_on_text:
             batch = {"images": batch["images"]}
         if "tokens" in batch and jax.process_count() == 1:  # others may have longer captions
             batch["tokens"] = text.trim(batch["tokens"])
-        batch = self.layout.to_batch(batch, self.batch_size)
+        return self.layout.to_batch(batch, batch_size)
+
+    def with_embeds(self, batch: Batch) -> Batch:
+        """A batch on the devices with embeddings for its tokens. Pictures stay uint8."""
         if "tokens" in batch:
+            batch = dict(batch)
             batch["text_embeds"], batch["text_masks"] = self.encoder.embed(
                 batch.pop("tokens"), length=self.stage.network.text_len
             )
@@ -136,15 +190,63 @@ class Feed:
         return batch
 
     def evaluation(self, source: Source, count: int) -> Iterator[Batch]:
-        """The first `count` batches, always the same."""
-        with self.batches(source, shuffle=False) as batches:
-            for _ in range(count):
-                yield self.to_device(next(batches))
+        """The first `count` batches, always the same; those of a set smaller than a batch have as
+        many rows as the set, or as the mesh needs at least. Decoded once, where they fit."""
+        size = min(self.batch_size, self.layout.split_rows(len(source)))
+        with contextlib.ExitStack() as stack:
+            host = self.kept.get(source.name)
+            if host is None:
+                batches = stack.enter_context(self.batches(source, size, shuffle=False))
+                host = itertools.islice(batches, count)
+                first = next(host)
+                host = itertools.chain([first], host)
+                if count * sum(x.nbytes for x in first.values()) <= KEPT_BYTES:
+                    host = self.kept[source.name] = list(host)
+            for batch in host:
+                yield self.with_embeds(self.put(batch, size))
+
+
+class Ahead(Iterator[Batch]):
+    """The batches of a run on the devices, each made by a thread while the one before is used.
+
+    The thread decodes, tokenises and copies, and starts no computation: of several processes all
+    must start theirs in one order, which the training loop alone keeps. `waited` are the seconds
+    that the loop has waited for batches. Use it as a context.
+    """
+
+    def __init__(self, feed: Feed, batches: Iterator[dict]):
+        self.waited = 0.0
+        self._feed, self._batches = feed, batches
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="feed")
+
+    def _make(self) -> Batch:
+        return self._feed.put(next(self._batches), self._feed.batch_size)
+
+    def __next__(self) -> Batch:
+        asked = time.perf_counter()
+        batch = self._next.result()
+        self.waited += time.perf_counter() - asked
+        self._next = self._thread.submit(self._make)
+        return self._feed.with_embeds(batch)
+
+    def __enter__(self) -> "Ahead":
+        self._next = self._thread.submit(self._make)
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._thread.shutdown(cancel_futures=True)
 
 
 def _chosen(source: Source, settings: Data) -> Source:
     """With the captions of `--captions-from`, and no more than `--limit`."""
     if settings.captions_from is not None:
-        lines = settings.captions_from.read_text().splitlines()
-        source = source.with_captions([line.strip() for line in lines if line.strip()])
+        captions = read_lines(settings.captions_from)
+        if not captions:
+            raise UserError(f"--captions-from {settings.captions_from} holds no caption.")
+        source = source.with_captions(captions)
+        if len(source) > len(set(captions)):
+            print(
+                f"captions: {len(source)} pictures have the {len(set(captions))} captions of "
+                f"{settings.captions_from}: those of equal captions are all taken."
+            )
     return source if settings.limit is None else source.take(settings.limit)

@@ -8,7 +8,7 @@ import importlib
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,12 +17,15 @@ import jax
 import numpy as np
 
 from imagen_jax import distributed, nn, text
+from imagen_jax.data import shown
 from imagen_jax.errors import UserError
 from imagen_jax.stage import show
 from train.feed import Feed
 from train.optimizer import learning_rate
 from train.settings import Optimization
 
+FEW = 32  # held-out pictures: the loss of fewer says little of a set
+NAMED = 3  # pictures that a line of what is left out names
 AHEAD = 2  # steps that may wait on the device: enough to keep it busy, and Ctrl-C is heard soon
 WARM_UP = 3  # steps before a profile: the first compiles, and its leftovers are done by then
 
@@ -41,6 +44,14 @@ def announce(feed: Feed, run: Path, settings: str) -> None:
             )
     print(f"U-Net {stage.unet_number} of {len(feed.config.unets)}: {size}, {count:,} parameters")
     print(f"data: {len(feed.train)} pictures of {feed.settings.data}, {len(feed.heldout)} held out")
+    if len(feed.heldout) < FEW and feed.settings.heldout_fraction:
+        share = min(0.5, FEW / (len(feed.train) + len(feed.heldout)))
+        weak = "says little" if len(feed.heldout) else "is not measured"
+        print(
+            f"note: with so few held out, eval/heldout {weak}; --heldout-fraction {share:.2g} "
+            f"keeps about {FEW}, or half of a small set."
+        )
+    report_left_out(feed.left_out, run, stage.unet_number)
     if feed.encoder is not None and feed.encoder.is_demo:
         print(f"{text.DEMO_NOTE} --t5 google/t5-v1_1-base uses a real one.")
     if stage.condition_on_text and feed.text_encoder is None:
@@ -51,6 +62,26 @@ def announce(feed: Feed, run: Path, settings: str) -> None:
     print(f"devices: {feed.layout.describe()}")
     print(f"run: {run} (configuration in config.json)")
     print(settings)
+
+
+def report_left_out(
+    left_out: Mapping[str, str], run: Path, unet_number: int, *, known: Set[str] = frozenset()
+) -> None:
+    """Prints how many files and pictures are left out, by reason, except for those `known`, and
+    writes all of them to RUN/unetN-left-out.txt. Of many processes only the one that talks does."""
+    reasons: dict[str, list[str]] = {}
+    for name in sorted(left_out.keys() - known):
+        reasons.setdefault(left_out[name].partition(":")[0], []).append(shown(name))
+    if not reasons or not distributed.talks():
+        return
+    path = run / f"unet{unet_number}-left-out.txt"
+    lines = (f"{shown(name)}\t{shown(left_out[name])}\n" for name in sorted(left_out))
+    path.write_text("".join(lines), encoding="utf-8")
+    more = " more" if known else ""
+    print(f"left out: {sum(map(len, reasons.values()))}{more}, all named in {path}")
+    for reason, names in sorted(reasons.items(), key=lambda found: -len(found[1])):
+        dots = ", ..." if len(names) > NAMED else ""
+        print(f"{len(names):>8}  {reason} ({', '.join(names[:NAMED])}{dots})")
 
 
 class Metrics:
@@ -140,10 +171,12 @@ class Window:
         self.learning_rate = learning_rate(settings)
         self.measured = list(measured)
         self.waiting: list[tuple[int, dict]] = []
+        self.waited_for_data = 0.0  # seconds in all, as the loop counts them
         self._restart_clock()
 
     def _restart_clock(self) -> None:
         self.timed, self.began = 0, time.perf_counter()
+        self.waited_before = self.waited_for_data
 
     def add(self, step: int, measured: dict) -> None:
         self.waiting.append((step, measured))
@@ -179,13 +212,15 @@ class Window:
         return list(self.measured)
 
     def line(self, step: int) -> dict[str, float | None]:
-        """Means, and the speed of those steps that this process has taken."""
+        """Means; of those steps that this process has taken the speed, and the share of the time
+        that the loop waited for data."""
         measured = self.fetch()
         seconds = time.perf_counter() - self.began
         values = {name: float(np.mean([m[name] for m in measured])) for name in measured[0]}
         values["learning_rate"] = float(self.learning_rate(step - 1))
         values["steps_per_second"] = self.timed / seconds
         values["images_per_second"] = self.timed * self.batch_size / seconds
+        values["waited_for_data"] = (self.waited_for_data - self.waited_before) / seconds
         ideal = self.ideal_seconds
         values["model_flop_utilization"] = None if ideal is None else self.timed * ideal / seconds
         return values

@@ -22,9 +22,9 @@ from imagen_jax.errors import UserError
 from imagen_jax.sharding import Layout, make_layout
 from imagen_jax.stage import Stage
 from imagen_jax.streams import stream
-from train.feed import Feed
+from train.feed import Ahead, Feed
 from train.interrupt import Interrupt, Stopped
-from train.log import Metrics, Profile, Window, announce
+from train.log import Metrics, Profile, Window, announce, report_left_out
 from train.previews import Previews, due
 from train.run import Checkpoints, RunDir, Start
 from train.settings import Data, Optimization, Settings, Watching
@@ -54,9 +54,10 @@ def run(settings: Settings, unet_number: int, layout: Layout | None = None) -> b
         feed = Feed.open(
             config, stage, data, optimization, layout, seed=settings.seed, recorded=recorded
         )
-    record = settings.record() | {"pictures": len(feed.train), "order": feed.train.fingerprint()}
+    record = settings.record() | {"pictures": len(feed.train), "content": feed.train.fingerprint()}
     with run_dir.metrics(watching, record) as metrics:
         announce(feed, run_dir.path, settings.describe())
+        announced = set(feed.left_out)
         start = run_dir.start(
             optimization, layout, record, seed=settings.seed, init_from=settings.init_from
         )
@@ -77,7 +78,7 @@ def run(settings: Settings, unet_number: int, layout: Layout | None = None) -> b
                 interrupt=interrupt,
             )
             step = trainer.train(start)
-            return _report(run_dir, feed, step, interrupt.stopped_by)
+            return _report(run_dir, feed, step, interrupt.stopped_by, announced)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,17 +109,20 @@ class Trainer:
             self.feed.training(step) as batches,
             self.bar(step) as bar,
             Profile(self.run.path / "profile", self.watching.profile) as profile,
+            contextlib.ExitStack() as opened,
         ):
             if self.feed.settings.workers:
                 with self.interrupt.kept_from_children():
                     batches = itertools.chain([next(batches)], batches)
+            ahead = opened.enter_context(Ahead(self.feed, batches))
             ideal = _ideal_seconds(stage, self.optimization, layout)
             window = Window(self.optimization, ideal, start.measured)
             while step < self.steps and self.interrupt.stopped_by is None:
                 step += 1
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                    state, measured = step_fn(state, self.feed.to_device(next(batches)), key)
+                    state, measured = step_fn(state, next(ahead), key)
                 window.add(step, measured)
+                window.waited_for_data = ahead.waited
                 profile.after(step, measured)
                 bar.update()
                 self.interrupt.ask()
@@ -186,15 +190,15 @@ def _ideal_seconds(stage: Stage, optimization: Optimization, layout: Layout) -> 
     return peak and step_flops(stage, optimization) / (peak * len(devices))
 
 
-def _report(run: RunDir, feed: Feed, step: int, stopped_by: str | None) -> bool:
-    """Says what was skipped, and how to resume after a signal: then False."""
-    skipped = {}
-    for text in distributed.gather(json.dumps(feed.skipped)):
-        skipped |= json.loads(text)
-    for key in skipped.keys() - feed.skipped.keys():
-        print(f"skipped {key}: {skipped[key]}")
-    if skipped:
-        print(f"skipped {len(skipped)} of {feed.count} pictures, named above")
+def _report(
+    run: RunDir, feed: Feed, step: int, stopped_by: str | None, announced: set[str]
+) -> bool:
+    """Says what was left out on the way, and how to resume after a signal: then False."""
+    found = {name: why for name, why in feed.left_out.items() if name not in announced}
+    for text in distributed.gather(json.dumps(found)):
+        for name, reason in json.loads(text).items():
+            feed.skip(name, reason)
+    report_left_out(feed.left_out, run.path, run.stage.unet_number, known=announced)
     if stopped_by is None:
         print(f"U-Net {run.stage.unet_number} is at step {step}, saved in {run.path}.")
         return True

@@ -22,7 +22,7 @@ import jax
 
 import commands
 from imagen_jax.config import NullUnetConfig
-from imagen_jax.errors import UserError
+from imagen_jax.errors import UserError, first_line
 from imagen_jax.sharding import Layout, make_layout
 from train.planning import chips, programs, report
 from train.planning.hlo import Program
@@ -100,7 +100,7 @@ def compiled(
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         show(refused(error, planned, layout, chip, told))
-        return numbers_of(planned) | {"fits": False, "error": str(error).splitlines()[0]}
+        return numbers_of(planned) | {"fits": False, "error": first_line(error)}
     seconds = time.perf_counter() - began
     print(f"compiled in {seconds:.0f} s\n")
     program = Program(executable.as_text(), layout.mesh.size)
@@ -182,7 +182,7 @@ def refused(
 ) -> Iterator[str]:
     """What the compiler said, what is known without it, and what would help."""
     parts = planned.argument_bytes()
-    yield f"\nthe compiler: {str(error).splitlines()[0]}"
+    yield f"\nthe compiler: {first_line(error)}"
     yield "arguments of a device: " + ", ".join(
         f"{name} {report.size(size)}" for name, size in parts.items()
     )

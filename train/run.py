@@ -43,11 +43,11 @@ TREES = ("params", "ema", "opt_state")
 
 # What decides which pictures and which noise a step meets, and what the optimiser remembers.
 SAME = (
-    *("seed", "batch_size", "data", "captions_from", "limit", "heldout_fraction", "flip"),
+    *("seed", "batch_size", "limit", "heldout_fraction", "flip"),
     *("optimizer", "moments"),
 )
-# The same of the data itself, as a run records it: how many pictures, and which in which order.
-MEASURED = {"pictures": "the number of pictures", "order": "what the data holds (its hash)"}
+# The same of the data itself, wherever it is stored: how many pictures, and a hash of which.
+MEASURED = {"pictures": "the number of pictures", "content": "the hash of the pictures"}
 
 VISIBLE_WITHIN = 60.0  # seconds in which a shared folder shows what another machine wrote
 
@@ -265,10 +265,16 @@ def _reason(error: Exception) -> str:
 def _check_continues(saved: Record, record: Record) -> None:
     for name in (*SAME, *MEASURED):
         was, now = saved.get(name, record[name]), record[name]  # older runs recorded less
+        if was != now and name in MEASURED:
+            given = ", ".join(f"{commands.flag(x)} {record[x]}" for x in ("data", "captions_from"))
+            raise UserError(
+                f"{given}: not the pictures that the run was trained on ({MEASURED[name]} was "
+                f"{was} and is {now}). Start another with --init-from."
+            )
         if was != now:
             raise UserError(
-                f"{MEASURED.get(name) or commands.flag(name)} was {was} and is {now}: that would "
-                "not continue the run. Start another with --init-from."
+                f"{commands.flag(name)} was {was} and is {now}: that would not continue the run. "
+                "Start another with --init-from."
             )
 
 

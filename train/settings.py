@@ -46,8 +46,8 @@ class Data:
     """Pictures and captions."""
 
     data: str = "bundled"
-    """`bundled`, a folder of pictures with .txt captions, a .tar shard or a quoted glob of them,
-    or tfds:NAME[:SPLIT] as array_record."""
+    """`bundled`, a folder of pictures with .txt captions, a .tar shard or a quoted pattern of
+    them, or tfds:NAME[:SPLIT] as array_record."""
     captions_from: Path | None = None
     """Text file, one caption a line: train on the pictures with these captions only."""
     limit: int | None = None
@@ -58,8 +58,10 @@ class Data:
     """Train an unconditional cascade, captions unread."""
     flip: bool = False
     """Mirror half of the pictures; wrong where captions speak of left and right."""
+    threads: int = 4
+    """Threads that decode pictures ahead."""
     workers: int = 0
-    """Processes that decode pictures, where the threads of this one are not enough."""
+    """Processes that decode pictures instead, where threads are not enough."""
     t5: str | None = None
     """Text encoder: folder or name of a T5, or `demo`. Default: the cascade's text_encoder_name."""
 
@@ -150,7 +152,7 @@ class Watching:
 SECTIONS = (Run, Data, Optimization, Devices, Watching)
 
 AT_LEAST = dict(
-    steps=1, seed=0, limit=1, workers=0, batch_size=1, accumulate=1, warmup_steps=0,
+    steps=1, seed=0, limit=1, threads=1, workers=0, batch_size=1, accumulate=1, warmup_steps=0,
     cosine_decay_max_steps=1, log_every=1, eval_every=1, eval_batches=1, sample_every=0,
     sample_steps=1, save_every=1, keep=1, profile=1, process_id=0, num_processes=1,
 )  # fmt: skip

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from imagen_jax.data.images import to_pil
 from imagen_jax.errors import UserError
+from imagen_jax.pixels import to_pil
 
 Picture = Image.Image | np.ndarray
 Row = tuple[str, Sequence[Picture], Sequence[str]]  # title, pictures, a caption for each (or none)

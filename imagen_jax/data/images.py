@@ -5,19 +5,23 @@ channels); the requested colour mode; resizing until the image just covers (h, w
 BICUBIC, which antialiases when downsampling; a centre crop. Images are never upsampled.
 """
 
+import contextlib
 import io
 import struct
 import zlib
+from collections.abc import Iterator
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 
 from imagen_jax.errors import UserError
+from imagen_jax.pixels import to_pil
 from imagen_jax.types import Size, pair
 
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # those of pixels.CHANNELS
 
 # What pillow is known to raise for damaged files; UnidentifiedImageError is an OSError.
 _DAMAGED = (
@@ -39,60 +43,75 @@ def decode(
 ) -> UInt8[np.ndarray, "h w c"]:
     """An encoded file, or uint8 pixels (h, w) or (h, w, c), to (height, width) = `image_size`.
 
-    ValueError, in one line, for an image that is damaged, smaller than `image_size` in either axis,
-    or of a kind that has no fixed range (float or 32-bit pixels).
+    Raises UserError, in one line, for an image that is damaged, smaller than `image_size` in either
+    axis, or of a kind that has no fixed range (float or 32-bit pixels).
     """
     if channels not in MODES:
         raise UserError(f"channels must be 1, 3 or 4, got {channels}")
     size = pair(image_size)
-    picture = _from_pixels(image) if isinstance(image, np.ndarray) else _open(image, size)
-    if picture.height < size[0] or picture.width < size[1]:
-        given, wanted = f"{picture.height}x{picture.width}", "{}x{}".format(*size)
-        raise UserError(f"picture of {given} pixels is smaller than {wanted} (height x width)")
-    return _cover(_to_mode(picture, MODES[channels]), size).reshape(*size, channels)
+    with _one_line_for_damage():
+        picture = _from_pixels(image) if isinstance(image, np.ndarray) else _open(image, size)
+        _check_size(picture.size, size)
+        return _cover(_to_mode(picture, MODES[channels]), size).reshape(*size, channels)
 
 
-def to_uint8(
-    image: UInt8[np.ndarray, "..."] | Float[np.ndarray, "..."],
-) -> UInt8[np.ndarray, "..."]:
-    """Float pictures in [0, 1] to uint8, rounded and clipped; uint8 as it is."""
-    if image.dtype == np.uint8:
-        return image
-    return np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
+def check(image: bytes | np.ndarray, *, image_size: int | Size) -> None:
+    """Raises what `decode` would, as far as the header of a file says it: its format and size."""
+    if isinstance(image, np.ndarray):
+        _check_size(image.shape[1::-1], pair(image_size))
+        return
+    with _one_line_for_damage():
+        picture = Image.open(io.BytesIO(image))
+        stored = picture.size
+        if _on_its_side(picture) and not isinstance(picture, TiffImageFile):  # turned as it opens
+            stored = stored[::-1]
+        _check_size(stored, pair(image_size))
 
 
-def to_pil(image: UInt8[np.ndarray, "..."] | Float[np.ndarray, "..."]) -> Image.Image:
-    """One picture (h, w) or (h, w, c), uint8 or float in [0, 1], with c = 1, 3 or 4."""
-    return _from_pixels(to_uint8(image))
+def _check_size(stored: tuple[int, int], size: Size) -> None:
+    width, height = stored  # pillow's order
+    if height < size[0] or width < size[1]:
+        wanted = "{}x{}".format(*size)
+        raise UserError(f"smaller than {wanted} pixels (height x width): {height}x{width}")
 
 
 def _from_pixels(pixels: np.ndarray) -> Image.Image:
-    shape = pixels.shape
-    if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3):
-        raise UserError(f"pixels must be uint8 (h, w) or (h, w, c), got {pixels.dtype} {shape}")
-    if pixels.ndim == 3 and shape[-1] not in MODES:
-        raise UserError(f"a picture has 1, 3 or 4 channels, got {shape[-1]} in shape {shape}")
-    return Image.fromarray(pixels[..., 0] if shape[-1] == 1 and pixels.ndim == 3 else pixels)
+    if pixels.dtype != np.uint8:
+        raise UserError(f"pixels must be uint8, got {pixels.dtype}")
+    return to_pil(pixels)
+
+
+@contextlib.contextmanager
+def _one_line_for_damage() -> Iterator[None]:
+    """What pillow raises for a file that it cannot decode or convert, as a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except UnidentifiedImageError as error:  # its message shows the address of the buffer
+        raise UserError("corrupt picture: no known format") from error
+    except _DAMAGED as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"corrupt picture: {why}") from error
 
 
 def _open(image: bytes, size: Size) -> Image.Image:
     """Decode a file and turn it upright. A JPEG may come reduced, to no less than twice `size`."""
-    try:
-        picture = Image.open(io.BytesIO(image))
-        if isinstance(picture, JpegImageFile):
-            _reduce(picture, size)
-        picture.load()
-        return ImageOps.exif_transpose(picture)
-    except UnidentifiedImageError as error:  # its message shows the address of the buffer
-        raise UserError("corrupt picture: no known format") from error
-    except _DAMAGED as error:
-        raise UserError(f"corrupt picture: {_one_line(error)}") from error
+    picture = Image.open(io.BytesIO(image))
+    if isinstance(picture, JpegImageFile):
+        _reduce(picture, size)
+    picture.load()
+    return ImageOps.exif_transpose(picture)
+
+
+def _on_its_side(picture: Image.Image) -> bool:
+    return picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
 
 
 def _reduce(picture: JpegImageFile, size: Size) -> None:
     """Have a JPEG decoded at 1/2, 1/4 or 1/8 of its size; twice the target keeps the antialias."""
     stored = 2 * size[1], 2 * size[0]  # pillow's order: width, height
-    if picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8):  # stored on its side
+    if _on_its_side(picture):
         stored = stored[::-1]
     picture.draft(None, stored)
 
@@ -120,7 +139,3 @@ def _to_mode(picture: Image.Image, mode: str) -> Image.Image:
         white.alpha_composite(picture)
         picture = white
     return picture if picture.mode == mode else picture.convert(mode)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())

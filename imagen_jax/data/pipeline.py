@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Float, Int32, UInt8
 
 from imagen_jax.data.images import decode
-from imagen_jax.data.records import Source
+from imagen_jax.data.records import Record, Source
 from imagen_jax.errors import UserError
 from imagen_jax.types import Size, pair
 
@@ -72,7 +72,7 @@ def make_batches(
     with workers). `on_skip(key, reason)` is called once per unusable record (default: a logged
     warning).
 
-    ValueError for arguments out of range and for a source without a usable image.
+    Raises UserError for arguments out of range and for a source without a usable image.
     """
     size = pair(image_size)
     rows = range(batch_size) if rows is None else rows
@@ -80,6 +80,9 @@ def make_batches(
     fits = len(source) * math.prod(size) * channels <= cache_bytes
     wants_caption = tokenize is not None and not source.has_embeds
     cache = {} if fits and not workers else None
+    if not len(source):
+        held = f"{source.heldout.sum()} of {len(source.keys)} are held out (heldout_fraction)"
+        raise UserError(f"{source.name}: no records; {held}")
     pictures = _Pictures(source, size, channels, wants_caption, cache)
     pictures[0]  # a source without a usable image fails here and not in a thread
     order = grain.MapDataset.source(range(len(source))).seed(seed)
@@ -87,7 +90,7 @@ def make_batches(
     flip_seed = seed if flip else None
     steps = _Steps(pictures, order, batch_size, rows, start_step, flip_seed, workers > 0)
     iterator = _prefetch(grain.MapDataset.source(steps), threads, workers)
-    return Batches(iterator, start_step, tokenize, text_len, on_skip or _warn)
+    return Batches(iterator, tokenize, text_len, on_skip or _warn)
 
 
 def _check(
@@ -118,22 +121,17 @@ def _check(
 
 
 class Batches(Iterator[dict[str, np.ndarray]]):
-    """Iterator over batches. `position` is the step of the next one: a run resumes there.
-
-    `skipped` maps the unusable records found so far to the reason. `close()`, or leaving a `with`
-    block, ends the threads or worker processes that read ahead.
-    """
+    """Iterator over batches. `close()`, or leaving a `with` block, ends the threads or worker
+    processes that read ahead."""
 
     def __init__(
         self,
         iterator: grain.DatasetIterator,
-        start_step: int,
         tokenize: Tokenize | None,
         text_len: int,
         on_skip: Callable[[str, str], None],
     ):
-        self.position = start_step
-        self.skipped: Skipped = {}
+        self._skipped: set[str] = set()
         # grain's iterators complain if they are still alive when the interpreter takes modules
         # apart, so the only reference is in a list that is emptied at exit, at the latest.
         self._iterator = [iterator]
@@ -144,13 +142,12 @@ class Batches(Iterator[dict[str, np.ndarray]]):
 
     def __next__(self) -> dict[str, np.ndarray]:
         if not self._iterator:
-            raise UserError("these batches are closed: make new ones from their position")
+            raise UserError("these batches are closed: make new ones, from the step wanted")
         step = next(self._iterator[0])
         images, captions, embeds, skipped = pickle.loads(step) if type(step) is bytes else step
-        self.position += 1
         for key, reason in skipped.items():
-            if key not in self.skipped:
-                self.skipped[key] = reason
+            if key not in self._skipped:
+                self._skipped.add(key)
                 self._on_skip(key, reason)
         batch = {"images": images}
         if embeds is not None:
@@ -182,13 +179,11 @@ class _Pictures:
 
     def __getitem__(self, i: int) -> Example:
         count, skipped = len(self.source), {}
-        if count == 0:
-            raise UserError(f"{self.source.name}: no records")
         for j in (k % count for k in range(i, i + count)):
             if j not in self.unusable:
                 try:
                     return self._example(j)._replace(skipped=skipped)
-                except ValueError as error:
+                except UserError as error:
                     self.unusable[j] = str(error)
             skipped[self.source.key(j)] = self.unusable[j]
         key, reason = next(iter(skipped.items()))
@@ -200,8 +195,8 @@ class _Pictures:
         if self.cache is not None and i in self.cache:
             return self.cache[i]
         record = self.source[i]
-        if self.wants_caption and not record.caption:
-            raise UserError("no caption" if record.caption is None else "empty caption")
+        if self.wants_caption:
+            check_caption(record)
         image = decode(record.image, image_size=self.image_size, channels=self.channels)
         example = Example(image, record.caption, record.embeds, {})
         if self.cache is not None:
@@ -271,6 +266,12 @@ def pad_embeds(embeds: list[np.ndarray], length: int) -> tuple[np.ndarray, np.nd
         padded[i, :real] = embed[:real]
         mask[i, :real] = True
     return padded, mask
+
+
+def check_caption(record: Record) -> None:
+    """Raises UserError for a record without a caption."""
+    if not record.caption:
+        raise UserError("no caption" if record.caption is None else "empty caption")
 
 
 def _warn(key: str, reason: str) -> None:

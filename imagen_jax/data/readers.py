@@ -1,153 +1,118 @@
-"""Readers: a folder, tar shards, or a prepared tensorflow-datasets set, as a `Source`.
+"""Readers: a folder, or a prepared tensorflow-datasets set, as a `Source`; shards.py reads tars.
 
-Each returns names and a picklable `read(i)`; opening looks at names and headers alone. Text files
-are UTF-8; a caption's white space is trimmed, and an empty one stays empty (the pipeline says so).
-A `.npy` beside *every* picture (float, (l, d)) is a stored text embedding.
+Each returns keys and a picklable `read(i)`; opening looks at names alone. What became no record is
+in the source's `left_out`.
 """
 
+import errno
 import io
-import json
 import os
-import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
 
+from imagen_jax.data import kinds
 from imagen_jax.data.records import Record, Source, hashed_heldout
-from imagen_jax.errors import UserError
+from imagen_jax.data.written import caption
+from imagen_jax.errors import UserError, first_line
 
-PICTURES = ("jpg", "jpeg", "png", "webp", "tiff", "tif", "bmp")
+NOT_ALL_EMBEDDED = "a stored embedding, where not all pictures have one"
 CAPTION_FEATURES = ("caption", "text", "captions")
 
+# What is wrong with one file for good. Any other error of the system may pass, and ends a run:
+# a record that is left out for it would be another picture than before in every later epoch.
+_FOR_GOOD = (
+    *(errno.ENOENT, errno.EISDIR, errno.EACCES, errno.EPERM),
+    *(errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ENXIO),
+)
 
-def folder(path: Path, *, heldout_fraction: float) -> Source:
-    """Every picture under `path`, with the caption in the `.txt` of the same stem; hidden ones not.
 
-    Keys are paths relative to the folder, sorted.
-    """
-    keys, stems, arrays = [], set(), set()
-    for where, folders, files in os.walk(path):
+def files_below(path: Path, left_out: dict[str, str]) -> list[str]:
+    """Every file below a folder, as sorted paths relative to it, hidden ones and those in hidden
+    folders not among them. Folders that were not entered are added to `left_out`."""
+    names: list[str] = []
+
+    def closed(error: OSError) -> None:
+        name = Path(error.filename).relative_to(path).as_posix()
+        if name == ".":
+            raise UserError(f"the folder {path} cannot be read: {error.strerror}") from error
+        left_out[name] = f"a folder that cannot be read: {error.strerror}"
+
+    for where, folders, files in os.walk(path, onerror=closed):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in files:
-            key = Path(where, name).relative_to(path).as_posix()
-            stem, _, kind = key.rpartition(".")
-            if name.startswith("."):
-                continue
-            if kind.lower() in PICTURES:
-                keys.append(key)
-                stems.add(stem)
-            elif kind == "npy":
-                arrays.add(stem)
+        inside = Path(where).relative_to(path)
+        for name in folders:
+            if os.path.islink(os.path.join(where, name)):
+                left_out[(inside / name).as_posix()] = "a link to a folder, which is not followed"
+        names += [(inside / name).as_posix() for name in files if not name.startswith(".")]
+    return sorted(names)
+
+
+def folder(
+    path: Path, names: Iterable[str], left_out: dict[str, str], *, heldout_fraction: float
+) -> Source:
+    """The pictures among `files_below` a folder, with what is beside them. Keys are their names.
+
+    A `.npy` beside *every* picture is a stored text embedding. Raises UserError without a picture.
+    """
+    keys: list[str] = []
+    stems: set[str] = set()
+    beside: dict[str, dict[str, str]] = {}
+    left_out = dict(left_out)
+    for name in names:
+        stem, kind = kinds.split_name(name)
+        if kind in kinds.PICTURES:
+            keys.append(name)
+            stems.add(stem)
+        elif kind in kinds.BESIDE:
+            beside.setdefault(stem, {}).setdefault(kind, name[len(stem) + 1 :])
+        elif reason := kinds.why_not(kind):
+            left_out[name] = reason
     if not keys:
-        raise UserError(f"no pictures ({', '.join(PICTURES)}) in the folder {path}")
-    keys.sort()
-    read = _FolderReader(path, tuple(keys), has_embeds=stems <= arrays)
-    return _source(str(path), keys, read, heldout_fraction, has_embeds=read.has_embeds)
+        raise UserError(f"no pictures ({', '.join(kinds.PICTURES)}) in the folder {path}")
+    embedded = {stem for stem in stems if "npy" in beside.get(stem, ())}
+    for stem, suffixes in beside.items():
+        if stem not in stems:
+            for kind in suffixes.keys() & {"txt", "caption"}:
+                left_out[f"{stem}.{suffixes[kind]}"] = "a caption without a picture"
+        elif stem in embedded and embedded < stems:
+            left_out[f"{stem}.{suffixes['npy']}"] = NOT_ALL_EMBEDDED
+    own: dict[tuple, dict[str, str]] = {}  # one for all records with equal files
+    suffixes = [beside.get(kinds.split_name(key)[0], {}) for key in keys]
+    suffixes = tuple(own.setdefault(tuple(sorted(found.items())), found) for found in suffixes)
+    read = _FolderReader(path, tuple(keys), suffixes, has_embeds=embedded == stems)
+    return make_source(
+        str(path), keys, read, heldout_fraction, has_embeds=read.has_embeds, left_out=left_out
+    )
 
 
 @dataclass(frozen=True)
 class _FolderReader:
     path: Path
     keys: tuple[str, ...]
+    beside: tuple[dict[str, str], ...]  # kind -> suffix, as it is spelled
     has_embeds: bool
 
     def __call__(self, i: int) -> Record:
-        picture = self.path / self.keys[i]
-        text, array = picture.with_suffix(".txt"), picture.with_suffix(".npy")
-        caption = text.read_bytes() if text.exists() else None
-        embeds = _array(array.read_bytes()) if self.has_embeds else None
-        return Record(self.keys[i], picture.read_bytes(), _text(caption), embeds)
+        key, beside = self.keys[i], self.beside[i]
+        stem = kinds.split_name(key)[0]
+        embeds = None
+        if self.has_embeds:
+            embeds = load_embedding(self._bytes(f"{stem}.{beside['npy']}"))
+        text = kinds.read_caption(beside, lambda suffix: self._bytes(f"{stem}.{suffix}"))
+        return Record(key, self._bytes(key), text, embeds)
 
-
-def tar_shards(paths: Sequence[Path], *, heldout_fraction: float) -> Source:
-    """img2dataset or webdataset shards: members of one stem are one record, in the shard's order.
-
-    The headers are read once, for the offset of each member; records are then read at random. The
-    caption is the `.txt`, or else "caption" in the `.json`. Keys are SHARD/STEM. Members without a
-    picture are ignored. ValueError for a compressed, truncated or empty shard.
-    """
-    keys: list[str] = []
-    rows: list[list[int]] = []
-    common = Path(os.path.commonpath([path.parent for path in paths]))
-    for number, path in enumerate(paths):
-        prefix = path.relative_to(common).with_suffix("").as_posix()
-        for stem, members in _index(path).items():
-            if "picture" in members:
-                keys.append(f"{prefix}/{stem}")
-                found = (members.get(kind, (-1, 0)) for kind in ("picture", "txt", "json", "npy"))
-                rows.append([number, *(value for place in found for value in place)])
-    name = str(paths[0]) if len(paths) == 1 else f"{len(paths)} shards in {common}"
-    if not keys:
-        raise UserError(f"no pictures ({', '.join(PICTURES)}) in {name}")
-    places = np.array(rows, dtype=np.int64)
-    has_embeds = bool((places[:, 7] >= 0).all())
-    read = _TarReader(tuple(map(str, paths)), tuple(keys), places, has_embeds)
-    return _source(name, keys, read, heldout_fraction, has_embeds=has_embeds)
-
-
-def _index(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
-    """stem -> kind -> (offset, size) of each file in a shard."""
-    index: dict[str, dict[str, tuple[int, int]]] = {}
-    try:
-        with tarfile.open(path, "r:") as shard:
-            for member in shard:
-                where, _, name = member.name.rpartition("/")
-                stem, _, kind = name.partition(".")
-                kind = "picture" if kind.lower() in PICTURES else kind.lower()
-                if member.isfile() and stem:
-                    stem = f"{where}/{stem}" if where else stem
-                    index.setdefault(stem, {})[kind] = (member.offset_data, member.size)
-    except tarfile.TarError as error:
-        raise UserError(f"{path} is not a valid, uncompressed tar shard: {error}") from error
-    return index
-
-
-@dataclass(frozen=True)
-class _TarReader:
-    paths: tuple[str, ...]
-    keys: tuple[str, ...]
-    places: Int[np.ndarray, "n 9"]  # shard, then offset and size of picture, txt, json, npy
-    has_embeds: bool
-
-    def __call__(self, i: int) -> Record:
-        shard, *places = self.places[i].tolist()
-        with open(self.paths[shard], "rb") as file:
-            picture, text, meta, array = (
-                _member(file, places[k], places[k + 1]) for k in range(0, 8, 2)
-            )
-        caption = _text(text) if text is not None else _json(meta).get("caption")
-        embeds = _array(array) if self.has_embeds else None
-        return Record(self.keys[i], picture, caption if isinstance(caption, str) else None, embeds)
-
-    def metadata(self, i: int) -> dict[str, Any]:
-        """The `.json` of record i; {} without one."""
-        shard, offset, size = self.places[i, [0, 5, 6]].tolist()
-        with open(self.paths[shard], "rb") as file:
-            return _json(_member(file, offset, size))
-
-
-def _member(file: io.BufferedReader, offset: int, size: int) -> bytes | None:
-    if offset < 0:
-        return None
-    file.seek(offset)
-    return file.read(size)
-
-
-def _json(text: bytes | None) -> dict[str, Any]:
-    """A record's JSON; ValueError if it is damaged or not an object."""
-    if text is None:
-        return {}
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"damaged .json: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError("the .json is not an object")
-    return value
+    def _bytes(self, name: str) -> bytes:
+        try:
+            return (self.path / name).read_bytes()
+        except OSError as error:
+            if error.errno not in _FOR_GOOD:
+                raise
+            suffix = kinds.split_name(name)[1]
+            raise UserError(f"the .{suffix} cannot be read: {error.strerror}") from error
 
 
 def prepared(
@@ -186,15 +151,14 @@ def prepared(
     try:
         parts = [builder.as_data_source(part, decoders=decoders) for part in splits]
     except (ValueError, KeyError, NotImplementedError) as error:
-        reason = " ".join(str(error).split("\n")[0].split())
-        raise UserError(f"tfds:{name}: cannot read split {main!r}: {reason}") from error
+        raise UserError(f"tfds:{name}: cannot read split {main!r}: {first_line(error)}") from error
     keys = [
         f"{builder.name}/{s}/{i}"
         for s, part in zip(splits, parts, strict=True)
         for i in range(len(part))
     ]
     read = _TfdsReader(tuple(parts), tuple(keys))
-    source = _source(f"tfds:{name}", keys, read, heldout_fraction)
+    source = make_source(f"tfds:{name}", keys, read, heldout_fraction)
     if len(parts) == 1:
         return source
     return replace(source, heldout=np.arange(len(keys)) >= len(parts[0]))
@@ -225,30 +189,30 @@ def _feature_caption(example: Mapping[str, Any]) -> str | None:
             value = value[0]
         else:
             return None
-    return value.strip() if isinstance(value, str) else _text(value)
+    return caption(value)
 
 
-def _source(
-    name: str, keys: list[str], read: Any, heldout_fraction: float, *, has_embeds: bool = False
+def make_source(
+    name: str,
+    keys: list[str],
+    read: Any,
+    heldout_fraction: float,
+    *,
+    has_embeds: bool = False,
+    left_out: Mapping[str, str] | None = None,
 ) -> Source:
+    """All records of a set, those held out chosen by a hash of their keys."""
     heldout = hashed_heldout(keys, heldout_fraction)
-    return Source(name, tuple(keys), read, heldout, np.arange(len(keys)), has_embeds)
+    rows = np.arange(len(keys))
+    return Source(name, tuple(keys), read, heldout, rows, has_embeds, left_out or {})
 
 
-def _text(data: bytes | None) -> str | None:
-    if data is None:
-        return None
-    try:
-        return data.decode("utf-8-sig").strip()
-    except UnicodeDecodeError as error:
-        raise UserError("the caption is not UTF-8") from error
-
-
-def _array(data: bytes) -> np.ndarray:
+def load_embedding(data: bytes) -> np.ndarray:
+    """A stored text embedding, float (l, d). Raises UserError for a damaged one."""
     try:
         array = np.load(io.BytesIO(data), allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
-        raise UserError(f"damaged .npy: {error}") from error
+        raise UserError(f"damaged .npy: {first_line(error)}") from error
     if array.ndim != 2 or not np.issubdtype(array.dtype, np.floating):
         raise UserError(f"a stored embedding is float (l, d), got {array.dtype} {array.shape}")
     if not np.isfinite(array).all():

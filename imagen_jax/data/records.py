@@ -6,8 +6,8 @@ same records, and it travels to worker processes by pickling, so readers hold no
 
 import hashlib
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -16,6 +16,9 @@ from jaxtyping import Bool, Int
 from imagen_jax.errors import UserError
 
 Split = Literal["train", "heldout"]
+
+LOOKED_AT = 16  # records whose images are part of a fingerprint
+NAMED = 5  # captions that a message names
 
 
 class Record(NamedTuple):
@@ -37,7 +40,8 @@ class Source:
 
     `read(i)` returns record i of the complete set and raises ValueError, in one line, for a damaged
     record; `keys` and `heldout` are those of the complete set too. `has_embeds` means that every
-    record of the set has a text embedding, which then replaces the caption.
+    record of the set has a text embedding, which then replaces the caption. `left_out` are the
+    files and members that became no record, with the reason.
     """
 
     name: str
@@ -46,6 +50,7 @@ class Source:
     heldout: Bool[np.ndarray, "n"]
     rows: Int[np.ndarray, "m"]
     has_embeds: bool = False
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -61,10 +66,17 @@ class Source:
         return self.keys[int(self.rows[i])]
 
     def fingerprint(self) -> str:
-        """A hash of the keys in their order: what decides which image a step sees."""
+        """A hash of the keys in their order, which decide what image a step sees, and of the images
+        of a few records: sets of equal names differ. Where the set is stored does not matter."""
         digest = hashlib.blake2b(digest_size=8)
         for row in self.rows:
-            digest.update(self.keys[row].encode() + b"\0")
+            digest.update(encoded(self.keys[row]) + b"\0")
+        for i in {j * len(self) // LOOKED_AT: None for j in range(LOOKED_AT if len(self) else 0)}:
+            try:
+                image = self[i].image
+            except UserError:  # a record that cannot be read has its key alone
+                continue
+            digest.update(image if isinstance(image, bytes) else image.tobytes())
         return digest.hexdigest()
 
     def split(self, which: Split) -> "Source":
@@ -81,22 +93,35 @@ class Source:
         return replace(self, rows=self.rows[:limit])
 
     def with_captions(self, captions: Iterable[str]) -> "Source":
-        """The records with these captions, in this order; ValueError names the absent ones.
+        """All records with these captions, in the order of the captions, then of the set.
 
-        Reads the set once: meant for small ones.
+        Reads the set once: meant for small ones. A record that cannot be read has no caption.
+        Raises UserError naming captions that no record has.
         """
-        wanted = list(captions)
-        found: dict[str | None, int] = {}
+        found: dict[str, list[int]] = {caption: [] for caption in captions}
         for i in range(len(self)):
-            found.setdefault(self[i].caption, i)
-        if absent := [caption for caption in wanted if caption not in found]:
-            raise UserError(f"{self.name}: no picture with the caption {', '.join(absent)}")
-        return replace(self, rows=self.rows[[found[caption] for caption in wanted]])
+            try:
+                caption = self[i].caption
+            except UserError:
+                continue
+            if caption in found:
+                found[caption].append(i)
+        if absent := [caption for caption, rows in found.items() if not rows]:
+            more = f" and {len(absent) - NAMED} more" if len(absent) > NAMED else ""
+            raise UserError(
+                f"{self.name}: no picture with the caption {', '.join(absent[:NAMED])}{more}"
+            )
+        return replace(self, rows=self.rows[[i for rows in found.values() for i in rows]])
 
 
 def hashed_heldout(names: Iterable[str], fraction: float) -> Bool[np.ndarray, "n"]:
     """Mark about `fraction` of the names, each by its own CRC-32: adding others moves none."""
     if not 0 <= fraction < 1:
         raise UserError(f"heldout_fraction must be in [0, 1), got {fraction}")
-    hashes = np.array([zlib.crc32(name.encode()) for name in names], dtype=np.float64)
+    hashes = np.array([zlib.crc32(encoded(name)) for name in names], dtype=np.float64)
     return hashes < fraction * 2**32
+
+
+def encoded(key: str) -> bytes:
+    """A key as bytes, those of a file name as it is stored."""
+    return key.encode("utf-8", "surrogateescape")

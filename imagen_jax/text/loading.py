@@ -17,7 +17,7 @@ from flax import traverse_util
 from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
-from imagen_jax.errors import UserError
+from imagen_jax.errors import UserError, first_line
 from imagen_jax.interop.torch_file import read_torch_file
 from imagen_jax.sharding import Layout
 from imagen_jax.text import identity
@@ -79,10 +79,9 @@ def find_folder(name_or_folder: str | Path) -> Path:
             if weight_files(folder):
                 return folder
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"text encoder {name!r} is no folder here, is not in the Hugging Face cache and could "
-            f"not be downloaded: {reason}"
+            f"not be downloaded: {first_line(error)}"
         ) from error
     raise UserError(f"text encoder {name!r} has neither safetensors nor .bin weights on the hub.")
 

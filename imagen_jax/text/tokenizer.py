@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Int32
 from tokenizers import Tokenizer
 
-from imagen_jax.errors import UserError
+from imagen_jax.errors import UserError, first_line
 from imagen_jax.unet_config import TEXT_LENGTH
 
 SHORTEST = 32
@@ -88,10 +88,9 @@ def _convert(spiece: Path) -> Tokenizer:
     try:
         return _plain(AutoTokenizer.from_pretrained(spiece.parent).backend_tokenizer)
     except (ImportError, ValueError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"{spiece} could not be converted; `pip install sentencepiece protobuf` may help, or "
-            f"put a tokenizer.json beside it. ({reason})"
+            f"put a tokenizer.json beside it. ({first_line(error)})"
         ) from error
 
 

@@ -7,7 +7,8 @@ import pytest
 from PIL import Image, ImageDraw
 from PIL.JpegImagePlugin import JpegImageFile
 
-from imagen_jax.data import decode, labelled_grid, to_pil, to_uint8
+from imagen_jax.data import check, decode, labelled_grid
+from imagen_jax.pixels import to_pil, to_uint8
 
 
 def encode(picture: Image.Image, kind: str = "png", **options) -> bytes:
@@ -115,7 +116,7 @@ def test_one_integer_means_a_square():
 
 @pytest.mark.parametrize(("height", "width"), [(23, 100), (100, 39), (40, 24)])
 def test_an_image_smaller_in_one_axis_is_refused_with_its_size(height, width):
-    message = f"picture of {height}x{width} pixels is smaller than 24x40 (height x width)"
+    message = f"smaller than 24x40 pixels (height x width): {height}x{width}"
     for data in (encode(flat("RGB", 0, (width, height)), kind) for kind in ("png", "jpeg")):
         with pytest.raises(ValueError) as caught:
             decode(data, image_size=(24, 40))
@@ -151,8 +152,11 @@ def test_the_orientation_precedes_the_size(kind, target, monkeypatch):
     image = decode(data, image_size=target)
     assert np.abs(image.astype(int) - decode(upright, image_size=target)).mean() < 2
     assert reduced == ([(2 * target[0], 2 * target[1])] if kind == "jpeg" else [])
-    with pytest.raises(ValueError, match="is smaller than"):
+    with pytest.raises(ValueError, match="^smaller than"):
         decode(data, image_size=upright.shape[1::-1])
+    check(data, image_size=upright.shape[:2])
+    with pytest.raises(ValueError, match="^smaller than"):
+        check(data, image_size=upright.shape[1::-1])
 
 
 def test_pixels_are_accepted_as_they_are():
@@ -170,10 +174,10 @@ def test_pixels_are_accepted_as_they_are():
         (b"", 3, "corrupt picture"),
         (encode(flat("RGB", 0, (64, 64)), "jpeg")[:-40], 3, "corrupt picture"),
         (encode(Image.effect_noise((64, 64), 90))[:-900], 3, "corrupt picture"),
-        (encode(flat("RGB", 0, (40, 5))), 3, "picture of 5x40 pixels is smaller than 8x8"),
+        (encode(flat("RGB", 0, (40, 5))), 3, "smaller than 8x8 pixels .*: 5x40"),
         (encode(flat("F", 0.5), "tiff"), 3, "mode F have no fixed range"),
         (encode(flat("RGB", 0)), 2, "channels must be 1, 3 or 4, got 2"),
-        (np.zeros((9, 9, 2), np.uint8), 3, "1, 3 or 4 channels, got 2"),
+        (np.zeros((9, 9, 2), np.uint8), 3, "c = 1, 3 or 4, got"),
         (np.zeros((9, 9, 3), np.float32), 3, "must be uint8"),
     ],
 )
@@ -187,7 +191,8 @@ def test_floats_round_trip_through_uint8():
     levels = np.arange(256, dtype=np.uint8)
     np.testing.assert_array_equal(to_uint8(levels / np.float32(255)), levels)
     np.testing.assert_array_equal(to_uint8(np.float32([-1, 2])), np.uint8([0, 255]))
-    assert to_pil(np.zeros((3, 5, 1))).size == (5, 3)
+    grey = to_pil(np.full((3, 5, 1), 0.5))
+    assert (grey.size, grey.mode, grey.getpixel((0, 0))) == ((5, 3), "L", 128)
 
 
 def test_labelled_grid_shows_pictures_by_nearest_neighbour_and_wraps_captions():

@@ -198,9 +198,8 @@ def test_mistakes_get_one_line(tmp_path):
         "tfds:": "does not name a set",
         tmp_path / "empty": "no pictures .* in the folder .*empty",
         tmp_path / "none.tar": "no pictures .* in .*none.tar",
-        tmp_path
-        / "cut.tar": "cut.tar is not a valid, uncompressed tar shard: unexpected end of data",
-        tmp_path / "junk.tar": "junk.tar is not a valid, uncompressed tar shard",
+        tmp_path / "cut.tar": "cut.tar is not a complete tar: unexpected end of data",
+        tmp_path / "junk.tar": "junk.tar is not a complete tar",
     }
     for spec, message in cases.items():
         with pytest.raises(ValueError, match=message) as caught:

@@ -169,7 +169,7 @@ def test_options_a_stage(run, command, tmp_path, capsys):
 
 
 def test_prompts_from_a_file_and_a_long_one(run, command, tmp_path, capsys):
-    (tmp_path / "prompts.txt").write_text("one\n\n two \n", encoding="utf-8")
+    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfone\r\n\r\n two \r\n")
     long = "word " * 30
     latin = os.fsdecode("é".encode("latin-1"))  # an argument that is not UTF-8
     arguments = ("--prompt", long, "--prompt", latin, "--prompts-from", tmp_path / "prompts.txt")
@@ -223,6 +223,8 @@ def test_ctrl_c_keeps_what_is_written(run, command, tmp_path, monkeypatch, reque
         ((), "say what to draw"),
         (("--prompt", "a", "--prompt", " "), "prompt 2 of 2 is empty"),
         (("--prompts-from", os.devnull), "holds no prompt"),
+        (("--prompts-from", "absent.txt"), "absent.txt: No such file"),
+        (("--prompt", "caf\udce9"), "prompt 1 of 1 is not UTF-8: 'caf.udce9'"),
         (("--prompt", "a", "--steps", 1, 2, 3), "--steps has 3 values: give one, or one for each"),
         (("--prompt", "a", "--stop-at-unet-number", 3), "has 2 U-Nets"),
         (("--prompt", "a", "--stop-at-unet-number", "sr"), "'sr' is not a stage"),

@@ -190,16 +190,17 @@ def test_a_damaged_step_is_set_aside(straight, tmp_path, damage, capsys):
 def test_mistakes(straight, tmp_path):
     again = dataclasses.replace(straight, steps=6)
     captions = tmp_path / "captions.txt"
-    captions.write_text(
-        "\n".join(record.caption for record in open_source("bundled").split("train").take(8))
-    )
+    chosen = [record.caption for record in open_source("bundled").split("train").take(8)]
+    captions.write_text("\n".join(reversed(chosen)))
     on = dataclasses.replace(again, resume=True)
     mistakes = {
         "is at step 4: continue with --resume": again,
         "--seed was 0 and is 1": dataclasses.replace(on, seed=1),
         "--batch-size was 4 and is 8": dataclasses.replace(on, batch_size=8),
         "--limit was 8 and is 9": dataclasses.replace(on, limit=9),
-        "--captions-from was None and is": dataclasses.replace(on, captions_from=captions),
+        "--data bundled, --captions-from .*: not the pictures": dataclasses.replace(
+            on, captions_from=captions
+        ),
         "--optimizer was adam and is adafactor": dataclasses.replace(on, optimizer="adafactor"),
         "describes another cascade: unets.0.dim is 8 there, 16 here": dataclasses.replace(
             on, config=support.other_cascade(tmp_path)
@@ -261,15 +262,50 @@ def test_bad_pictures_are_skipped_counted_and_named(tmp_path, capsys):
         (folder / name).write_bytes((folder / name).read_bytes()[:40])
     Image.new("RGB", (5, 5)).save(folder / good[1])
     (folder / good[2]).with_suffix(".txt").write_text(" ")
+    (folder / good[3]).write_bytes((folder / good[3]).read_bytes()[:-30])  # seen by decoding alone
+    (folder / "13.heic").write_bytes(b"not read")
     settings = support.settings(tmp_path, data=str(folder), limit=None, heldout_fraction=0.3)
     assert loop.run(settings, 1)
-    printed = capsys.readouterr().out
-    assert printed.count(f"skipped {good[0]}: corrupt picture") == 1
-    assert f"skipped {good[1]}: picture of 5x5 pixels is smaller than 8" in printed
-    assert f"skipped {good[2]}: " in printed and "caption" in printed
-    assert f"skipped {len(heldout) + 3} of 12 pictures, named above" in printed, printed
+    printed, err = capsys.readouterr()
+    before, _, after = printed.partition("devices: ")
+    assert f"left out: {len(heldout) + 4}, all named in" in before, printed
+    assert f"1  smaller than 8x8 pixels (height x width) ({good[1]})" in before
+    assert f"1  empty caption ({good[2]})" in before
+    assert "1  a .heic file, which is not read (13.heic)" in before
+    assert f"left out: 1 more, all named in {settings.run}/unet1-left-out.txt" in after
+    assert "left out" not in err and "skipped" not in err
+    named = (settings.run / "unet1-left-out.txt").read_text().splitlines()
+    assert len(named) == len(heldout) + 5
+    assert f"{good[1]}\tsmaller than 8x8 pixels (height x width): 5x5" in named
+    assert "note: with so few held out, eval/heldout is not measured" in before
     assert len(support.metrics(settings.run)) == 4
     assert not support.metrics(settings.run, "eval/heldout")
+
+
+def test_a_run_goes_on_with_the_same_pictures_elsewhere(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(4):
+        Image.new("RGB", (8, 8), (60 * i, 0, 0)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text("red")
+    settings = support.settings(tmp_path, data=str(folder), heldout_fraction=0.0, steps=1)
+    assert loop.run(settings, 1)
+    on = dataclasses.replace(settings, resume=True)
+    assert loop.run(dataclasses.replace(on, steps=2, data=f"{folder}/"), 1)
+    folder.rename(tmp_path / "moved")
+    moved = dataclasses.replace(on, steps=3, data=str(tmp_path / "moved"))
+    assert loop.run(moved, 1)
+    Image.new("RGB", (8, 8), (0, 0, 9)).save(tmp_path / "moved" / "2.png")
+    with pytest.raises(ValueError, match="--data .*moved, .*: not the pictures that the run was"):
+        loop.run(dataclasses.replace(moved, steps=4), 1)
+
+
+def test_a_set_that_is_all_held_out_names_the_flag(tmp_path):
+    (tmp_path / "one").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "one" / "dog_52.png")
+    settings = support.settings(tmp_path, data=str(tmp_path / "one"))
+    with pytest.raises(ValueError, match=r"\(1 of 1\) are held out .*--heldout-fraction 0 trains"):
+        loop.run(settings, 1)
 
 
 def test_stored_embeddings_of_another_width(tmp_path):
@@ -337,6 +373,7 @@ def test_speed_and_profile(tmp_path, monkeypatch, capsys):
         assert line["images_per_second"] == pytest.approx(4 * line["steps_per_second"])
         used = line["steps_per_second"] * work / 1e12
         assert line["model_flop_utilization"] == pytest.approx(used)
+        assert 0 <= line["waited_for_data"] <= 1
     assert list((settings.run / "profile").rglob("*.xplane.pb"))
     assert "profile of steps 4 .. 4 in" in capsys.readouterr().out
 

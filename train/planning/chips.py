@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import jax
 
 from imagen_jax import flops
-from imagen_jax.errors import UserError
+from imagen_jax.errors import UserError, first_line
 
 GiB, GB = 2**30, 10**9
 
@@ -131,5 +131,5 @@ def _tpus(name: str, shape: str, topology: str) -> Sequence[jax.Device]:
     try:
         return topologies.get_topology_desc(f"{name}:{shape}", "tpu", **more).devices
     except (jax.errors.JaxRuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"--topology {topology}: libtpu knows no such slice: {reason}") from error

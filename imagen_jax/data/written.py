@@ -1,0 +1,72 @@
+"""Text that people wrote: captions, and files with one caption or prompt a line."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from imagen_jax.errors import UserError
+
+
+def caption(value: Any) -> str | None:
+    """A caption from the bytes of a file or a field of a record; None where there is none.
+
+    White space around it is trimmed; an empty one stays empty. Raises UserError for bytes that are
+    not UTF-8, for half of a surrogate pair (JSON's escapes can hold one), and for what is not text.
+    """
+    if value is None:
+        return None
+    if isinstance(value, bytes):
+        try:
+            value = value.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise UserError("the caption is not UTF-8") from error
+    if not isinstance(value, str):
+        raise UserError(f"the caption is not text but {type(value).__name__}")
+    if not is_unicode(value):
+        raise UserError("the caption holds half of a surrogate pair")
+    return value.strip()
+
+
+def json_object(data: bytes | None) -> dict[str, Any]:
+    """The JSON object of a record, {} where it has none. Raises UserError for anything else."""
+    if data is None:
+        return {}
+    try:
+        value = json.loads(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"damaged .json: {' '.join(str(error).split())}") from error
+    if not isinstance(value, dict):
+        raise UserError("the .json is not an object")
+    return value
+
+
+def read_lines(path: str | os.PathLike) -> list[str]:
+    """The lines of a text file, trimmed, without the empty ones.
+
+    Lines end with LF, CRLF or CR: the separators that Unicode has besides are text. A byte-order
+    mark is no part of the first line. Raises UserError naming the file, and the line that is not
+    UTF-8.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        number = error.object.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}, line {number}: not UTF-8; save the file as UTF-8") from error
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    return [line.strip() for line in lines if line.strip()]
+
+
+def is_unicode(text: str) -> bool:
+    """False for text with half of a surrogate pair, such as a file name that is not UTF-8."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def shown(name: str) -> str:
+    """A name for a person: bytes that are not UTF-8, and line breaks, as escapes."""
+    text = name.encode("utf-8", "backslashreplace").decode()
+    return text.replace("\n", "\\n").replace("\r", "\\r")

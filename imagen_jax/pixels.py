@@ -1,0 +1,31 @@
+"""Pixels of an image as uint8 and as a PIL image."""
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image
+
+from imagen_jax.errors import UserError
+
+CHANNELS = (1, 3, 4)
+"""Of an image: grey, RGB, RGB with alpha."""
+
+
+def to_uint8(
+    image: UInt8[np.ndarray, "..."] | Float[np.ndarray, "..."],
+) -> UInt8[np.ndarray, "..."]:
+    """Float images in [0, 1] to uint8, rounded and clipped; uint8 as it is."""
+    if image.dtype == np.uint8:
+        return image
+    return np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
+
+
+def to_pil(image: UInt8[np.ndarray, "..."] | Float[np.ndarray, "..."]) -> Image.Image:
+    """One image (h, w) or (h, w, c), uint8 or float in [0, 1], with c = 1, 3 or 4.
+
+    Raises UserError for another shape.
+    """
+    shape = image.shape
+    if image.ndim not in (2, 3) or (image.ndim == 3 and shape[-1] not in CHANNELS):
+        raise UserError(f"an image is (h, w) or (h, w, c) with c = 1, 3 or 4, got {shape}")
+    pixels = to_uint8(image)
+    return Image.fromarray(pixels[..., 0] if pixels.ndim == 3 and shape[-1] == 1 else pixels)
