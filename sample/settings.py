@@ -56,7 +56,8 @@ class Settings:
     """DATAxMODEL devices, as 8x1, or `auto` for all: images are split over the first, channels over
     the second, weights over both. Default: one device."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """What the networks compute in; `auto` is bfloat16 on accelerators and float32 on a CPU."""
+    """What the networks compute in; `auto` is bfloat16 on accelerators and float32 on a CPU.
+    float32 is exact there too (no TF32), at several times the cost."""
 
     def __post_init__(self):
         counts = [(name, (getattr(self, name),)) for name in self.counts] + [("steps", self.steps)]

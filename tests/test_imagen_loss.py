@@ -15,6 +15,7 @@ from flax import nnx
 from imagen_jax import nn, training
 from imagen_jax.config import NullUnetConfig
 from imagen_jax.imagen import Imagen
+from imagen_jax.stage import to_float
 from imagen_jax.training import Draws
 from tests import cascades
 from tests.cascades import cascade
@@ -205,7 +206,7 @@ def test_bytes_are_cropped_before_they_become_floats(mode, size):
     images = np.random.default_rng(3).integers(0, 256, (BATCH, size, size, 3)).astype(np.uint8)
     draws = training.complete_draws(stage, BATCH, jax.random.key(0), None)
     got = training.prepare(stage, images, draws)
-    want = training.prepare(stage, images.astype(np.float32) / 255, draws)
+    want = training.prepare(stage, to_float(images), draws)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert a.shape == (BATCH, 4, 4, 3)
         np.testing.assert_array_equal(a, b)
@@ -216,7 +217,8 @@ def test_bytes_are_cropped_before_they_become_floats(mode, size):
 
 def test_noise_is_given_for_the_image_or_for_its_crop():
     config = cascade(random_crop_sizes=(None, 4))
-    stage, draws = config.stage(2), draws_for(config, 2)
+    stage, corners = config.stage(2), np.array([[0, 4], [3, 1], [2, 2]])
+    draws = dataclasses.replace(draws_for(config, 2), crop=corners)
     windows = [(slice(top, top + 4), slice(left, left + 4)) for top, left in draws.crop]
     cropped = np.stack([n[window] for n, window in zip(draws.noise, windows, strict=True)])
     for noise in (draws.noise, cropped):

@@ -97,7 +97,8 @@ class Optimization:
     ema_decay: float = 0.9999
     """The most that an update keeps of the old average."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """What the network computes in; `auto` is bfloat16 on accelerators and float32 on a CPU."""
+    """What the network computes in; `auto` is bfloat16 on accelerators and float32 on a CPU.
+    float32 is exact there too (no TF32), at several times the cost."""
     remat: str | None = None
     """Policy of jax.checkpoint_policies, say nothing_saveable: recompute blocks, save memory."""
 

@@ -70,7 +70,8 @@ def _fused(q: Queries, k: KeysOrValues):
     if min(p, m) < FUSED_FROM:
         return None
     if where in ("gpu", "cuda") and q.dtype in (jnp.bfloat16, jnp.float16):
-        return _cudnn if width % 8 == 0 and width <= 128 and _has_cudnn_attention() else None
+        fits = p % 2 == 0 and width % 8 == 0 and width <= 128
+        return _cudnn if fits and _has_cudnn_attention() else None
     if where == "tpu" and q.dtype == jnp.bfloat16 and k.shape[2] == 1:
         return _splash
     return None
@@ -84,7 +85,15 @@ def _has_cudnn_attention() -> bool:
 
 
 def _cudnn(q: Queries, k: KeysOrValues, v: KeysOrValues, *, scale: float) -> Queries:
-    return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation="cudnn")
+    """JAX refuses an odd number of keys where there are gradients: a masked one is added."""
+    b, m = k.shape[:2]
+    lengths = None
+    if m % 2:
+        k, v = (jnp.pad(a, ((0, 0), (0, 1), (0, 0), (0, 0))) for a in (k, v))
+        lengths = jnp.full(b, m, jnp.int32)
+    return jax.nn.dot_product_attention(
+        q, k, v, scale=scale, key_value_seq_lengths=lengths, implementation="cudnn"
+    )
 
 
 def _splash(

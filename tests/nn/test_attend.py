@@ -89,6 +89,7 @@ def test_splash_attention_on_a_mesh(h):
         ("gpu", "float16", dict(heads=2), module._cudnn),
         ("gpu", "float32", {}, None),
         ("gpu", "bfloat16", dict(k=12), None),
+        ("gpu", "bfloat16", dict(p=289), None),
         ("tpu", "bfloat16", {}, module._splash),
         ("tpu", "bfloat16", dict(heads=2), None),
         ("tpu", "float32", {}, None),
@@ -114,6 +115,22 @@ def test_cudnns_attention_needs_ampere(capability, able):
         assert module._has_cudnn_attention.__wrapped__() is able
 
 
+def test_cudnns_filled_up_keys_are_masked():
+    """The same call, its implementation XLA's."""
+    inputs = arrays(m=301)
+    plain = jax.nn.dot_product_attention
+    with (
+        mock.patch.object(module, "_fused", lambda q, k: module._cudnn),
+        mock.patch.object(
+            jax.nn,
+            "dot_product_attention",
+            lambda *args, implementation, **kwargs: plain(*args, **kwargs),
+        ),
+    ):
+        got = jax.jit(outcome)(*inputs)
+    assert_close(got, jax.jit(outcome)(*inputs))
+
+
 @pytest.mark.parametrize("heads", [1, 4])
 def test_cudnns_attention_lowers_for_cuda(heads):
     """Forward and backward, the key head shared by four query heads, an odd number of keys."""
@@ -127,4 +144,4 @@ def test_cudnns_attention_lowers_for_cuda(heads):
         text = jax.jit(outcome).trace(*inputs).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("__cudnn$fmhaSoftmax(") == 1
     assert text.count("__cudnn$fmhaSoftmaxBackward(") == 1
-    assert "x4x256x301x" not in text  # no logits
+    assert "x256x301x" not in text and "x256x302x" not in text  # no logits
