@@ -152,7 +152,7 @@ def load_params(
                 loaded[path] = None
                 continue
             kept = np.array(tensor, dtype=stored_dtype(path, dtype), order="C")
-            digests[path] = identity.digest(kept if kept.dtype == jnp.bfloat16 else tensor)
+            digests[path] = identity.digest(tensor if kept.dtype == np.float16 else kept)
             if digests[path] is None:
                 infinite.append(name)
             loaded[path] = jnp.asarray(kept) if layout is None else layout.put(path, kept)

@@ -83,13 +83,13 @@ def valid(text: str) -> str:
 
 
 def _convert(spiece: Path) -> Tokenizer:
-    from transformers import AutoTokenizer
-
     try:
+        from transformers import AutoTokenizer
+
         return _plain(AutoTokenizer.from_pretrained(spiece.parent).backend_tokenizer)
     except (ImportError, ValueError, OSError) as error:
         raise UserError(
-            f"{spiece} could not be converted; `pip install sentencepiece protobuf` may help, or "
+            f"{spiece} could not be converted; `pip install -e '.[sentencepiece]'` may help, or "
             f"put a tokenizer.json beside it. ({first_line(error)})"
         ) from error
 
