@@ -143,6 +143,7 @@ def test_more_kinds_of_pictures(place, kind):
 def test_broken_links_and_folders_named_as_files(tmp_path):
     write(tmp_path, {"1.jpg": jpeg(), "1.txt": b"one", "2.jpg": jpeg(), "3.txt": b"three"})
     write(tmp_path, {"other/9.jpg": jpeg(), "other/9.txt": b"nine", "2.txt/x.md": b""})
+    write(tmp_path, {"metadata.jsonl": b"{}"})
     os.symlink("/nowhere/3.jpg", tmp_path / "3.jpg")
     os.symlink(tmp_path / "other", tmp_path / "again")
     assert usable(tmp_path) == (
@@ -150,6 +151,7 @@ def test_broken_links_and_folders_named_as_files(tmp_path):
         {
             "2": "no caption",
             "3": "the .jpg cannot be read: No such file or directory",
+            "metadata.jsonl": "a table of captions, which is not read",
             "again": "a link to a folder, which is not followed",
         },
     )
