@@ -186,9 +186,9 @@ def shard(tmp_path_factory):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda data, at: data[: at[5] + 100], "not a complete tar: no end marker at byte {5}"),
-        (lambda data, at: data[: at[4]], "not a complete tar: no end marker at byte {4}"),
-        (lambda data, at: data[: at[5] - 600], "not a complete tar: unexpected end of data"),
+        (lambda data, at: data[: at[5] + 100], "is not a complete tar: no end marker at byte {5}"),
+        (lambda data, at: data[: at[4]], "is not a complete tar: no end marker at byte {4}"),
+        (lambda data, at: data[: at[5] - 300], "is not a complete tar: unexpected end of data"),
         (
             lambda data, at: data[: at[4]] + b"\x9b" * 512 + data[at[4] + 512 :],
             "is damaged: no header of a member at byte {4}",
@@ -279,7 +279,7 @@ def test_pictures_and_shards_in_one_folder_are_refused(tmp_path):
 
 
 def test_a_set_that_is_all_held_out_says_so(tmp_path):
-    write(tmp_path, {"dog_52.jpg": jpeg(), "dog_52.txt": b"a dog"})
+    write(tmp_path, {"dog_61.jpg": jpeg(), "dog_61.txt": b"a dog"})
     with pytest.raises(UserError, match=r"no records; 1 of 1 are held out \(heldout_fraction\)"):
         make_batches(open_source(tmp_path, split="train"), image_size=8, batch_size=1, seed=0)
 
