@@ -15,7 +15,6 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
-from PIL.TiffImagePlugin import TiffImageFile
 
 from imagen_jax.errors import UserError
 from imagen_jax.pixels import to_pil
@@ -62,17 +61,22 @@ def check(image: bytes | np.ndarray, *, image_size: int | Size) -> None:
         return
     with _one_line_for_damage():
         picture = Image.open(io.BytesIO(image))
-        stored = picture.size
-        if _on_its_side(picture) and not isinstance(picture, TiffImageFile):  # turned as it opens
-            stored = stored[::-1]
-        _check_size(stored, pair(image_size))
+        stored, size = picture.size, pair(image_size)
+        # Asked only where it decides: the EXIF of a PNG may come after its pixels. TIFF is turned.
+        if _smaller(stored, size) != _smaller(stored[::-1], size) and picture.format != "TIFF":
+            stored = stored[::-1] if _on_its_side(picture) else stored
+        _check_size(stored, size)
+
+
+def _smaller(stored: tuple[int, int], size: Size) -> bool:
+    """Whether an image of pillow's size, (width, height), is smaller than (height, width)."""
+    return stored[1] < size[0] or stored[0] < size[1]
 
 
 def _check_size(stored: tuple[int, int], size: Size) -> None:
-    width, height = stored  # pillow's order
-    if height < size[0] or width < size[1]:
-        wanted = "{}x{}".format(*size)
-        raise UserError(f"smaller than {wanted} pixels (height x width): {height}x{width}")
+    if _smaller(stored, size):
+        wanted, given = "{}x{}".format(*size), "{}x{}".format(*stored[::-1])
+        raise UserError(f"smaller than {wanted} pixels (height x width): {given}")
 
 
 def _from_pixels(pixels: np.ndarray) -> Image.Image:

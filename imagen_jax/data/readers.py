@@ -71,6 +71,8 @@ def folder(
             beside.setdefault(stem, {}).setdefault(kind, name[len(stem) + 1 :])
         elif reason := kinds.why_not(kind):
             left_out[name] = reason
+        elif name.rpartition("/")[2] in ("metadata.jsonl", "metadata.csv"):
+            left_out[name] = "a table of captions, which is not read"
     if not keys:
         raise UserError(f"no pictures ({', '.join(kinds.PICTURES)}) in the folder {path}")
     embedded = {stem for stem in stems if "npy" in beside.get(stem, ())}

@@ -143,6 +143,7 @@ def test_more_kinds_of_pictures(place, kind):
 def test_broken_links_and_folders_named_as_files(tmp_path):
     write(tmp_path, {"1.jpg": jpeg(), "1.txt": b"one", "2.jpg": jpeg(), "3.txt": b"three"})
     write(tmp_path, {"other/9.jpg": jpeg(), "other/9.txt": b"nine", "2.txt/x.md": b""})
+    write(tmp_path, {"metadata.jsonl": b"{}"})
     os.symlink("/nowhere/3.jpg", tmp_path / "3.jpg")
     os.symlink(tmp_path / "other", tmp_path / "again")
     assert usable(tmp_path) == (
@@ -150,6 +151,7 @@ def test_broken_links_and_folders_named_as_files(tmp_path):
         {
             "2": "no caption",
             "3": "the .jpg cannot be read: No such file or directory",
+            "metadata.jsonl": "a table of captions, which is not read",
             "again": "a link to a folder, which is not followed",
         },
     )
@@ -184,9 +186,9 @@ def shard(tmp_path_factory):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda data, at: data[: at[5] + 100], "not a complete tar: no end marker at byte {5}"),
-        (lambda data, at: data[: at[4]], "not a complete tar: no end marker at byte {4}"),
-        (lambda data, at: data[: at[5] - 600], "not a complete tar: unexpected end of data"),
+        (lambda data, at: data[: at[5] + 100], "is not a complete tar: no end marker at byte {5}"),
+        (lambda data, at: data[: at[4]], "is not a complete tar: no end marker at byte {4}"),
+        (lambda data, at: data[: at[5] - 300], "is not a complete tar: unexpected end of data"),
         (
             lambda data, at: data[: at[4]] + b"\x9b" * 512 + data[at[4] + 512 :],
             "is damaged: no header of a member at byte {4}",
@@ -277,7 +279,7 @@ def test_pictures_and_shards_in_one_folder_are_refused(tmp_path):
 
 
 def test_a_set_that_is_all_held_out_says_so(tmp_path):
-    write(tmp_path, {"dog_52.jpg": jpeg(), "dog_52.txt": b"a dog"})
+    write(tmp_path, {"dog_61.jpg": jpeg(), "dog_61.txt": b"a dog"})
     with pytest.raises(UserError, match=r"no records; 1 of 1 are held out \(heldout_fraction\)"):
         make_batches(open_source(tmp_path, split="train"), image_size=8, batch_size=1, seed=0)
 
