@@ -15,6 +15,7 @@ from imagen_jax.sharding import make_layout
 from imagen_jax.training import stage_losses
 from tests import RUN_ONCE, SMALLEST_UNET, cascades, parity
 from tests.cascades import cascade
+from tools import programs
 from train import loop
 from train.settings import Settings
 
@@ -129,8 +130,6 @@ def test_a_run_from_data_to_samples_on_a_mesh(tmp_path):
 
 
 def test_plans_know_the_size():
-    from train.planning import programs
-
     stage = cascade(**WIDE).stage(2)
     square = cascade(image_sizes=(6, 12), timesteps=3).stage(2)
     layout = make_layout("2x2", devices=jax.devices()[:4])

@@ -11,7 +11,7 @@ import commands
 from imagen_jax import distributed, training
 from imagen_jax.sharding import Layout, make_layout
 from tests import RUN_ONCE
-from train import loop, step
+from train import loop, run, step
 from train.settings import Settings
 
 
@@ -21,6 +21,7 @@ def train(settings: Settings, file: Path) -> None:
     def main():
         distributed.start(settings.coordinator, settings.process_id, settings.num_processes)
         step._compiler_options = lambda *_: RUN_ONCE
+        run.VISIBLE_WITHIN = 2.0  # seconds
         layout = make_layout(settings.mesh, rows=settings.rows, min_size=0)
         seen, loop.make_train_step = watched(layout, settings)
         loop.run(settings, 1, layout)

@@ -42,8 +42,8 @@ def test_pairs_of_everything_else(case):
 @pytest.mark.long
 @pytest.mark.parametrize("case", [c for c in PRODUCT], ids=str)
 def test_the_full_product(case, record_property):
-    """How far each is from the unsharded step stands in the report (`--junitxml`), and in
-    benchmarks/results/sharded_steps.json of one such run."""
+    """How far each is from the unsharded step is in the report (`--junitxml`); the largest
+    differences of one such run are in benchmarks/README.md."""
     for tree, apart in assert_same_step(case).items():
         record_property(tree, f"{apart:.1e}")
 
