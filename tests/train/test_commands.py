@@ -12,8 +12,9 @@ from pathlib import Path
 import jax
 import pytest
 
+import commands
 import imagen_jax
-from imagen_jax import checkpoint, commands
+from imagen_jax import checkpoint
 from imagen_jax.config import ImagenConfig
 from tests.train import support
 from train import base, super_res

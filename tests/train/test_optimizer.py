@@ -7,8 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import torch
-from ema_pytorch import EMA
 
 from train.optimizer import (
     ema_decay,
@@ -20,7 +18,11 @@ from train.optimizer import (
 from train.settings import Settings
 
 
+@pytest.mark.torch
 def test_the_reference_average_is_that_of_ema_pytorch():
+    import torch
+    from ema_pytorch import EMA
+
     model = torch.nn.Linear(1, 1, bias=False)
     theirs = EMA(model, beta=0.9999, update_after_step=100, update_every=10)
     settings = Settings(ema="reference")
@@ -51,7 +53,10 @@ def test_the_learning_rate_warms_up_and_falls_to_zero():
     np.testing.assert_allclose(rate[100:], 0, atol=1e-9)
 
 
+@pytest.mark.torch
 def test_adam_steps_as_torch_does():
+    import torch
+
     settings = Settings(lr=0.1, max_grad_norm=None)
     optimizer, x = make_optimizer(settings), jnp.array([1.0, -2.0, 3.0])
     state = optimizer.init(x)
