@@ -39,7 +39,7 @@ def start(
         return
     if coordinator is None and _in_kubernetes(os.environ) and not _installed("kubernetes"):
         raise UserError(
-            "to find the other pods of a Kubernetes job: pip install 'imagen-jax[k8s]'. Or give "
+            "to find the other pods of a Kubernetes job: pip install -e '.[k8s]'. Or give "
             "--coordinator, --process-id and --num-processes; --num-processes 1 to stay alone."
         )
     # It would take SIGTERM for itself; train/interrupt.py hears it, and agrees with the others.

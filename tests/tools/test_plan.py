@@ -383,7 +383,7 @@ def test_without_libtpu_one_line_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *a: None if name == "libtpu" else find(name, *a)
     )
-    with pytest.raises(SystemExit, match=r"needs libtpu.*pip install 'imagen-jax\[tpu\]'"):
+    with pytest.raises(SystemExit, match=r"needs libtpu.*pip install -e '.\[tpu\]'"):
         run(monkeypatch, "--preset", "tiny", "--topology", "v5e:2x2")
 
 

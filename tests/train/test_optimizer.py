@@ -113,5 +113,5 @@ def test_averages_in_bfloat16_follow_those_in_float32(name):
         for step in range(600):
             updates, state = update(jnp.where(step < 5, 1.0, 0.01) + x, state, x)
         moves.append(updates)
-    np.testing.assert_allclose(moves[1], moves[0], rtol=0.25)
-    np.testing.assert_allclose(moves[1].mean(), moves[0].mean(), rtol=0.02)
+    ratios = np.asarray(moves[1]) / np.asarray(moves[0])
+    assert abs(ratios.mean() - 1) < 0.005 and ratios.std() < 0.03  # of 1200; measured: 0.019

@@ -200,7 +200,7 @@ def test_mistakes(monkeypatch):
         distributed.start("localhost:1", None, 2)
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
     monkeypatch.setenv("JOB_COMPLETION_INDEX", "0")
-    with pytest.raises(ValueError, match=re.escape("pip install 'imagen-jax[k8s]'")):
+    with pytest.raises(ValueError, match=re.escape("pip install -e '.[k8s]'")):
         distributed.start()
     distributed.start(num_processes=1)  # stays alone
     with pytest.raises(ValueError, match=re.escape("--process-id 2 is none of 0 .. 1")):
