@@ -25,7 +25,7 @@ REFERENCE_NEEDS := click datasets fsspec packaging protobuf psutil "pydantic>=2"
 # Both workers, and the commands that tests start, share what XLA compiled in this run.
 RUN_TESTS = cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT && \
     JAX_COMPILATION_CACHE_DIR=$$cache JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.5 \
-    $(1)/bin/python -m pytest -q -n $(WORKERS) --dist loadfile --durations 15
+    $(1)/bin/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 15
 
 WITH_NETWORKS := tests/nn tests/train/test_step.py tests/test_checkpoint.py tests/test_pipeline.py
 

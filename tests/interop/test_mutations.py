@@ -1,8 +1,8 @@
 """`verify` sees every mistake a conversion could make: two tensors swapped, a kernel transposed.
 
-All pairs of same-shaped tensors and all square kernels of a small U-Net are mutated, no weight at
-its initial value. (a), the inverse table, must see each mutation. (b), the forward, must see a
-sample of them, but not those that change no output: CANNOT_MATTER.
+Of all swaps of same-shaped tensors and transpositions of square kernels of a small U-Net, no weight
+at its initial value, a sample is tried. (a), the inverse table, must see each. (b), the forward,
+must see all but those that change no output, CANNOT_MATTER, which must go unseen.
 """
 
 import itertools
@@ -71,12 +71,12 @@ def mutate(leaves, names: tuple[str, ...]):
     return leaves | {names[0]: leaves[names[1]], names[1]: leaves[names[0]]}
 
 
-def test_the_inverse_table_sees_every_mutation(converted):
+def test_the_inverse_table_sees_mutations(converted):
     state, leaves, structure = converted
     theirs = {ours: their for their, ours in pairs_of_names(state, leaves, structure)}
     tried = mutations(leaves)
     assert len(tried) > 500
-    for names in tried:
+    for names in random.Random(0).sample(tried, 2 * TRIED):
         found = verify.differing(state, structure.unflatten(mutate(leaves, names).values()))
         assert sorted(found) == sorted(theirs[n] for n in names)
 

@@ -245,6 +245,7 @@ def test_a_text_may_be_projected_once(name):
     """Half of the tokens as the keys and values that `project_context` gives."""
     case = next(case for case in CASES if case.name == name)
     layer, (x, context) = case.ours(), case.inputs
+    x, context = jnp.asarray(x), jnp.asarray(context)
     together = layer(x, context, **case.named)
     text = layer.project_context(context[:, 2:])
     apart = layer(x, context[:, :2], text, **case.named)
@@ -255,7 +256,7 @@ def test_a_scaled_and_shifted_block_is_the_references():
     scale, shift = (RANDOM.standard_normal((B, 1, 1, C)).astype(np.float32) for _ in range(2))
     case = dataclasses.replace(
         next(case for case in CASES if case.name == "convolution block"),
-        named=dict(scale_shift=(scale, shift)),
+        named=dict(scale_shift=(jnp.asarray(scale), jnp.asarray(shift))),
         call=lambda module, x: module(x, (channels_first(scale), channels_first(shift))),
     )
     got, want = outputs_of(case)

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import socket
+import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -63,6 +64,16 @@ def pictures(folder: Path, count: int, broken: int) -> Path:
     return folder
 
 
+def here(settings, monkeypatch) -> dict:
+    """Runs the settings in this process; what it has seen."""
+    layout = make_layout(settings.mesh, rows=settings.rows, min_size=0)
+    with monkeypatch.context() as patch:
+        seen, make_train_step = watched(layout, settings)
+        patch.setattr(loop, "make_train_step", make_train_step)
+        assert loop.run(settings, 1, layout)
+    return seen
+
+
 @pytest.mark.parametrize(
     ("mesh", "then"),
     [
@@ -91,18 +102,18 @@ def test_processes_are_one(tmp_path, monkeypatch, mesh, then):
     assert said[0].count("skipped 5.png: corrupt picture") == 1
     assert said[1] == ""
 
-    again = dict(steps=stopped + 2, resume=True, sample_every=stopped + 2)
-    settings = dataclasses.replace(settings, **again)
-    second, said = finish(*start(tmp_path, settings, then))
-    assert f"U-Net 1 is at step {stopped + 2}" in said[0]
-    assert (settings.run / "samples" / f"unet1-{stopped + 2:07d}.png").exists()
+    settings = dataclasses.replace(settings, steps=stopped + 2, resume=True)
+    if then == 1:
+        second = [here(settings, monkeypatch)]
+    else:
+        settings = dataclasses.replace(settings, sample_every=stopped + 2)
+        second, said = finish(*start(tmp_path, settings, then))
+        assert f"U-Net 1 is at step {stopped + 2}" in said[0]
+        assert (settings.run / "samples" / f"unet1-{stopped + 2:07d}.png").exists()
 
     (tmp_path / "one").mkdir()
     alone = support.settings(tmp_path / "one", steps=stopped + 2, **same)
-    layout = make_layout(mesh, rows=alone.rows, min_size=0)
-    whole, make_train_step = watched(layout, alone)
-    monkeypatch.setattr(loop, "make_train_step", make_train_step)
-    assert loop.run(alone, 1, layout)
+    whole = here(alone, monkeypatch)
     for number, seen in ((0, first), (stopped, second)):
         assert sorted({row for process in seen for row in process["rows"]}) == [0, 1, 2, 3]
         for process in seen:
