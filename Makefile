@@ -1,14 +1,18 @@
 # make demo       a small cascade learns the bundled pictures and draws them (CPU, about 12 minutes)
 # make test       what .ci/run runs: ruff and every test but the long ones
 # make test-all   the long ones too
+# make test-newest   the tests that need no torch, with the newest Python, JAX and Flax
+# make lint       ruff alone: no torch is installed for it
 # make env, make test-env   only the environments, in .venv
 #
 # PYTHON=python3.12 picks the interpreter (3.11 or newer) that .venv is made with.
 # The parity tests compare with imagen-pytorch. Where pip would fetch a CUDA build of torch, point
-# it at PyTorch's CPU index: make test TORCH_INDEX=<that index>.
+# it at PyTorch's CPU index: make test TORCH_INDEX=<that index>. NEWEST=python3.14 picks the
+# interpreter of `make test-newest`, whose environment is .venv-newest.
 
 PYTHON ?= python3
 TORCH_INDEX ?=
+NEWEST ?= python3.13
 WORKERS ?= 2
 PIP := .venv/bin/python -m pip install
 
@@ -19,22 +23,30 @@ REFERENCE := imagen-pytorch==2.1.0 torchvision==0.28.0 kornia==0.9.0 kornia-rs==
 REFERENCE_NEEDS := click datasets filelock fsspec packaging importlib_metadata protobuf psutil "pydantic>=2" pyyaml regex requests sentencepiece
 
 # Both workers, and the commands that tests start, share what XLA compiled in this run.
-PYTEST = cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT && \
+RUN_TESTS = cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT && \
     JAX_COMPILATION_CACHE_DIR=$$cache JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.5 \
-    .venv/bin/python -m pytest -q -n $(WORKERS) --dist loadfile --durations 15
+    $(1)/bin/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 15
 
-.PHONY: demo test test-all lint env test-env
+WITH_NETWORKS := tests/nn tests/train/test_step.py tests/test_checkpoint.py tests/test_pipeline.py
+
+.PHONY: demo test test-all test-newest lint env test-env
 
 demo: env
 	.venv/bin/python demo.py
 
-test: lint
-	$(PYTEST) -m "not long"
+test: lint test-env
+	$(call RUN_TESTS,.venv) -m "not long"
 
-test-all: lint
-	$(PYTEST)
+test-all: lint test-env
+	$(call RUN_TESTS,.venv)
 
-lint: test-env
+# The second run: Flax without its graphs of shared objects, which the code does not need.
+test-newest: .venv-newest/env.stamp
+	$(call RUN_TESTS,.venv-newest) -m "not long and not torch"
+	export NNX_GRAPH_MODE=false NNX_GRAPH_UPDATES=false; \
+	    $(call RUN_TESTS,.venv-newest) -m "not long and not torch" $(WITH_NETWORKS)
+
+lint: .venv/lint.stamp
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
@@ -43,6 +55,10 @@ test-env: .venv/test-env.stamp
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
+
+.venv/lint.stamp: pyproject.toml | .venv/bin/python
+	$(PIP) "ruff>=0.14"
+	touch $@
 
 .venv/env.stamp: pyproject.toml | .venv/bin/python
 	$(PIP) -e .
@@ -53,4 +69,9 @@ test-env: .venv/test-env.stamp
 	$(PIP) -e ".[test]"
 	$(PIP) --no-deps $(REFERENCE)
 	$(PIP) $(REFERENCE_NEEDS)
+	touch $@
+
+.venv-newest/env.stamp: pyproject.toml Makefile
+	$(NEWEST) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --upgrade -e ".[test]"
 	touch $@

@@ -15,8 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from train.planning import chips, report
-from train.planning.hlo import Program
+from tools import chips, hlo, report
 from train.step import _compiler_options
 
 COUNT, SIZE, PICTURES = 3, 16, 8  # kernels; pixels; pictures on each device
@@ -44,7 +43,7 @@ def main() -> None:
             print(f"  {name}: {sent / 1e6:.1f} MB: {kinds}", flush=True)
 
 
-def compiled(mesh, spec, channels: int, by_hand: bool) -> Program:
+def compiled(mesh, spec, channels: int, by_hand: bool) -> list[hlo.Collective]:
     split, rows = NamedSharding(mesh, spec), NamedSharding(mesh, P(mesh.axis_names))
 
     def loss(kernels, x):
@@ -77,7 +76,7 @@ def compiled(mesh, spec, channels: int, by_hand: bool) -> Program:
     )
     options = _compiler_options(mesh.devices.flat[0])
     text = traced.lower().compile(compiler_options=options).as_text()
-    return Program(text, mesh.size)
+    return hlo.collectives(text, mesh.size)
 
 
 def _mesh(shape: tuple[int, ...], devices) -> jax.sharding.Mesh:

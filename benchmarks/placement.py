@@ -1,6 +1,6 @@
 """Large feature maps over the model axis, by rows or by channels: what a training step costs.
 
-    python -m benchmarks.placement --out benchmarks/results/placement.json    # a CPU, half an hour
+    python -m benchmarks.placement --out placement.json    # a CPU, half an hour
 
 Compiles the train step of each paper-sized stage, one residual block a level (the ratio of pixels
 to weights is theirs, the time to compile is not), for 16 emulated devices as 4x4, with feature maps
@@ -55,8 +55,7 @@ def measure(stage: str, threshold: int) -> dict[str, Any]:
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {emulated}".strip()
     import commands
     from imagen_jax import presets, sharding
-    from train.planning import programs, report
-    from train.planning.hlo import Program
+    from tools import hlo, programs, report
     from train.settings import Optimization, Settings
 
     sharding.ROWS_FROM = threshold
@@ -71,11 +70,11 @@ def measure(stage: str, threshold: int) -> dict[str, Any]:
     one = config.stage(commands.stage_number(stage))
     planned = programs.train_step(one, settings.section(Optimization), layout)
     executable = planned.traced.lower().compile()
-    program = Program(executable.as_text(), layout.mesh.size)
+    moved = report.moved(hlo.collectives(executable.as_text(), layout.mesh.size))
     return {
         "temporaries": report.Memory.of(executable).temporaries,
-        "sent": sum(one.sent for one in program.collectives),
-        "collectives": report.moved(program),
+        "sent": sum(one["sent"] for one in moved.values()),
+        "collectives": moved,
     }
 
 

@@ -1,6 +1,6 @@
 """What a training step keeps and sends as the mesh grows, on emulated devices.
 
-    python -m benchmarks.scaling --out benchmarks/results/scaling.json    # a CPU, some minutes
+    python -m benchmarks.scaling --out scaling.json    # a CPU, some minutes
 
 Compiles the train step of a small U-Net for 1, 2, 4 and 8 devices, eight pictures each, and reads
 memory and collectives from the compiled program; nothing runs. Ideal is: the state (parameters,
@@ -47,8 +47,7 @@ def measure(mesh: str) -> dict[str, Any]:
 
     import imagen_jax
     from imagen_jax.sharding import make_layout, parse
-    from train.planning import programs, report
-    from train.planning.hlo import Program
+    from tools import hlo, programs, report
     from train.settings import Optimization, Settings
 
     config = imagen_jax.ImagenConfig(
@@ -59,7 +58,7 @@ def measure(mesh: str) -> dict[str, Any]:
     planned = programs.train_step(config.stage(1), settings.section(Optimization), layout)
     executable = planned.traced.lower().compile()
     memory = report.Memory.of(executable)
-    program = Program(executable.as_text(), layout.mesh.size)
+    moved = report.moved(hlo.collectives(executable.as_text(), layout.mesh.size))
     parts = planned.argument_bytes()
     leaves = jax.tree.leaves(planned.arguments["parameters"])
     split = [x for x in leaves if not x.sharding.is_fully_replicated]
@@ -71,8 +70,8 @@ def measure(mesh: str) -> dict[str, Any]:
         "batch": parts["batch"],
         "temporaries": memory.temporaries,
         "total": memory.total,
-        "collectives": report.moved(program),
-        "sent": sum(one.sent for one in program.collectives),
+        "collectives": moved,
+        "sent": sum(one["sent"] for one in moved.values()),
     }
 
 

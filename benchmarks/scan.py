@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from imagen_jax.nn.blocks import ResnetBlock
-from train.planning import chips
+from tools import chips
 
 COUNT, SIZE, BATCH, TIME_DIM = 8, 16, 4, 512
 REPEATS = 5
@@ -24,7 +24,7 @@ REPEATS = 5
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--topology", default="local", help="as of train.plan")
+    parser.add_argument("--topology", default="local", help="as of tools.plan")
     parser.add_argument("--dim", type=int, default=256)
     args = parser.parse_args()
     device = chips.devices(args.topology)[0]

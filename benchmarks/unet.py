@@ -1,7 +1,7 @@
 """One training step and one 50-step sample of the same U-Net, here and in imagen-pytorch.
 
     python -m benchmarks.unet                    # the two in turn, medians and ratios
-    python -m benchmarks.unet --rounds 5 --out benchmarks/results/cpu.json
+    python -m benchmarks.unet --rounds 5 --out unet.json
 
 Each side runs in a process of its own, alternating, since both keep their threads spinning; within
 a process compilation and warm-up come first and are reported apart. On a GPU both compute in

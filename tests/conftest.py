@@ -1,7 +1,15 @@
 """One environment for every test and every command that a test starts: eight emulated devices on
-the CPU, float32 products in full precision, no network. Set before anything imports JAX."""
+the CPU, float32 products in full precision, no network. Set before anything imports JAX.
 
+Tests of files that import torch, themselves or through `tests.parity` and its like, are marked
+`torch`; with `-m "not torch"` these files are not read, so torch need not be installed.
+"""
+
+import ast
+import functools
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +19,38 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 FLAGS = "--xla_force_host_platform_device_count=8"
 if FLAGS not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
+
+ROOT = Path(__file__).parents[1]
+TORCH = ("torch", "safetensors.torch", "imagen_jax.interop.reference")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    without = "not torch" in (config.getoption("markexpr") or "")
+    python = collection_path.suffix == ".py" and collection_path.name.startswith("test_")
+    return True if without and python and needs_torch(collection_path) else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if needs_torch(item.path):
+            item.add_marker("torch")
+
+
+@functools.cache
+def needs_torch(path: Path) -> bool:
+    """Whether importing a file of tests imports torch."""
+    names = set(imported(path))
+    own = {ROOT / (name.replace(".", "/") + ".py") for name in names if name.startswith("tests.")}
+    return not names.isdisjoint(TORCH) or any(map(needs_torch, filter(Path.exists, own)))
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Modules, and names in them, that a file imports at its top."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            module = getattr(node, "module", None)
+            yield from [module] * bool(module)
+            yield from (f"{module}.{a.name}" if module else a.name for a in node.names)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -47,14 +47,16 @@ MAY_IMPORT = {
     "imagen_jax": ALL,
     "train": ALL,
     "sample": ALL,
+    "tools": ALL | {"train"},
 }
+TOPS = ("imagen_jax", "train", "sample", "tools")
 FOREIGN = {"torch", "torchvision", "imagen_pytorch", "tensorflow"}
 
 
 @functools.cache
 def modules() -> dict[str, Path]:
     """Dotted name -> file, of everything that the rules speak of."""
-    files = [p for top in ("imagen_jax", "train", "sample") for p in (ROOT / top).rglob("*.py")]
+    files = [p for top in TOPS for p in (ROOT / top).rglob("*.py")]
     names = {}
     for path in files:
         parts = path.relative_to(ROOT).with_suffix("").parts
@@ -94,7 +96,7 @@ def test_a_room_imports_only_what_it_stands_on(module):
     assert here in MAY_IMPORT, f"a new room: say in MAY_IMPORT what {module} may import"
     allowed = MAY_IMPORT[here] | {here, "errors"}
     for name in imported(module, modules()[module]):
-        if name.split(".")[0] in ("imagen_jax", "train", "sample", "tests", "benchmarks"):
+        if name.split(".")[0] in (*TOPS, "tests", "benchmarks"):
             assert room(name) in allowed, f"{module} imports {name}"
 
 

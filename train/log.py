@@ -269,4 +269,4 @@ def _extra(module: str, flag: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise UserError(f"{flag} needs {module}: pip install 'imagen-jax[logging]'.") from error
+        raise UserError(f"{flag} needs {module}: pip install -e '.[logging]'.") from error

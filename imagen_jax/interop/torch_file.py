@@ -11,7 +11,7 @@ import numpy as np
 
 from imagen_jax.errors import UserError, first_line
 
-_NEEDED = "needs torch (pip install 'imagen-jax[torch]')"
+_NEEDED = "needs torch (pip install -e '.[torch]')"
 
 
 def read_torch_file(path: str | os.PathLike) -> Any:

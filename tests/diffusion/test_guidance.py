@@ -91,9 +91,3 @@ def test_dynamic_threshold_matches_reference(size):
     got = guidance.dynamic_threshold(jnp.asarray(size * COND), 0.95)
     np.testing.assert_allclose(got, (x0.clamp(-s, s) / s).numpy(), atol=1e-6)
     assert np.abs(got).max() <= 1.0
-
-
-def test_static_threshold():
-    np.testing.assert_array_equal(
-        guidance.static_threshold(jnp.asarray(3 * COND)), np.clip(3 * COND, -1, 1)
-    )

@@ -217,14 +217,6 @@ def test_the_clis_configuration_completes_a_state_dict(clis, tmp_path):
     assert config.stage(3).process.schedule == "linear"
 
 
-def test_a_run_directorys_configuration_will_do_too(tmp_path):
-    model = saved(tmp_path / "a.pt", states.trainers_file()["model"])
-    file = saved(tmp_path / "b.pt", states.trainers_file())
-    interop("from-torch", file, tmp_path / "run")
-    interop("from-torch", model, tmp_path / "out", "--config", tmp_path / "run" / "config.json")
-    assert checkpoint.read_config(tmp_path / "out") == states.CASCADE
-
-
 def asked(file: Path, *config: Path) -> dict:
     """The JSON that the error message asks for."""
     options = [part for path in config for part in ("--config", path)]
@@ -275,15 +267,6 @@ def test_what_a_persisted_network_knows_completes_a_whole_configuration(tmp_path
     assert effective(config.unets[0]) == effective(
         dataclasses.replace(unet, text_embed_dim=config.text_embed_dim)
     )
-
-
-def test_the_state_dict_of_one_network_leaves_more_open(tmp_path):
-    file = saved(tmp_path / "unet.pt", states.state_of(states.UNET))
-    wanted = TEXT | dict(unets=[dict(scale_skip_connection=True)])
-    assert asked(file) == wanted
-    config = converts(file, wanted | dict(image_sizes=[8], text_encoder_name="ours"))
-    assert effective(config.unets[0]) == effective(states.UNET)
-    assert config.text_embed_dim == 768
 
 
 def test_the_state_dict_of_a_cascade_leaves_both_networks_fields_open(tmp_path):
@@ -373,68 +356,6 @@ def test_a_file_that_is_no_configuration_is_refused(content, reason, tmp_path):
     with pytest.raises(ValueError, match=reason) as caught:
         interop("inspect", file, "--config", tmp_path / "a.json")
     assert "\n" not in str(caught.value)
-
-
-VARIED = ImagenConfig(
-    unets=(states.UNET, states.UNET, states.UNET),
-    image_sizes=(5, 8, 16),
-    text_encoder_name="ours",
-    text_embed_dim=6,
-    timesteps=(9, 8, 7),
-    cond_drop_prob=0.2,
-    loss_type="huber",
-    noise_schedules=("linear", "cosine"),
-    pred_objectives=("noise", "v", "x_start"),
-    random_crop_sizes=(None, 4, 8),
-    lowres_noise_schedule="cosine",
-    lowres_sample_noise_level=0.3,
-    per_sample_random_aug_noise_level=True,
-    auto_normalize_img=False,
-    dynamic_thresholding=(True, False, True),
-    dynamic_thresholding_percentile=0.9,
-    only_train_unet_number=2,
-    resize_mode="bilinear",
-    min_snr_loss_weight=(True, False, True),
-    min_snr_gamma=(4.0, 5.0, 6.0),
-)
-CASCADES = {
-    "every field": VARIED,
-    "null": dataclasses.replace(
-        states.CASCADE, unets=(NullUnetConfig(), states.UNET), image_sizes=(8, 16)
-    ),
-    "unconditional, grey": dataclasses.replace(
-        states.CASCADE, condition_on_text=False, text_embed_dim=None, channels=1
-    ),
-    "elucidated": dataclasses.replace(
-        states.CASCADE, elucidated=ElucidatedConfig(sigma_max=(80, 40), rho=5, P_std=1.1)
-    ),
-    "group": dataclasses.replace(
-        states.CASCADE, unets=(dataclasses.replace(states.UNET, norm="group"),) * 2
-    ),
-}
-
-
-def test_the_varied_cascade_uses_every_field():
-    elsewhere = ("condition_on_text", "channels", "elucidated")
-    for field in dataclasses.fields(ImagenConfig):
-        if field.name not in elsewhere:
-            assert getattr(VARIED, field.name) != field.default, field.name
-
-
-@pytest.mark.parametrize("name", CASCADES)
-def test_a_cascade_survives_the_way_to_theirs_and_back(name):
-    config = CASCADES[name]
-    kind, params = configuration.to_theirs(config)
-    assert kind == ("elucidated" if name == "elucidated" else "original")
-    norms = [getattr(unet, "norm", "rms") for unet in config.unets]
-    params = json.loads(json.dumps(params))
-    assert configuration.to_ours(params, kind, norms) == config
-    assert "norm" not in str(params.get("unets")) and "elucidated" not in params
-    module = import_imagen_pytorch()
-    theirs = module.ElucidatedImagenConfig if kind == "elucidated" else module.ImagenConfig
-    with lenient():  # what its class makes of it is the same cascade
-        again = json.loads(json.dumps(theirs(**params).model_dump()))
-    assert configuration.to_ours(again, kind, norms) == config
 
 
 def test_schedules_that_are_too_many_are_cut_in_theirs_and_refused_in_ours():

@@ -24,8 +24,6 @@ CONFIGS = {
     "base": BASE,
     "super-resolution": BASE
     | dict(memory_efficient=True, lowres_cond=True, cond_images_channels=4),
-    "unconditional": BASE | dict(cond_on_text=False, text_embed_dim=None),
-    "linear": BASE | dict(use_linear_attn=True, use_linear_cross_attn=True),
     "group": BASE | dict(norm="group", combine_upsample_fmaps=True, pixel_shuffle_upsample=False),
 }
 

@@ -15,7 +15,6 @@ from imagen_jax.config import ImagenConfig, UnetConfig
 from imagen_jax.interop import configuration, keys, verify
 from imagen_jax.interop.reference import build_unet
 from tests import SMALLEST_UNET, parity
-from tests.interop import states
 from tests.interop.states import saved
 from tests.interop.support import (
     assert_same_tensors,
@@ -148,12 +147,3 @@ def test_other_groups_than_eight_are_refused(tmp_path):
     with pytest.raises(ValueError, match='"resnet_groups": 8'):
         interop("from-torch", plain, tmp_path / "4", "--config", tmp_path / "c.json")
     assert not (tmp_path / "4").exists()
-
-
-def test_the_norms_of_both_versions_differ_in_names_alone():
-    group = states.shapes_of(UNET)
-    rms = states.shapes_of(dataclasses.replace(UNET, norm="rms"))
-    only_group = {name.rpartition(".")[0] for name in group.keys() - rms.keys()}
-    only_rms = {name.rpartition(".")[0] for name in rms.keys() - group.keys()}
-    assert {name.replace("groupnorm", "norm") for name in only_group} == only_rms
-    assert all(group[name] == rms[name] for name in group.keys() & rms.keys())

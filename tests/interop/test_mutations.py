@@ -1,12 +1,12 @@
 """`verify` sees every mistake a conversion could make: two tensors swapped, a kernel transposed.
 
-All pairs of same-shaped tensors and all square kernels of small U-Nets are tried, no weight at its
-initial value. (a), the inverse table, must see each mutation. (b), the forward, must see all but
-those that change no output: CANNOT_MATTER lists them, and they must go unseen.
+Of all swaps of same-shaped tensors and transpositions of square kernels of a small U-Net, no weight
+at its initial value, a sample is tried. (a), the inverse table, must see each. (b), the forward,
+must see all but those that change no output, CANNOT_MATTER, which must go unseen.
 """
 
-import functools
 import itertools
+import random
 import re
 
 import jax
@@ -31,18 +31,12 @@ SMALL = dict(
     layer_attns=(False, True),
     layer_cross_attns=(False, True),
 )
-CONFIGS = {
-    "super-resolution": UnetConfig(
-        **SMALL | dict(dim_mults=(1,), layer_attns=True, layer_cross_attns=True),
-        lowres_cond=True,
-        memory_efficient=True,
-    ),
-    "base": UnetConfig(**SMALL),
-}
-EACH = [
-    "super-resolution",
-    pytest.param("base", marks=pytest.mark.long),
-]
+CONFIG = UnetConfig(
+    **SMALL | dict(dim_mults=(1,), layer_attns=True, layer_cross_attns=True),
+    lowres_cond=True,
+    memory_efficient=True,
+)
+TRIED = 60  # swaps, besides every transposition and those that cannot matter
 CANNOT_MATTER = (
     (r"(.*)qk_norm.k_scale", r"(.*)qk_norm.q_scale"),  # their product scales each logit's terms
     (r".*gca.to_k.bias()", r".*gca.to_k.bias()"),  # a softmax is blind to a constant
@@ -52,13 +46,12 @@ CANNOT_MATTER = (
 )
 
 
-@functools.cache
-def converted(name: str):
-    """(configuration, the reference's tensors, ours by dotted name, the structure of the tree)."""
-    config = CONFIGS[name]
-    state = parity.state_dict(parity.reference_unet(config))
-    params = keys.to_jax(state, nn.abstract(config)[1])
-    return config, state, keys.flatten(params), jax.tree.structure(params)
+@pytest.fixture(scope="module")
+def converted():
+    """(the reference's tensors, ours by dotted name, the structure of the tree)."""
+    state = parity.state_dict(parity.reference_unet(CONFIG))
+    params = keys.to_jax(state, nn.abstract(CONFIG)[1])
+    return state, keys.flatten(params), jax.tree.structure(params)
 
 
 def mutations(leaves) -> list[tuple[str, ...]]:
@@ -78,27 +71,28 @@ def mutate(leaves, names: tuple[str, ...]):
     return leaves | {names[0]: leaves[names[1]], names[1]: leaves[names[0]]}
 
 
-@pytest.mark.parametrize("name", EACH)
-def test_the_inverse_table_sees_every_mutation(name):
-    _, state, leaves, structure = converted(name)
+def test_the_inverse_table_sees_mutations(converted):
+    state, leaves, structure = converted
     theirs = {ours: their for their, ours in pairs_of_names(state, leaves, structure)}
     tried = mutations(leaves)
     assert len(tried) > 500
-    for names in tried:
+    for names in random.Random(0).sample(tried, 2 * TRIED):
         found = verify.differing(state, structure.unflatten(mutate(leaves, names).values()))
         assert sorted(found) == sorted(theirs[n] for n in names)
 
 
-@pytest.mark.parametrize("name", EACH)
-def test_the_forward_sees_every_mutation_that_can_matter(name):
-    config, state, leaves, structure = converted(name)
-    reference = verify.reference_outputs(config, state)
+def test_the_forward_sees_what_can_matter(converted):
+    state, leaves, structure = converted
+    reference = verify.reference_outputs(CONFIG, state)
 
     def agrees(leaves) -> bool:
-        ours = verify.outputs(config, structure.unflatten(leaves.values()))
+        ours = verify.outputs(CONFIG, structure.unflatten(leaves.values()))
         return max(verify.compare(reference, ours)) <= verify.TOLERANCE
 
-    tried = mutations(leaves)
+    every = mutations(leaves)
+    tried = [names for names in every if len(names) == 1 or cannot_matter(names)]
+    assert len(tried) > 20
+    tried += random.Random(0).sample([names for names in every if names not in tried], TRIED)
     leaves = {ours: jnp.asarray(leaf) for ours, leaf in leaves.items()}
     assert agrees(leaves)
     unseen = {names for names in tried if agrees(mutate(leaves, names))}

@@ -372,8 +372,8 @@ def test_torch_is_needed_for_its_own_files_alone(tmp_path):
     )
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
-        "error: imagen.pt is a PyTorch file: reading it needs torch (pip install "
-        "'imagen-jax[torch]'), or convert it to safetensors."
+        "error: imagen.pt is a PyTorch file: reading it needs torch (pip install -e "
+        "'.[torch]'), or convert it to safetensors."
     ]
     assert done.stdout.count("U-Net 2, ema    step         6: ") == 2
     unets, total = done.stdout.splitlines()[-1].split("] ")

@@ -308,5 +308,5 @@ def test_a_torch_file_with_code_is_refused(tmp_path):
 
 def test_a_missing_torch_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(ValueError, match=r"pip install 'imagen-jax\[torch\]'"):
+    with pytest.raises(ValueError, match=r"pip install -e '.\[torch\]'"):
         read_torch_file(tmp_path / "x.pt")

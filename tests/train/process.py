@@ -12,7 +12,7 @@ from commands import processes
 from imagen_jax import training
 from imagen_jax.sharding import Layout, make_layout
 from tests import RUN_ONCE
-from train import loop, step
+from train import loop, run, step
 from train.settings import Settings
 
 
@@ -22,6 +22,7 @@ def train(settings: Settings, file: Path) -> None:
     def main():
         processes.start(settings.coordinator, settings.process_id, settings.num_processes)
         step._compiler_options = lambda *_: RUN_ONCE
+        run.VISIBLE_WITHIN = 2.0  # seconds
         layout = make_layout(settings.mesh, rows=settings.rows, min_size=0)
         seen, loop.make_train_step = watched(layout, settings)
         commands.errors_go_to(settings.run)

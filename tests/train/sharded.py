@@ -22,7 +22,7 @@ from train.state import TrainState
 
 MESHES = ("8x1", "4x2", "2x4", "1x8")
 BATCH, WIDTH, LENGTH = 16, 12, 6
-SIZE = 8  # maps of so many rows are split by rows here, smaller ones by channels
+SIZE = 8  # pixels; of super-resolution as many as make a map be split by rows, not by channels
 
 # Four heads split over 2 and 4 devices, not over 8; the middle's cross-attention has always 8.
 _SHARED = dict(
@@ -67,7 +67,7 @@ def cascade(network: str) -> tuple[ImagenConfig, int]:
     unets = (NETWORKS["small" if network == "super_res" else network], NETWORKS["super_res"])
     config = ImagenConfig(
         unets=unets,
-        image_sizes=(SIZE, SIZE),
+        image_sizes=(SIZE, sharding.ROWS_FROM),
         text_encoder_name="none",
         text_embed_dim=WIDTH,
         pred_objectives="v",
@@ -131,7 +131,7 @@ def outcome(case: Case) -> dict[str, dict[str, np.ndarray]]:
         lambda x: (0.1 * rng.standard_normal(x.shape)).astype(x.dtype), shapes.params
     )
     batch = dict(
-        images=rng.integers(0, 256, (BATCH, SIZE, SIZE, 3)).astype(np.uint8),
+        images=rng.integers(0, 256, (BATCH, *config.stage(unet_number).sample_shape), np.uint8),
         text_embeds=rng.standard_normal((BATCH, LENGTH, WIDTH)).astype(np.float32),
         text_masks=np.arange(LENGTH) < rng.integers(1, LENGTH + 1, (BATCH, 1)),
     )
@@ -142,7 +142,9 @@ def outcome(case: Case) -> dict[str, dict[str, np.ndarray]]:
             config.stage(unet_number), settings.section(Optimization), layout
         )
         step._train_step.cache_clear()
-    with mock.patch.object(sharding, "ROWS_FROM", SIZE):
+    # The small maps of the other networks are split by rows, too.
+    rows_from = min(sharding.ROWS_FROM, config.stage(unet_number).sample_shape[0])
+    with mock.patch.object(sharding, "ROWS_FROM", rows_from):
         state, metrics = train_step(create(params), layout.to_batch(batch, BATCH), layout.key(0))
     assert all(
         x.sharding.is_equivalent_to(wanted, x.ndim)

@@ -378,19 +378,6 @@ def test_speed_and_profile(tmp_path, monkeypatch, capsys):
     assert "profile of steps 4 .. 4 in" in capsys.readouterr().out
 
 
-def test_the_host_waits_only_where_something_is_due(tmp_path, monkeypatch):
-    """To save (steps 3 and 6) and to evaluate (6): in between it stays ahead of the device."""
-    pauses, pause = [], Window.pause
-
-    def counted(window):
-        pauses.append(window.timed)
-        return pause(window)
-
-    monkeypatch.setattr(Window, "pause", counted)
-    assert loop.run(support.settings(tmp_path, steps=6, log_every=50, save_every=3), 1)
-    assert pauses == [3, 6, 6]
-
-
 def test_work_of_a_step_is_that_of_the_network_once(tmp_path):
     settings = support.settings(tmp_path)
     work = step_flops(support.CASCADE.stage(1), settings)

@@ -7,8 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import torch
-from ema_pytorch import EMA
 
 from imagen_jax.sharding import make_layout
 from train.optimizer import (
@@ -22,7 +20,11 @@ from train.optimizer import (
 from train.settings import Settings
 
 
+@pytest.mark.torch
 def test_the_reference_average_is_that_of_ema_pytorch():
+    import torch
+    from ema_pytorch import EMA
+
     model = torch.nn.Linear(1, 1, bias=False)
     theirs = EMA(model, beta=0.9999, update_after_step=100, update_every=10)
     settings = Settings(ema="reference")
@@ -37,23 +39,26 @@ def test_the_reference_average_is_that_of_ema_pytorch():
         np.testing.assert_allclose(ours, want, rtol=2e-5, atol=1e-6, err_msg=f"step {step}")
 
 
-def test_the_plain_average_warms_up():
+def test_the_plain_average_warms_up_to_its_decay():
     settings = Settings(ema="plain", ema_decay=0.9)
-    steps = jnp.arange(200)
-    want = np.minimum(0.9, (1 + np.arange(200)) / (10 + np.arange(200)))
-    got = jax.vmap(lambda step: ema_decay(step, settings))(steps)
-    np.testing.assert_allclose(got, want, rtol=1e-6)
+    decays = np.asarray(jax.vmap(lambda step: ema_decay(step, settings))(jnp.arange(200)))
+    assert decays[0] < 0.2 and (np.diff(decays) >= 0).all()
+    np.testing.assert_allclose(decays[100:], 0.9, rtol=1e-6)
 
 
-def test_learning_rate_warms_up_and_falls():
+def test_the_learning_rate_warms_up_and_falls_to_zero():
     settings = Settings(lr=2e-3, warmup_steps=10, cosine_decay_max_steps=100)
-    k = np.arange(150)
-    cosine = 0.5 * (1 + np.cos(np.pi * np.minimum(k, 100) / 100))
-    want = 2e-3 * cosine * np.minimum(1, (k + 1) / 10)
-    np.testing.assert_allclose(jax.vmap(learning_rate(settings))(k), want, rtol=1e-5, atol=1e-9)
+    rate = np.asarray(jax.vmap(learning_rate(settings))(jnp.arange(150)))
+    assert rate[0] == pytest.approx(2e-4) and rate.argmax() == 9
+    np.testing.assert_allclose(rate[50], 1e-3, rtol=1e-5)  # half of the cosine
+    assert (np.diff(rate[9:]) <= 0).all()
+    np.testing.assert_allclose(rate[100:], 0, atol=1e-9)
 
 
+@pytest.mark.torch
 def test_adam_steps_as_torch_does():
+    import torch
+
     settings = Settings(lr=0.1, max_grad_norm=None)
     optimizer, x = make_optimizer(settings), jnp.array([1.0, -2.0, 3.0])
     state = optimizer.init(x)
@@ -69,12 +74,20 @@ def test_adam_steps_as_torch_does():
 
 
 @pytest.mark.parametrize("name", ["adam", "adafactor"])
-def test_gradients_are_clipped(name):
-    optimizer = make_optimizer(Settings(optimizer=name, max_grad_norm=1.0))
-    x = jnp.ones((256, 256))
-    small, _ = optimizer.update(x / 256, optimizer.init(x), x)
-    large, _ = optimizer.update(x * 1e6, optimizer.init(x), x)
-    np.testing.assert_allclose(small, large, rtol=1e-4)
+def test_gradients_are_clipped_to_a_norm(name):
+    """The first update is the same whatever the size of its gradient; what is remembered of it
+    shows in the second."""
+    x = jnp.ones((256, 256)) / 256  # of norm 1
+
+    def second_update(limit, first):
+        optimizer = make_optimizer(Settings(optimizer=name, max_grad_norm=limit))
+        _, state = optimizer.update(first * x, optimizer.init(x), x)
+        return np.asarray(optimizer.update(0.5 * x, state, x)[0])
+
+    clipped = second_update(1.0, 1000.0)
+    np.testing.assert_allclose(clipped, second_update(None, 1.0), rtol=1e-4)
+    assert np.abs(second_update(None, 1000.0)).max() < 0.9 * np.abs(clipped).max()
+    np.testing.assert_array_equal(second_update(1.0, 0.5), second_update(None, 0.5))
 
 
 def test_rounding_at_random_is_exact_in_the_mean():
@@ -119,5 +132,5 @@ def test_averages_in_bfloat16_follow_those_in_float32(name):
         for step in range(600):
             updates, state = update(jnp.where(step < 5, 1.0, 0.01) + x, state, x)
         moves.append(updates)
-    np.testing.assert_allclose(moves[1], moves[0], rtol=0.25)
-    np.testing.assert_allclose(moves[1].mean(), moves[0].mean(), rtol=0.02)
+    ratios = np.asarray(moves[1]) / np.asarray(moves[0])
+    assert abs(ratios.mean() - 1) < 0.005 and ratios.std() < 0.03  # of 1200; measured: 0.019

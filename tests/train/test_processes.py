@@ -2,7 +2,6 @@
 a save and a resume by another number of processes the same parameters."""
 
 import dataclasses
-import json
 import os
 import re
 import signal
@@ -22,8 +21,7 @@ from imagen_jax import checkpoint, distributed
 from imagen_jax.sharding import make_layout
 from tests.train import forked, support
 from tests.train.process import train, watched
-from train import loop, run
-from train.run import RunDir
+from train import loop
 
 DEVICES = 4
 
@@ -51,10 +49,9 @@ def start(folder: Path, settings, processes: int, **own) -> tuple[list[BaseProce
 
 def finish(running: list[BaseProcess], files: list[Path]) -> tuple[list[dict], list[str]]:
     """What each process has seen, and said."""
-    for process in running:
-        process.join(240)
+    codes = [forked.join(process, 240) for process in running]
     said = [file.read_text() for file in files]
-    assert not any(process.exitcode for process in running), said
+    assert not any(codes), said
     return [dict(np.load(f"{file}.npz")) for file in files], said
 
 
@@ -69,18 +66,36 @@ def pictures(folder: Path, count: int, broken: int) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("mesh", ["4x1", pytest.param("2x2", marks=pytest.mark.long)])
-def test_processes_are_one(tmp_path, monkeypatch, mesh):
-    """Two, of which one is told to stop; then four; then one alone, for comparison. A broken
-    picture stands in the second half of the first batch, which process 0 does not read."""
+def here(settings, monkeypatch) -> dict:
+    """Runs the settings in this process; what it has seen."""
+    layout = make_layout(settings.mesh, rows=settings.rows, min_size=0)
+    with monkeypatch.context() as patch:
+        seen, make_train_step = watched(layout, settings)
+        patch.setattr(loop, "make_train_step", make_train_step)
+        assert loop.run(settings, 1, layout)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("mesh", "then"),
+    [
+        ("4x1", 1),
+        pytest.param("4x1", 4, marks=pytest.mark.long),
+        pytest.param("2x2", 4, marks=pytest.mark.long),
+    ],
+)
+def test_processes_are_one(tmp_path, monkeypatch, mesh, then):
+    """Two, of which one is sent SIGTERM; then another number; then one alone, for comparison. A
+    broken picture is in the second half of the first batch, which process 0 does not read."""
     data = pictures(tmp_path / "pictures", 9, broken=5)
     same = dict(mesh=mesh, eps=1e-3, flip=True, save_every=1000, data=str(data), limit=None)
     same |= dict(heldout_fraction=0.0, sample_steps=2)
     settings = support.settings(tmp_path, steps=1000, **same)
     running, files = start(tmp_path, settings, 2)
-    while not (settings.run / "metrics.jsonl").exists() or not support.metrics(settings.run):
-        assert all(process.is_alive() for process in running), files[0].read_text()
-        time.sleep(0.02)
+    forked.wait(
+        lambda: support.metrics(settings.run) or not all(p.is_alive() for p in running), "a step"
+    )
+    assert all(process.is_alive() for process in running), files[0].read_text()
     os.kill(running[1].pid, signal.SIGTERM)
     first, said = finish(running, files)
     stopped = checkpoint.latest_step(settings.run, 1)
@@ -89,18 +104,18 @@ def test_processes_are_one(tmp_path, monkeypatch, mesh):
     assert said[0].count("1  corrupt picture (5.png)") == 1
     assert said[1] == ""
 
-    again = dict(steps=stopped + 2, resume=True, sample_every=stopped + 2)
-    settings = dataclasses.replace(settings, **again)
-    second, said = finish(*start(tmp_path, settings, 4))
-    assert f"U-Net 1 is at step {stopped + 2}" in said[0]
-    assert (settings.run / "samples" / f"unet1-{stopped + 2:07d}.png").exists()
+    settings = dataclasses.replace(settings, steps=stopped + 2, resume=True)
+    if then == 1:
+        second = [here(settings, monkeypatch)]
+    else:
+        settings = dataclasses.replace(settings, sample_every=stopped + 2)
+        second, said = finish(*start(tmp_path, settings, then))
+        assert f"U-Net 1 is at step {stopped + 2}" in said[0]
+        assert (settings.run / "samples" / f"unet1-{stopped + 2:07d}.png").exists()
 
     (tmp_path / "one").mkdir()
     alone = support.settings(tmp_path / "one", steps=stopped + 2, **same)
-    layout = make_layout(mesh, rows=alone.rows, min_size=0)
-    whole, make_train_step = watched(layout, alone)
-    monkeypatch.setattr(loop, "make_train_step", make_train_step)
-    assert loop.run(alone, 1, layout)
+    whole = here(alone, monkeypatch)
     for number, seen in ((0, first), (stopped, second)):
         assert sorted({row for process in seen for row in process["rows"]}) == [0, 1, 2, 3]
         for process in seen:
@@ -133,21 +148,16 @@ def test_a_signal_before_the_loop_ends_a_process(tmp_path):
         told = dict(coordinator=f"localhost:{port}", process_id=number, num_processes=2)
         said = tmp_path / f"said{number}"
         running.append(forked.start(join, told, file, said=said, environment={}))
-    while not all(file.exists() for file in ready):
-        assert all(process.is_alive() for process in running)
-        time.sleep(0.02)
+    forked.wait(lambda: all(file.exists() for file in ready), "both processes")
     for process in reversed(running):
         os.kill(process.pid, signal.SIGTERM)
-        process.join(20)
-        assert process.exitcode == -signal.SIGTERM
+        assert forked.join(process, 20) == -signal.SIGTERM
 
 
 def test_what_goes_wrong_in_one_process_goes_wrong_in_all(tmp_path):
     settings = support.settings(tmp_path, mesh="4x1")
     running, files = start(tmp_path, settings, 2, data=("bundled", "nowhere"))
-    for process in running:
-        process.join(60)
-        assert process.exitcode == 1
+    assert [forked.join(process, 60) for process in running] == [1, 1]
     said = [file.read_text().splitlines()[-1] for file in files]
     assert said[1].startswith("error: no source 'nowhere'")
     assert said[0] == said[1].replace("error: ", "error: process 1: ")
@@ -170,26 +180,24 @@ def test_a_failure_in_one_process_ends_the_others_at_once(tmp_path):
     for number, file in enumerate(said):
         given = dict(coordinator=f"localhost:{port}", process_id=number, num_processes=2)
         running.append(forked.start(fail_alone, given, said=file, environment={}))
-    for process in running:
-        process.join(60)
-        assert process.exitcode == 1
+    assert [forked.join(process) for process in running] == [1, 1]
     assert "Traceback" in said[1].read_text() and "KeyError: 'missing'" in said[1].read_text()
     assert said[0].read_text().splitlines()[-1] == "error: process 1: KeyError: 'missing'"
 
 
-def test_steps_that_not_all_processes_see(tmp_path, monkeypatch):
-    views = [[[6, 4], 6], [[4], 4]]
-    monkeypatch.setattr(distributed, "gather", lambda _: [json.dumps(view) for view in views])
-    with pytest.raises(ValueError, match=r"different steps in .*unet1 \(the newest: 6, 4\)"):
-        RunDir.open(tmp_path, support.CASCADE, support.CASCADE.stage(1), resume=True)
-
-
-def test_a_folder_that_not_all_processes_see(tmp_path, monkeypatch):
-    answers = iter([["written"] * 3, ["yes", "yes", "no"]])
-    monkeypatch.setattr(distributed, "gather", lambda _: next(answers))
-    monkeypatch.setattr(run, "VISIBLE_WITHIN", 0.0)
-    with pytest.raises(ValueError, match="process 2 of 3 does not see .* as process 0 writes it"):
-        RunDir(tmp_path, support.CASCADE, support.CASCADE.stage(1)).check_shared()
+@pytest.mark.parametrize("holds_steps", [False, True])
+def test_a_folder_that_not_all_processes_share(tmp_path, holds_steps):
+    """Each process has a folder of its own; in one case the first holds a step already."""
+    workdirs = (tmp_path / "first", tmp_path / "second")
+    message = "process 1 of 2 does not see .* as process 0 writes it"
+    if holds_steps:
+        (workdirs[0] / "unet1" / "4").mkdir(parents=True)
+        message = "the processes see different steps in .*unet1"
+    settings = support.settings(tmp_path, mesh="4x1", resume=True)
+    running, files = start(tmp_path, settings, 2, workdir=workdirs)
+    assert [forked.join(process) for process in running] == [1, 1]
+    for file in files:
+        assert re.match(f"error: .*{message}", file.read_text().splitlines()[-1])
 
 
 def test_clusters_are_found_and_laptops_left_alone():

@@ -32,8 +32,7 @@ def test_a_run_moves_between_meshes(straight, tmp_path):
     settings = support.settings(tmp_path, eps=1e-3, mesh="4x2", steps=2)
     run(settings, sample_every=2, sample_steps=2)
     assert (settings.run / "samples" / "unet1-0000002.png").exists()
-    run(settings, mesh="2x4", steps=3, resume=True)
-    run(settings, mesh="1x1", steps=4, resume=True)
+    run(settings, mesh="2x4", steps=4, resume=True)
     for item in ("params", "ema"):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),

@@ -4,8 +4,11 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from train.planning.chips import Chip
-from train.planning.hlo import KINDS, Program
+from tools.chips import Chip
+from tools.hlo import KINDS, Collective
+
+Moved = dict[str, dict[str, int | float]]
+"""By kind of collective: how many run, and the bytes that each device sends for them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,19 +53,6 @@ class Bound:
     model: float
     """`compute` without recomputation."""
 
-    @classmethod
-    def of(
-        cls, chip: Chip, memory: Memory, program: Program, *, model_flops: int, program_flops: int
-    ) -> "Bound":
-        peak = chip.peak * program.devices
-        sent = sum(one.sent for one in program.collectives)
-        return cls(
-            compute=program_flops / peak,
-            memory=(memory.arguments + memory.outputs) / chip.hbm_bandwidth,
-            network=sent / chip.link_bandwidth,
-            model=model_flops / peak,
-        )
-
     @property
     def overlapped(self) -> float:
         """Seconds, if the network works entirely beside the arithmetic."""
@@ -87,11 +77,10 @@ class Bound:
 _SECONDS = ("compute", "memory", "network", "overlapped", "in_turn")
 
 
-def moved(program: Program) -> dict[str, dict[str, int | float]]:
-    """By kind of collective: how many run, and the bytes that each device sends for them."""
+def moved(collectives: list[Collective]) -> Moved:
     found = {}
     for kind in KINDS:
-        of_kind = [one for one in program.collectives if one.kind == kind and one.group > 1]
+        of_kind = [one for one in collectives if one.kind == kind and one.group > 1]
         if of_kind:
             found[kind] = {
                 "runs": sum(one.times for one in of_kind),
@@ -130,8 +119,7 @@ def describe_memory(memory: Memory, parts: dict[str, int], chip: Chip | None) ->
     yield f"  at once      {size(memory.total):>12}   {verdict}".rstrip()
 
 
-def describe_moved(program: Program, per: str) -> Iterator[str]:
-    kinds = moved(program)
+def describe_moved(kinds: Moved, per: str) -> Iterator[str]:
     if not kinds:
         yield "between devices: nothing moves"
         return
@@ -139,8 +127,7 @@ def describe_moved(program: Program, per: str) -> Iterator[str]:
     for kind, one in kinds.items():
         yield f"  {kind:<18} {one['runs']:>7,} {size(one['sent']):>14}"
     yield f"  {'in all':<18} {'':>7} {size(sum(one['sent'] for one in kinds.values())):>14}"
-    if program.open_loops:
-        yield "  (a loop whose length is data counts once)"
+    yield "  (a loop whose length is data counts once)"
 
 
 def describe_bound(bound: Bound, chip: Chip) -> Iterator[str]:

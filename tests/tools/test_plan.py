@@ -19,14 +19,12 @@ import commands
 from imagen_jax import text
 from imagen_jax.sharding import make_layout
 from tests.train import support
-from train import plan
-from train.planning import chips, programs, report
-from train.planning.chips import Chip
-from train.planning.hlo import Collective, Program
+from tools import chips, hlo, plan, programs, report
+from tools.hlo import Collective
 
 ROOT = Path(__file__).parents[2]
 P = jax.P
-CHIP = Chip("TPU v4", hbm=1000, hbm_bandwidth=100.0, link_bandwidth=10.0, source="made up")
+CHIP = chips.Chip("TPU v4", hbm=1000, hbm_bandwidth=100.0, link_bandwidth=10.0, source="made up")
 
 
 def compiled(fn, *shapes, mesh="8x1", specs=(), out_specs=None, **options):
@@ -40,12 +38,12 @@ def compiled(fn, *shapes, mesh="8x1", specs=(), out_specs=None, **options):
         for shape, spec in zip(shapes, specs, strict=True)
     ]
     executable = jax.jit(mapped, **options).trace(*shapes).lower().compile()
-    return executable, Program(executable.as_text(), layout.mesh.size)
+    return executable, hlo.collectives(executable.as_text(), layout.mesh.size)
 
 
-def by_kind(program: Program) -> dict[str, tuple[int, int, float]]:
+def by_kind(found: list[Collective]) -> dict[str, tuple[int, int, float]]:
     """kind -> (runs, group, bytes sent), for programs with one collective of a kind."""
-    return {one.kind: (one.times, one.group, one.sent) for one in program.collectives}
+    return {one.kind: (one.times, one.group, one.sent) for one in found}
 
 
 def test_an_fsdp_step_by_hand():
@@ -57,12 +55,12 @@ def test_an_fsdp_step_by_hand():
         grads = jax.grad(lambda w: jnp.sum(jnp.tanh(x @ w)))(whole)
         return w - jax.lax.psum_scatter(grads, "data", tiled=True)
 
-    executable, program = compiled(
+    executable, found = compiled(
         step, (64, 32), (16, 64), specs=(P("data"), P("data")), out_specs=P("data"),
         donate_argnums=0,
     )  # fmt: skip
     sent = kernel * 7 / 8
-    assert by_kind(program) == {"all-gather": (1, 8, sent), "reduce-scatter": (1, 8, sent)}
+    assert by_kind(found) == {"all-gather": (1, 8, sent), "reduce-scatter": (1, 8, sent)}
     memory = report.Memory.of(executable)
     own = kernel // 8
     assert (memory.arguments, memory.outputs, memory.aliased) == (own + 2 * 64 * 4, own, own)
@@ -82,8 +80,8 @@ def test_the_partitioner_s_fsdp_step_by_hand():
 
     shapes = (jax.ShapeDtypeStruct((64, 32), jnp.float32), jax.ShapeDtypeStruct((4096, 64), "f4"))
     lowered = jax.jit(step, in_shardings=(split, split), out_shardings=split).lower(*shapes)
-    program = Program(lowered.compile().as_text(), 8)
-    moved, kernel = report.moved(program), 64 * 32 * 4
+    found = hlo.collectives(lowered.compile().as_text(), 8)
+    moved, kernel = report.moved(found), 64 * 32 * 4
     assert moved["all-gather"] == {"runs": 1, "sent": kernel * 7 / 8}
     reduced = moved.get("reduce-scatter") or moved["all-reduce"]
     assert reduced["sent"] == kernel * 7 / 8 * (1 if "reduce-scatter" in moved else 2)
@@ -96,9 +94,9 @@ def test_the_other_kinds_by_hand():
         x = jax.lax.all_to_all(x, "data", 1, 1, tiled=True)
         return jax.lax.ppermute(x, "data", [(0, 1), (1, 0)])
 
-    _, program = compiled(step, (8, 16), mesh="2x4", specs=(P("data"),), out_specs=P("data"))
+    _, found = compiled(step, (8, 16), mesh="2x4", specs=(P("data"),), out_specs=P("data"))
     own = 4 * 16 * 4
-    assert by_kind(program) == {
+    assert by_kind(found) == {
         "all-reduce": (1, 4, 2 * own * 3 / 4),
         "all-to-all": (1, 2, own / 2),
         "collective-permute": (1, 2 * 4, own),
@@ -120,12 +118,10 @@ def test_loops_multiply():
         return jax.lax.fori_loop(0, steps, lambda _, x: jax.lax.psum(jnp.sin(x), "data"), x)
 
     told = dict(specs=(P("data"),), out_specs=P("data"))
-    _, program = compiled(fixed, (8, 4), **told)
-    assert by_kind(program)["all-reduce"] == (15, 8, 15 * 2 * 16 * 7 / 8)
-    assert program.open_loops == 0
-    _, program = compiled(open_ended, (8, 4), **told)
-    assert by_kind(program)["all-reduce"][0] == 1
-    assert program.open_loops == 1
+    _, found = compiled(fixed, (8, 4), **told)
+    assert by_kind(found)["all-reduce"] == (15, 8, 15 * 2 * 16 * 7 / 8)
+    _, found = compiled(open_ended, (8, 4), **told)
+    assert by_kind(found)["all-reduce"][0] == 1
 
 
 LIBTPU = """HloModule jit_step, is_scheduled=true
@@ -165,13 +161,11 @@ ENTRY %main (p.4: bf16[16,64]) -> bf16[16,64] {
 def test_what_libtpu_writes():
     """An overlapped gather stands there twice, a reduce-scatter is a fusion with an all-reduce,
     and the length of a loop stands in its condition."""
-    program, whole = Program(LIBTPU, 4), 64 * 64 * 2
-    assert by_kind(program) == {
-        "all-gather": (4, 4, 4 * whole * 3 / 4),
-        "reduce-scatter": (4, 4, 4 * whole * 3 / 4),
+    complete = 64 * 64 * 2
+    assert by_kind(hlo.collectives(LIBTPU, 4)) == {
+        "all-gather": (4, 4, 4 * complete * 3 / 4),
+        "reduce-scatter": (4, 4, 4 * complete * 3 / 4),
     }
-    assert program.open_loops == 0
-    assert program.largest(1) == [(128 * 64 * 4, "1 x f32[128,64]", "jit(step)/dot_general")]
 
 
 def test_a_loop_that_goes_up_by_more_than_one():
@@ -194,7 +188,7 @@ ENTRY %main (x: bf16[8,16]) -> bf16[8,16] {
   %while = (bf16[8,16]{1,0}, u32[]) while(%start), condition=%cond, body=%body
 }
 """
-    (one,) = Program(text, 2).collectives
+    (one,) = hlo.collectives(text, 2)
     assert (one.times, one.sent) == (4, 4 * 8 * 16 * 2)
 
 
@@ -213,8 +207,8 @@ ENTRY %main (x: bf16[8,16]) -> bf16[8,16] {
 def test_groups(groups, size):
     line = f"  %r = f32[8]{{0}} all-reduce(%x), replica_groups={groups}, to_apply=%add"
     text = f"ENTRY %main (x: f32[8]) -> f32[8] {{\n{line}\n}}\n"
-    (one,) = Program(text, 8).collectives
-    assert one == Collective("all-reduce", 32, size, 1, "")
+    (one,) = hlo.collectives(text, 8)
+    assert one == Collective("all-reduce", 32, size, 1)
 
 
 def test_asynchronous_forms():
@@ -225,23 +219,16 @@ def test_asynchronous_forms():
   %s = (s4[6]{0}, f8e4m3fn[2]{0}) all-to-all(%a, %b), channel_id=3, replica_groups=[1,4]<=[4]
 }
 """
-    found = {one.kind: one.payload for one in Program(text, 4).collectives}
+    found = {one.kind: one.payload for one in hlo.collectives(text, 4)}
     assert found == {"all-gather": 32, "collective-permute": 8, "all-to-all": 3 + 2}
 
 
 def test_the_roofline_by_hand():
-    program = Program(LIBTPU, 4)
     memory = report.Memory(arguments=300, outputs=200, aliased=200, temporaries=500, code=50)
-    flops = 4 * CHIP.peak  # a second of all four
-    bound = report.Bound.of(
-        CHIP, memory, program, model_flops=3 * int(flops), program_flops=6 * int(flops)
-    )
-    network = 2 * 4 * 64 * 64 * 2 * 3 / 4 / 10
-    assert (bound.model, bound.compute, bound.memory, bound.network) == (3, 6, 5, network)
-    assert bound.overlapped == network
-    assert bound.in_turn == 6 + network
-    assert bound.utilisation == (3 / (6 + network), 3 / network)
-    assert bound.network_share == network / (6 + network)
+    bound = report.Bound(compute=6.0, memory=5.0, network=8.0, model=3.0)
+    assert (bound.overlapped, bound.in_turn) == (8, 14)
+    assert bound.utilisation == (3 / 14, 3 / 8)
+    assert bound.network_share == 8 / 14
     shown = "\n".join(report.describe_memory(memory, {"parameters": 300}, CHIP))
     assert "fits: 85.0%" in shown
 
@@ -254,23 +241,18 @@ def device(kind: str, memory: dict | None = None) -> mock.Mock:
 
 
 @pytest.mark.parametrize(
-    ("kind", "hbm", "bandwidth", "link", "peak"),
+    ("name", "kind"),
     [
-        # The tables of docs.cloud.google.com/tpu/docs; links by the all-reduce rate of a pod.
-        ("TPU v5 lite", 16 * 2**30, 819e9, 51.2e12 / 256, 197e12),
-        ("TPU v5", 95 * 2**30, 2765e9, 600e9, 459e12),
-        ("TPU v6 lite", 32 * 2**30, 1638e9, 102.4e12 / 256, 918e12),
-        ("NVIDIA A100-SXM4-80GB", 80e9, 2039e9, 300e9, 312e12),
-        ("NVIDIA A100-SXM4-40GB", 40e9, 1555e9, 300e9, 312e12),
-        ("NVIDIA H100 80GB HBM3", 80e9, 3350e9, 450e9, 989e12),
-        ("NVIDIA H100 PCIe", 80e9, 2000e9, 64e9, 756e12),
+        ("TPU v5 lite", "TPU v5 lite"),
+        ("TPU v5", "TPU v5"),
+        ("NVIDIA A100-SXM4-80GB", "NVIDIA A100"),
+        ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-SXM4-40GB"),
+        ("NVIDIA H100 80GB HBM3", "NVIDIA H100"),
+        ("NVIDIA H100 PCIe", "NVIDIA H100 PCIe"),
     ],
 )
-def test_published_numbers(kind, hbm, bandwidth, link, peak):
-    """The longest beginning of a device's name counts."""
-    found = chips.chip(device(kind))
-    assert (found.hbm, found.hbm_bandwidth, found.link_bandwidth) == (hbm, bandwidth, link)
-    assert found.peak == peak
+def test_the_longest_beginning_of_a_device_s_name_counts(name, kind):
+    assert chips.chip(device(name)).kind == kind
 
 
 def test_a_gpu_s_memory_is_what_jax_may_use():
@@ -295,7 +277,7 @@ def test_advice_follows_what_dominates():
 
 
 def run(monkeypatch, *arguments) -> None:
-    monkeypatch.setattr(sys, "argv", ["train/plan.py", *map(str, arguments)])
+    monkeypatch.setattr(sys, "argv", ["tools/plan.py", *map(str, arguments)])
     monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])  # the command adds to it
     monkeypatch.setattr(commands, "use_compilation_cache", lambda: None)
     monkeypatch.setattr(commands, "keep_writers_logs", list)
@@ -401,7 +383,7 @@ def test_without_libtpu_one_line_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *a: None if name == "libtpu" else find(name, *a)
     )
-    with pytest.raises(SystemExit, match=r"needs libtpu.*pip install 'imagen-jax\[tpu\]'"):
+    with pytest.raises(SystemExit, match=r"needs libtpu.*pip install -e '.\[tpu\]'"):
         run(monkeypatch, "--preset", "tiny", "--topology", "v5e:2x2")
 
 
@@ -411,7 +393,7 @@ def test_the_command_for_a_real_slice_where_libtpu_is(tmp_path, cascade):
     out, topology = tmp_path / "plan.json", "v5e:2x2" if tpu else "cpu:4"
     flags = ["--config", cascade, "--topology", topology, "--batch-size", "8", "--out", out]
     done = subprocess.run(
-        [sys.executable, "-m", "train.plan", *map(str, flags)],
+        [sys.executable, "-m", "tools.plan", *map(str, flags)],
         cwd=ROOT, capture_output=True, text=True,
         env={**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"},
     )  # fmt: skip

@@ -117,8 +117,7 @@ def _tpus(name: str, shape: str, topology: str) -> Sequence[jax.Device]:
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
             f"--topology {topology} needs libtpu, the compiler for TPUs (Linux x86-64, 1.5 GB): "
-            "pip install 'imagen-jax[tpu]', or pip install -e '.[tpu]' in a checkout. Without it, "
-            "--topology cpu:8 emulates devices."
+            "pip install -e '.[tpu]'. Without it, --topology cpu:8 emulates devices."
         )
     from jax.experimental import topologies
 

@@ -1,10 +1,10 @@
 """Tells, before anyone rents devices, whether a run fits them and how fast it could be.
 
-    python -m train.plan --preset imagen --topology v5e:16x16 --mesh 256x1 --batch-size 2048 \\
+    python -m tools.plan --preset imagen --topology v5e:16x16 --mesh 256x1 --batch-size 2048 \\
         --remat nothing_saveable                       # the base's train step on 256 TPU chips
-    python -m train.plan --topology cpu:8 --mesh 4x2   # eight emulated devices
-    python -m train.plan --topology v5e:2x2 --sample   # a denoising step instead
-    python -m train.plan --topology v5e:2x2 --text     # T5-XXL instead
+    python -m tools.plan --topology cpu:8 --mesh 4x2   # eight emulated devices
+    python -m tools.plan --topology v5e:2x2 --sample   # a denoising step instead
+    python -m tools.plan --topology v5e:2x2 --text     # T5-XXL instead
 
 Compiles the real program ahead of time, runs nothing and needs none of the devices; for TPUs it
 needs libtpu (the `tpu` extra). Takes every flag of `train.base`, so a run is planned by its own
@@ -24,11 +24,10 @@ import commands
 from imagen_jax.config import NullUnetConfig
 from imagen_jax.errors import UserError, first_line
 from imagen_jax.sharding import Layout, make_layout
-from train.planning import chips, programs, report
-from train.planning.hlo import Program
+from tools import chips, hlo, programs, report
 from train.settings import Optimization, Settings, parse
 
-LARGEST = 5  # arrays that are named
+LARGEST = 5  # arrays that are named where nothing compiles
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,7 +89,7 @@ def compiled(
     layout: Layout,
     chip: chips.Chip | None,
     told: dict[str, Any],
-    hlo: Path | None = None,
+    keep: Path | None = None,
 ) -> dict[str, Any]:
     """Compiles, prints the report, and returns its numbers as JSON holds them."""
     began = time.perf_counter()
@@ -103,19 +102,18 @@ def compiled(
         return numbers_of(planned) | {"fits": False, "error": first_line(error)}
     seconds = time.perf_counter() - began
     print(f"compiled in {seconds:.0f} s\n")
-    program = Program(executable.as_text(), layout.mesh.size)
-    if hlo is not None:
-        hlo.write_text(program.text)
+    text = executable.as_text()
+    if keep is not None:
+        keep.write_text(text)
+    moved = report.moved(hlo.collectives(text, layout.mesh.size))
     memory = report.Memory.of(executable)
-    bound = None if chip is None else bound_of(planned, chip, memory, program)
-    show(findings(planned, program, memory, bound, chip, told))
+    bound = None if chip is None else bound_of(planned, layout, chip, memory, moved)
+    show(findings(planned, moved, memory, bound, chip, told))
     numbers = numbers_of(planned) | {
         "fits": None if chip is None else memory.total <= chip.hbm,
         "compile_seconds": round(seconds, 1),
         "memory": dataclasses.asdict(memory) | {"total": memory.total},
-        "collectives": report.moved(program),
-        "open_loops": program.open_loops,
-        "largest": program.largest(LARGEST),
+        "collectives": moved,
     }
     if bound is None:
         return numbers
@@ -138,15 +136,24 @@ def numbers_of(planned: programs.Planned) -> dict[str, Any]:
 
 
 def bound_of(
-    planned: programs.Planned, chip: chips.Chip, memory: report.Memory, program: Program
+    planned: programs.Planned,
+    layout: Layout,
+    chip: chips.Chip,
+    memory: report.Memory,
+    moved: report.Moved,
 ) -> report.Bound:
-    arithmetic = dict(model_flops=planned.model_flops, program_flops=planned.program_flops)
-    return report.Bound.of(chip, memory, program, **arithmetic)
+    peak = chip.peak * layout.mesh.size
+    return report.Bound(
+        compute=planned.program_flops / peak,
+        memory=(memory.arguments + memory.outputs) / chip.hbm_bandwidth,
+        network=sum(one["sent"] for one in moved.values()) / chip.link_bandwidth,
+        model=planned.model_flops / peak,
+    )
 
 
 def findings(
     planned: programs.Planned,
-    program: Program,
+    moved: report.Moved,
     memory: report.Memory,
     bound: report.Bound | None,
     chip: chips.Chip | None,
@@ -155,13 +162,10 @@ def findings(
     """The report of a program that compiled."""
     parts = planned.argument_bytes()
     yield from report.describe_memory(memory, parts, chip)
-    yield "  the largest arrays that it makes:"
-    for size, shape, source in program.largest(LARGEST):
-        yield f"    {report.size(size):>12}   {shape}   {source}"
     if chip is not None and memory.total > chip.hbm:
         yield from report.advice(memory, parts, chip, told)
     yield ""
-    yield from report.describe_moved(program, planned.per)
+    yield from report.describe_moved(moved, planned.per)
     yield ""
     yield (
         f"arithmetic, a {planned.per}: {report.operations(planned.model_flops)} of the model, "
