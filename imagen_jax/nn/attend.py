@@ -48,11 +48,20 @@ def attend(
     if fused is not None:
         axes = (f"{rows} n k", "b m n k", "b m n k")
         out = per_device(functools.partial(fused, scale=scale), q, k, v, axes=axes, h=h)
-    elif k.shape[2] == 1 and bias is None and not splits(n):
+    elif bias is not None:
+        out = _biased(q, k, v, bias, scale=scale)
+    elif k.shape[2] == 1 and not splits(n):
         out = _one_key_head(q, k, v, scale=scale)
     else:  # heads that are split over devices must stay an axis of their own
-        out = jax.nn.dot_product_attention(q, k, v, bias, scale=scale)
+        out = jax.nn.dot_product_attention(q, k, v, scale=scale)
     return constrain(out.reshape(b, p, -1), f"{rows} c", h=h)
+
+
+def _biased(q: Queries, k: KeysOrValues, v: KeysOrValues, bias: Array, *, scale: float) -> Queries:
+    """As many key heads as query heads. JAX's function has no float16 on a CPU."""
+    logits = jnp.einsum("bpnk,bmnk->bnpm", q, k, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(logits * scale + bias, axis=-1).astype(v.dtype)
+    return jnp.einsum("bnpm,bmnk->bpnk", weights, v)
 
 
 def _one_key_head(q: Queries, k: KeysOrValues, v: KeysOrValues, *, scale: float) -> Queries:
