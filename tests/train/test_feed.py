@@ -46,12 +46,13 @@ def test_evaluation_decodes_once_and_repeats_no_picture_in_a_batch(feed, monkeyp
 def test_batches_come_one_ahead_in_their_order(feed):
     """And equal those made one after another; what the thread raises is raised here."""
     made = []
+    text = dict(text_embeds=np.zeros((4, 2, 128), np.float32), text_masks=np.ones((4, 2), bool))
 
     def slow():
         for i in range(3):
             time.sleep(0.1)
             made.append(i)
-            yield {"images": np.full((4, 8, 8, 3), i, np.uint8)}
+            yield text | {"images": np.full((4, 8, 8, 3), i, np.uint8)}
         raise OSError("gone")
 
     with Ahead(feed, slow()) as ahead:
