@@ -67,7 +67,7 @@ def test_what_is_saved_comes_back(tmp_path):
 def test_the_average_or_the_online_weights(run):
     assert_equal(loaded(run), params_of(12))
     assert_equal(loaded(run, weights="online"), params_of(2))
-    assert_equal(checkpoint.load_params(run, 1, step=1), params_of(11))
+    assert_equal(checkpoint.load_params(run, 1, checkpoint.Choice(1, "ema")), params_of(11))
 
 
 def test_a_stage_without_weights_cannot_be_sampled(run):
@@ -147,9 +147,12 @@ def test_half_a_step_is_none(copy):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda run: (run / "config.json").unlink(), "is no run directory: it has no config.json"),
+        (
+            lambda run: (run / "config.json").unlink(),
+            "is not a run directory: it has no config.json",
+        ),
         (lambda run: (run / "config.json").write_text("{"), "is not JSON"),
-        (lambda run: (run / "config.json").write_text("[]"), "has no entry 'imagen'"),
+        (lambda run: (run / "config.json").write_text("[]"), "holds list, not a JSON object"),
         (lambda run: shutil.rmtree(run / "unet1" / "2" / "params"), "holds no params of step 2"),
         (
             lambda run: (run / "unet1" / "2" / "params" / "_METADATA").write_text('{"tree'),

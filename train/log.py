@@ -7,16 +7,17 @@ import contextlib
 import importlib
 import json
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
-from imagen_jax import distributed, nn
+from imagen_jax import distributed, nn, storage
 from imagen_jax.errors import UserError
 from imagen_jax.stage import show
 from train.feed import Feed
@@ -24,10 +25,11 @@ from train.optimizer import learning_rate
 from train.settings import Optimization
 
 AHEAD = 2  # steps that may wait on the device: enough to keep it busy, and Ctrl-C is heard soon
+UPLOAD_EVERY = 30.0  # seconds between uploads of metrics to an object store
 WARM_UP = 3  # steps before a profile: the first compiles, and its leftovers are done by then
 
 
-def announce(feed: Feed, run: Path, settings: str) -> None:
+def announce(feed: Feed, run: epath.Path, settings: str) -> None:
     """Prints what is about to be trained, on what, where and how (`Settings.describe`)."""
     stage = feed.stage
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(nn.abstract(stage.network)[1]))
@@ -52,14 +54,15 @@ def announce(feed: Feed, run: Path, settings: str) -> None:
 
 
 class Metrics:
-    """Appends one line per `write` to RUN/metrics.jsonl. Use it as a context.
+    """Writes one line per `write` to RUN/metrics.jsonl. Use it as a context.
 
-    Of many processes only the one that talks writes.
+    An object store, which cannot append, gets a file of this start alone, metrics-unetN-TIME.jsonl,
+    every `UPLOAD_EVERY` seconds and at the end. Of many processes only the one that talks writes.
     """
 
     def __init__(
         self,
-        run: Path,
+        run: str | os.PathLike,
         unet_number: int,
         *,
         tensorboard: bool = False,
@@ -67,28 +70,33 @@ class Metrics:
         settings: Mapping[str, Any],
     ):
         self.file = self.board = self.wandb = None
-        if not distributed.talks():
+        self.talks = distributed.talks()
+        if not self.talks:
             return
         boards = _extra("tensorboardX", "--tensorboard") if tensorboard else None
         client = _extra("wandb", "--wandb") if wandb is not None else None
-        run.mkdir(parents=True, exist_ok=True)
-        self.unet_number = unet_number
+        run, self.unet_number = storage.folder(run), unet_number
         self.board = boards and boards.SummaryWriter(str(run / "tensorboard"))
+        if storage.is_remote(run):
+            self.wandb = client and client.init(project=wandb, config=dict(settings))
+            self.path = run / f"metrics-unet{unet_number}-{time.time_ns()}.jsonl"
+            self.lines, self.uploaded = [], 0.0
+            return
+        run.mkdir(parents=True, exist_ok=True)
         self.wandb = client and client.init(project=wandb, dir=str(run), config=dict(settings))
-        path = run / "metrics.jsonl"
-        torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
-        self.file = path.open("a")
+        self.path = run / "metrics.jsonl"
+        torn = self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n")
+        self.file = self.path.open("a")
         if torn:  # by a process that was killed as it wrote; another may be writing now
             self.file.write("\n")
 
     def write(self, step: int, kind: str, values: Mapping[str, float | None]) -> None:
         """`kind` is train, or eval/heldout and eval/train; a value that is not finite is null."""
-        if self.file is None:
+        if not self.talks:
             return
         values = {k: v if v is not None and math.isfinite(v) else None for k, v in values.items()}
         head = {"unet": self.unet_number, "step": step, "kind": kind, "time": round(time.time(), 3)}
-        self.file.write(json.dumps(head | values) + "\n")
-        self.file.flush()
+        self._append(json.dumps(head | values) + "\n")
         named = {
             f"unet{self.unet_number}/{kind}/{k}": v for k, v in values.items() if v is not None
         }
@@ -98,10 +106,26 @@ class Metrics:
         if self.wandb is not None:
             self.wandb.log(named | {f"unet{self.unet_number}/step": step})
 
+    def _append(self, line: str) -> None:
+        if self.file is not None:
+            self.file.write(line)
+            self.file.flush()
+            return
+        self.lines.append(line)
+        if time.monotonic() - self.uploaded > UPLOAD_EVERY:
+            self.upload()
+
+    def upload(self) -> None:
+        """To an object store: all lines of this start."""
+        if self.talks and self.file is None and self.lines:
+            storage.write_text(self.path, "".join(self.lines))
+            self.uploaded = time.monotonic()
+
     def __enter__(self) -> "Metrics":
         return self
 
     def __exit__(self, *_) -> None:
+        self.upload()
         if self.file is not None:
             self.file.close()
         if self.board is not None:
@@ -110,14 +134,18 @@ class Metrics:
             self.wandb.finish()
 
 
-def read(run: Path) -> Iterator[dict[str, Any]]:
-    """The lines of RUN/metrics.jsonl, without those that a killed process left torn."""
-    path = run / "metrics.jsonl"
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
+def read(run: str | os.PathLike) -> Iterator[dict[str, Any]]:
+    """The lines of RUN/metrics*.jsonl, without those that a killed process left torn."""
+    run = storage.folder(run)
+    entries = sorted(run.iterdir()) if run.is_dir() else ()
+    for path in entries:
+        if not (path.name.startswith("metrics") and path.suffix == ".jsonl"):
             continue
+        for line in path.read_text().splitlines():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                continue
 
 
 class Window:
@@ -198,7 +226,7 @@ class Profile:
     """`--profile STEPS`: a trace of so many steps, from the fourth on, for xprof (`xprof
     RUN/profile`, TensorBoard). Use it as a context; None: never."""
 
-    def __init__(self, folder: Path, steps: int | None):
+    def __init__(self, folder: epath.Path, steps: int | None):
         self.folder, self.steps = folder, steps
         self.seen, self.running = 0, False
 
@@ -209,7 +237,7 @@ class Profile:
         self.seen += 1
         if self.seen == WARM_UP:
             jax.block_until_ready(measured)
-            jax.profiler.start_trace(self.folder)
+            jax.profiler.start_trace(os.fspath(self.folder))
             self.running = True
         elif self.running and self.seen == WARM_UP + self.steps:
             jax.block_until_ready(measured)

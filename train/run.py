@@ -13,19 +13,20 @@ import contextlib
 import dataclasses
 import functools
 import json
+import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
-from imagen_jax import checkpoint, distributed, nn
+from imagen_jax import checkpoint, distributed, nn, storage
 from imagen_jax.config import ImagenConfig
-from imagen_jax.errors import UserError
+from imagen_jax.errors import UserError, first_line
 from imagen_jax.fields import first_difference
 from imagen_jax.sharding import Layout
 from imagen_jax.stage import Stage
@@ -48,6 +49,16 @@ SAME = (
 # The same of the data itself, as a run records it: how many pictures, and which in which order.
 MEASURED = {"pictures": "the number of pictures", "order": "what the data holds (its hash)"}
 
+# Of this start alone, or printed elsewhere: not what a run is.
+PASSING = ("workdir", "resume", "print_config", "preset", "config", "init_from", "profile",
+           "coordinator", "process_id", "num_processes")  # fmt: skip
+
+# How TensorStore, which raises ValueError for a failing disk or store too, begins its messages.
+STORAGE = re.compile(
+    r"(UNKNOWN|CANCELLED|DEADLINE_EXCEEDED|NOT_FOUND|PERMISSION_DENIED|RESOURCE_EXHAUSTED|ABORTED|"
+    r"FAILED_PRECONDITION|UNIMPLEMENTED|INTERNAL|UNAVAILABLE|DATA_LOSS|UNAUTHENTICATED): "
+)
+
 VISIBLE_WITHIN = 60.0  # seconds in which a shared folder shows what another machine wrote
 
 
@@ -63,16 +74,19 @@ class Start:
 class RunDir:
     """The run directory of one stage. All processes see the same."""
 
-    path: Path
+    path: epath.Path
     config: ImagenConfig
     stage: Stage
     newest: int | None = None  # step, as the directory was opened
-    complete: int | None = None  # the newest step without torn files
+    complete: int | None = None  # the newest complete step
 
     @classmethod
-    def open(cls, path: Path, config: ImagenConfig, stage: Stage, *, resume: bool) -> "RunDir":
+    def open(
+        cls, path: str | os.PathLike, config: ImagenConfig, stage: Stage, *, resume: bool
+    ) -> "RunDir":
         """Raises ValueError if it holds another cascade, or steps that are not to be resumed, or if
         the processes do not all see the same steps. It need not exist."""
+        path = storage.folder(path)
         checkpoint.check_config(path, config)
         number = stage.unet_number
         found = checkpoint.steps(path, number), checkpoint.latest_step(path, number)
@@ -106,7 +120,7 @@ class RunDir:
             settings=record,
         )
 
-    def picture_path(self, step: int) -> Path:
+    def picture_path(self, step: int) -> epath.Path:
         """Of the samples drawn after a step."""
         return self.path / "samples" / f"unet{self.stage.unet_number}-{step:07d}.png"
 
@@ -127,7 +141,7 @@ class RunDir:
         record: Record,
         *,
         seed: int,
-        init_from: Path | None,
+        init_from: str | os.PathLike | None,
     ) -> Start:
         """Its own saved state where it has one, or that before the first step."""
         if self.newest is not None:
@@ -137,22 +151,27 @@ class RunDir:
     def resume(self, optimization: Optimization, layout: Layout, record: Record) -> Start:
         """The newest state that can be read, saved on whatever mesh, placed on this one.
 
-        Damaged ones are named, and renamed once an older one is read. ValueError unless `record`
-        continues what was recorded there, and if no step can be read.
+        Prints which settings have changed. Damaged and incomplete steps are named, and renamed once
+        an older one is read. Raises UserError unless `record` continues what was recorded there,
+        and if no step can be read.
         """
         damaged, number = [], self.stage.unet_number
+        incomplete = checkpoint.incomplete(self.path, number)
         for step in checkpoint.steps(self.path, number):
             error, start = None, None
-            try:
-                start = self._saved(step, optimization, layout, record)
-            except checkpoint.Damaged as damage:
-                error = str(damage)
+            if step in incomplete:
+                error = f"step {step} of {self.folder} is not complete: {incomplete[step]}"
+            else:
+                try:
+                    start = self._saved(step, optimization, layout, record)
+                except checkpoint.Damaged as damage:
+                    error = str(damage)
             errors = [text for text in distributed.gather(error or "") if text]
             if errors:
                 damaged.append((step, errors[0]))
                 continue
             for broken, error in damaged:
-                print(f"{error}. Going on from step {step}.")
+                print(f"{error}. Resuming from step {step}.")
                 if distributed.talks():
                     checkpoint.set_aside(self.path, number, broken)
             distributed.gather("renamed")
@@ -168,6 +187,8 @@ class RunDir:
                 f"{self.folder} holds weights alone: start another run from them with --init-from."
             )
         _check_continues(meta["settings"], record)
+        for line in changes(meta["settings"], record):
+            print(f"changed: {line}")
         shapes = TrainState.shapes(self.stage.network, make_optimizer(optimization))
         target = layout.targets(shapes)
         trees = {
@@ -180,7 +201,12 @@ class RunDir:
         return Start(state, meta.get("measured", []))
 
     def begin(
-        self, optimization: Optimization, layout: Layout, *, seed: int, init_from: Path | None
+        self,
+        optimization: Optimization,
+        layout: Layout,
+        *,
+        seed: int,
+        init_from: str | os.PathLike | None,
     ) -> Start:
         """The state before the first step: weights of `--init-from`, or drawn from the seed."""
         unet, optimizer = self.stage.network, make_optimizer(optimization)
@@ -242,19 +268,20 @@ class Checkpoints:
         """A failed write (a full disk, say) in one line; complete checkpoints stay as they are."""
         try:
             write()
-        except Exception as error:  # Orbax and TensorStore each have their own kinds
+        except (OSError, ValueError) as error:
+            if not isinstance(error, OSError) and not STORAGE.search(str(error)):
+                raise
             kept = checkpoint.latest_step(self.run.path, self.run.stage.unet_number)
             raise UserError(
                 f"could not save step {self.newest} in {self.run.path}: {_reason(error)}. "
-                + ("Nothing was saved before." if kept is None else f"Step {kept} is whole.")
+                + ("Nothing was saved before." if kept is None else f"Step {kept} is complete.")
             ) from error
 
 
 def _reason(error: Exception) -> str:
     """The system's own words where TensorStore wraps them in paths, else the first line."""
     found = re.search(r": ([^:]+) \[os_error_code=", str(error))
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return found[1] if found else lines[0]
+    return found[1] if found else first_line(error)
 
 
 def _check_continues(saved: Record, record: Record) -> None:
@@ -267,13 +294,25 @@ def _check_continues(saved: Record, record: Record) -> None:
             )
 
 
-def _weights_of(run: Path, stage: Stage, layout: Layout) -> Params:
-    number = stage.unet_number
+def changes(saved: Record, record: Record) -> list[str]:
+    """What differs between the settings of a saved step and those of now, a line each."""
+    return [
+        f"{flag(name)} was {saved[name]} and is {now}"
+        for name, now in record.items()
+        if name in saved and name not in (*PASSING, *SAME, *MEASURED) and saved[name] != now
+    ]
+
+
+def _weights_of(run: str | os.PathLike, stage: Stage, layout: Layout) -> Params:
+    run, number = storage.folder(run), stage.unet_number
     source = checkpoint.read_config(run).stage(number).network
     difference = first_difference(source, stage.network, f"unets.{number - 1}")
     if difference:
         raise UserError(f"--init-from {run}: {difference}.")
-    params = checkpoint.load_params(run, number, layout=layout)
-    if params is None:
+    choice = checkpoint.choose(run, number)
+    if choice is None:
         raise UserError(f"{run} has no weights of U-Net {number}.")
-    return params
+    for note in choice.notes:
+        print(f"note: {note}")
+    print(f"weights: step {choice.step} of {run} ({choice.weights})")
+    return checkpoint.load_params(run, number, choice, layout=layout)

@@ -22,14 +22,19 @@ class Stage:
     unet_number: str = "2"
     """Which U-Net: 2, 3, ... or sr256, sr1024."""
 
+    def __post_init__(self):
+        if self.number == 1:
+            raise UserError("U-Net 1 is the base: train it with python -m train.base.")
+
+    @property
+    def number(self) -> int:
+        return commands.stage_number(self.unet_number)
+
 
 def main() -> None:
-    stage, settings = parse(__doc__, Stage)
-    number = commands.stage_number(stage.unet_number)
-    if number == 1:
-        raise UserError("U-Net 1 is the base: train it with python -m train.base.")
+    stage, settings = parse(__doc__, Stage, unet_number=lambda stage: stage.number)
     distributed.start(settings.coordinator, settings.process_id, settings.num_processes)
-    loop.run(settings, number)
+    loop.run(settings, stage.number)
 
 
 if __name__ == "__main__":

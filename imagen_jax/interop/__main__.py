@@ -16,9 +16,10 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional, arg, subcommand
 
+from imagen_jax import checkpoint
 from imagen_jax.checkpoint import Weights
 from imagen_jax.errors import UserError
-from imagen_jax.interop import imagen_pytorch, inspect, run_dir, safetensors_file, verify
+from imagen_jax.interop import imagen_pytorch, inspect, safetensors_file, verify
 from imagen_jax.interop.imagen_pytorch import Checkpoint
 from imagen_jax.interop.run_dir import RunDir
 from imagen_jax.interop.target import replacing
@@ -50,7 +51,7 @@ class FromTorch:
         numbers = range(1, len(source.config.unets) + 1)
         trees: dict[Weights, list[Params]] = {which: source.trees(which) for which in kept}
         with replacing(self.out, overwrite=self.overwrite, source=self.checkpoint) as partial:
-            run_dir.write(
+            checkpoint.write(
                 partial,
                 source.config,
                 {n: {which: trees[which][n - 1] for which in kept} for n in numbers},
@@ -145,7 +146,7 @@ class FromSafetensors:
         contents = safetensors_file.read(self.file)
         trees = {n: {contents.weights: params} for n, params in contents.params.items()}
         with replacing(self.out, overwrite=self.overwrite, source=self.file) as partial:
-            run_dir.write(partial, contents.config, trees, contents.steps, contents.origin)
+            checkpoint.write(partial, contents.config, trees, contents.steps, contents.origin)
         print(f"{self.out}: {inspect.summary(contents.config)}, weights {contents.weights}")
 
 

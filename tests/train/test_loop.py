@@ -177,7 +177,7 @@ def test_a_damaged_step_is_set_aside(straight, tmp_path, damage, capsys):
     damage(settings.run / "unet1" / "3")
     on = dataclasses.replace(settings, resume=True, steps=4)
     assert loop.run(on, 1)
-    assert "damaged" in (said := capsys.readouterr().out) and "Going on from step 2." in said
+    assert "damaged" in (said := capsys.readouterr().out) and "Resuming from step 2." in said
     assert_same_run(on, straight, again=[3])
     assert (settings.run / "unet1" / "3.damaged").is_dir()
     for step in (1, 2, 3, 4):
