@@ -117,47 +117,84 @@ def check_config(run: str | os.PathLike, config: ImagenConfig) -> None:
         raise UserError(f"{path} describes another cascade: {difference}.")
 
 
-def open_manager(
-    run: str | os.PathLike,
-    unet_number: int,
-    *,
-    keep: int | None = None,
-    bounded_memory: bool = False,
-) -> ocp.CheckpointManager:
-    """Orbax's manager of one U-Net's steps, for the one process that writes them.
+class Writer:
+    """Writes the steps of one U-Net, newest last, through Orbax. Use it as a context: it ends when
+    all is on disk. Every process of a run opens one and makes the same calls.
 
-    Close it, or use it as a context: both wait for the writing to end. Opening it clears away what
-    an interrupted save left behind, so readers use `choose` and `restore` instead.
+    Opening it clears away what an interrupted save left behind, so readers use `choose` and
+    `restore` instead. `keep` is how many of the newest steps stay.
 
     With `bounded_memory` a step is written at once, one file an array, few at a time: arrays may be
     views of a file. Orbax's usual database keeps all in memory until its end (2.0 against 1.1 times
     the arrays, measured).
     """
-    path, handlers = stage_path(run, unet_number), None
-    if bounded_memory:
-        arrays = ocp.PyTreeCheckpointHandler(save_concurrent_gb=CONCURRENT_GB, use_ocdbt=False)
-        handlers = dict.fromkeys(ITEMS.values(), arrays) | {"meta": ocp.JsonCheckpointHandler()}
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
-    else:
-        marks = ocp.options.AsyncOptions(post_finalization_callback=lambda: _mark_newest(path))
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, async_options=marks)
-    return ocp.CheckpointManager(path, options=options, item_handlers=handlers)
 
-
-def save_step(
-    manager: ocp.CheckpointManager, step: int, trees: Mapping[str, Any], meta: Mapping[str, Any]
-) -> None:
-    """Starts to write one step; returns when the arrays are copied, not when they are on disk.
-
-    Raises UserError, and writes nothing, if the manager holds this step or a later one.
-    """
-    items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
-    args = ocp.args.Composite(**items, meta=ocp.args.JsonSave(dict(meta)))
-    if manager.latest_step() is not None and manager.latest_step() >= step:
-        raise UserError(
-            f"{manager.directory} is at step {manager.latest_step()}: step {step} cannot be added."
+    def __init__(
+        self,
+        run: str | os.PathLike,
+        unet_number: int,
+        *,
+        keep: int | None = None,
+        bounded_memory: bool = False,
+    ):
+        self.path, self.unmarked = stage_path(run, unet_number), None
+        storage.check_clients(self.path)
+        handlers = None
+        if bounded_memory:
+            arrays = ocp.PyTreeCheckpointHandler(save_concurrent_gb=CONCURRENT_GB, use_ocdbt=False)
+            handlers = dict.fromkeys(ITEMS.values(), arrays) | {"meta": ocp.JsonCheckpointHandler()}
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, enable_async_checkpointing=not bounded_memory
         )
-    manager.save(step, args=args)
+        self.manager = ocp.CheckpointManager(self.path, options=options, item_handlers=handlers)
+
+    def save(self, step: int, trees: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
+        """Starts to write a step, once the one before is complete; returns when the arrays are
+        copied, not when they are on disk.
+
+        Raises UserError, and writes nothing, if the directory holds this step or a later one.
+        """
+        self.wait()
+        newest = self.manager.latest_step()
+        if newest is not None and newest >= step:
+            raise UserError(f"{self.path} is at step {newest}: step {step} cannot be added.")
+        items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
+        args = ocp.args.Composite(**items, meta=ocp.args.JsonSave(dict(meta)))
+        self.manager.save(step, args=args)
+        self.unmarked = step
+
+    def poll(self) -> None:
+        """Writes the commit marker of a step that Orbax has finished. Call it often."""
+        if self.unmarked is not None and not self.manager.is_saving_in_progress():
+            self._mark()
+
+    def wait(self) -> None:
+        """Until all is on disk. Raises what went wrong with it."""
+        self.manager.wait_until_finished()
+        self._mark()
+
+    def _mark(self) -> None:
+        """By process 0 alone, and only where Orbax has given the step its name."""
+        step = self.unmarked
+        if step is None or step not in ocp.utils.checkpoint_steps(self.path):
+            return
+        self.unmarked = None
+        if jax.process_index():
+            return
+        path = self.path / str(step)
+        empty = [] if storage.is_remote(path) else _empty_files(path)
+        storage.write_text(path / MARKER, json.dumps({"empty": empty}) + "\n")
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        try:
+            if kind is None:
+                self.wait()
+        finally:
+            self.manager.close()
+            self._mark()
 
 
 def write(
@@ -174,17 +211,8 @@ def write(
     write_config(run, config, origin=origin)
     for number, trees in weights.items():
         items = {ITEMS[which]: tree for which, tree in trees.items()}
-        with open_manager(run, number, bounded_memory=True) as manager:
-            save_step(manager, steps[number], items, {"step": steps[number]})
-        _mark_newest(stage_path(run, number))
-
-
-def _mark_newest(path: epath.Path) -> None:
-    """The commit marker of the newest step in the directory of a U-Net, which Orbax has finished.
-    Called by the one process that finished it."""
-    step = path / str(max(ocp.utils.checkpoint_steps(path)))
-    empty = [] if storage.is_remote(step) else _empty_files(step)
-    storage.write_text(step / MARKER, json.dumps({"empty": empty}) + "\n")
+        with Writer(run, number, bounded_memory=True) as writer:
+            writer.save(steps[number], items, {"step": steps[number]})
 
 
 def _empty_files(step: epath.Path) -> list[str]:
@@ -349,7 +377,8 @@ def check_finite(tree: Any, where: str) -> None:
         bad = sum(np.count_nonzero(~np.isfinite(np.asarray(part))) for part in parts)
         if bad:
             name = jax.tree_util.keystr(path, simple=True, separator=".")
-            raise UserError(f"{where}: {name} holds NaN or infinity ({bad:,} of {leaf.size:,}).")
+            where = f"{where}: {name}" if name else where
+            raise UserError(f"{where} holds NaN or infinity ({bad:,} of {leaf.size:,} values).")
 
 
 def load(

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import fsspec
 from etils import epath
 
 from imagen_jax.errors import UserError
@@ -28,6 +29,18 @@ def folder(path: str | os.PathLike) -> epath.Path:
     if found := re.match(r"(gs|s3|az):/+", text):
         return epath.Path(f"{found[1]}://{text[found.end() :]}")
     return epath.Path(text)
+
+
+def check_clients(path: epath.Path) -> None:
+    """Raises UserError if what reaches Google's object store is not installed: gcsfs, and the
+    client with which Orbax deletes old steps."""
+    if not os.fspath(path).startswith("gs://"):
+        return
+    try:
+        fsspec.get_filesystem_class("gs")
+        from google.cloud import storage as _  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"{path}: {error}. It needs: pip install -e '.[gcs]'") from error
 
 
 def is_remote(path: str | os.PathLike) -> bool:

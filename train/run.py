@@ -21,7 +21,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from etils import epath
 
 from imagen_jax import checkpoint, distributed, nn, storage
@@ -226,8 +225,8 @@ class RunDir:
         if distributed.talks():
             checkpoint.write_config(self.path, self.config, {f"unet{number}": record})
         self.check_shared()
-        with checkpoint.open_manager(self.path, number, keep=keep) as manager:
-            yield Checkpoints(self, record, manager)
+        with checkpoint.Writer(self.path, number, keep=keep) as writer:
+            yield Checkpoints(self, record, writer)
 
     def check_shared(self) -> None:
         """Raises ValueError unless every process sees the `config.json` that one has written."""
@@ -249,20 +248,24 @@ class Checkpoints:
 
     run: RunDir
     record: Record
-    manager: ocp.CheckpointManager
+    writer: checkpoint.Writer
     newest: int | None = None  # the last step whose writing started
 
     def save(self, step: int, state: TrainState, measured: list[dict[str, float]]) -> None:
         """Starts to write a step, once the one before is complete."""
-        self.wait()
+        self.wait()  # its failure is that of the step before
         self.newest = step
         trees = {name: getattr(state, name) for name in TREES}
         meta = {"step": step, "settings": self.record, "measured": measured}
-        self._writing(lambda: checkpoint.save_step(self.manager, step, trees, meta))
+        self._writing(lambda: self.writer.save(step, trees, meta))
 
     def wait(self) -> None:
         """Until all is on disk."""
-        self._writing(self.manager.wait_until_finished)
+        self._writing(self.writer.wait)
+
+    def poll(self) -> None:
+        """Marks a step that has been written by now as complete."""
+        self._writing(self.writer.poll)
 
     def _writing(self, write: Callable[[], None]) -> None:
         """A failed write (a full disk, say) in one line; complete checkpoints stay as they are."""

@@ -89,7 +89,7 @@ class ToTorch:
     """Replace a file that stands there."""
 
     def run(self) -> None:
-        run = RunDir.open(self.checkpoint)
+        run = opened(self.checkpoint)
         kept = chosen(run, self.weights)
         with replacing(self.out, overwrite=self.overwrite, source=self.checkpoint) as partial:
             write_torch(partial, run, kept)
@@ -115,12 +115,12 @@ class ToSafetensors:
     out: Annotated[Positional[Path], arg(metavar="OUT.safetensors")]
     """The file to write."""
     weights: Weights = "ema"
-    """The averaged weights where there are any, or the online ones."""
+    """The averaged weights (the online ones, with a note, where there are none) or the online."""
     overwrite: bool = False
     """Replace a file that stands there."""
 
     def run(self) -> None:
-        run = RunDir.open(self.checkpoint)
+        run = opened(self.checkpoint)
         which = chosen(run, self.weights)[0]
         params = {number: run.params(number, which) for number in run.steps}
         with replacing(self.out, overwrite=self.overwrite, source=self.checkpoint) as partial:
@@ -144,6 +144,8 @@ class FromSafetensors:
 
     def run(self) -> None:
         contents = safetensors_file.read(self.file)
+        for number, params in contents.params.items():
+            checkpoint.check_finite(params, f"{self.file}, U-Net {number}")
         trees = {n: {contents.weights: params} for n, params in contents.params.items()}
         with replacing(self.out, overwrite=self.overwrite, source=self.file) as partial:
             checkpoint.write(partial, contents.config, trees, contents.steps, contents.origin)
@@ -177,11 +179,19 @@ class Verify:
     """JSON for a file without configuration, as for from-torch."""
 
     def run(self) -> None:
-        source, run = imagen_pytorch.read(self.checkpoint, self.config), RunDir.open(self.run_dir)
+        source, run = imagen_pytorch.read(self.checkpoint, self.config), opened(self.run_dir)
         kept = [which for which in held_by(source) if all(run.has(n, which) for n in run.steps)]
         if not kept or not run.steps:
             raise UserError(f"{self.run_dir} holds none of the weights of {self.checkpoint}.")
         prove(source, run, kept)
+
+
+def opened(path: Path) -> RunDir:
+    """A run directory; prints which steps are passed over."""
+    run = RunDir.open(path)
+    for note in run.notes:
+        print(f"note: {note}")
+    return run
 
 
 def held_by(source: Checkpoint) -> list[Weights]:
@@ -201,6 +211,8 @@ def chosen(run: RunDir, weights: Literal["ema", "online", "both"]) -> list[Weigh
     found = [which for which in has if weights in (which, "both")] or has
     if not found:
         raise UserError(f"{run.path}: some U-Nets have only averaged weights, others only online.")
+    if weights not in ("both", *found):
+        print(f"note: {run.path} holds no {weights} weights: the {found[0]} ones are taken.")
     return found
 
 
@@ -218,7 +230,10 @@ def write_torch(path: Path, run: RunDir, kept: list[Weights]) -> None:
 
 
 def prove(source: Checkpoint, run: RunDir, kept: list[Weights]) -> None:
-    """Prints what was compared. Raises ValueError for the first comparison that fails."""
+    """Prints what was compared. Raises UserError for the first comparison that fails, and before
+    any for a tensor with values that are not finite: no outputs could agree."""
+    for which in kept:
+        source.check_finite(which)
     for which in kept:
         wrong = verify.differences(source, run, which)
         count = sum(map(len, source.weights(which)))
@@ -234,7 +249,8 @@ def prove(source: Checkpoint, run: RunDir, kept: list[Weights]) -> None:
                 if not found.agrees:
                     raise UserError(
                         f"{line}; allowed are {verify.TOLERANCE} of the output. (a) holds, so the "
-                        "weights are the same: the networks differ, or rounding alone is as large."
+                        "weights are the same: the networks differ, or rounding alone is as large, "
+                        "or values overflow (nan)."
                     )
                 print(line)
     except ImportError as error:

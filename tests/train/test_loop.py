@@ -14,6 +14,7 @@ from PIL import Image
 from imagen_jax import checkpoint, flops, nn
 from imagen_jax.data import open_source
 from imagen_jax.data.records import hashed_heldout
+from imagen_jax.errors import UserError
 from imagen_jax.imagen import Imagen
 from tests.train import support
 from train import loop
@@ -161,7 +162,7 @@ def test_what_a_run_leaves(straight):
 
 def empty(step: Path) -> None:
     """As a power cut leaves files that were renamed before they reached the disk."""
-    for file in (step / "params").rglob("*"):
+    for file in Path(step / "params").rglob("*"):
         if file.is_file():
             file.write_bytes(b"")
 
@@ -220,7 +221,7 @@ def test_mistakes(straight, tmp_path):
 
 
 def test_weights_alone_can_be_taken_over(straight, tmp_path):
-    settings = support.settings(tmp_path, init_from=straight.run, steps=1, lr=1e-12)
+    settings = support.settings(tmp_path, init_from=Path(straight.run), steps=1, lr=1e-12)
     loop.run(settings, 1)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-9),
@@ -228,7 +229,7 @@ def test_weights_alone_can_be_taken_over(straight, tmp_path):
         support.saved(straight.run, 4, "ema"),
     )
     other = support.settings(
-        tmp_path, config=support.other_cascade(tmp_path), init_from=straight.run
+        tmp_path, config=support.other_cascade(tmp_path), init_from=Path(straight.run)
     )
     with pytest.raises(ValueError, match="unets.0.dim is 8 there, 16 here"):
         loop.run(dataclasses.replace(other, workdir=tmp_path / "other"), 1)
@@ -316,12 +317,18 @@ def test_a_failing_write_leaves_the_last_checkpoint(straight, tmp_path, monkeypa
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_step", full)
-    with pytest.raises(ValueError, match="could not save step 4.*No space left.*Step 2 is whole"):
-        loop.run(dataclasses.replace(settings, steps=4, resume=True), 1)
+    def ours(*_):
+        raise TypeError("a fault of this library")
+
+    on = dataclasses.replace(settings, steps=4, resume=True)
+    message = "could not save step 4.*No space left.*Step 2 is complete"
+    for save, kind, said in ((full, UserError, message), (ours, TypeError, "a fault of this")):
+        monkeypatch.setattr(checkpoint.Writer, "save", save)
+        with pytest.raises(kind, match=said):
+            loop.run(on, 1)
     monkeypatch.undo()
     # The steps after the checkpoint are in metrics.jsonl twice, with the same numbers.
-    assert loop.run(dataclasses.replace(settings, steps=4, resume=True), 1)
+    assert loop.run(on, 1)
     support.assert_equal(support.saved(settings.run, 4), support.saved(straight.run, 4))
 
 
@@ -336,7 +343,7 @@ def test_speed_and_profile(tmp_path, monkeypatch, capsys):
         assert line["images_per_second"] == pytest.approx(4 * line["steps_per_second"])
         used = line["steps_per_second"] * work / 1e12
         assert line["model_flop_utilization"] == pytest.approx(used)
-    assert list((settings.run / "profile").rglob("*.xplane.pb"))
+    assert list(Path(settings.run / "profile").rglob("*.xplane.pb"))
     assert "profile of steps 4 .. 4 in" in capsys.readouterr().out
 
 
