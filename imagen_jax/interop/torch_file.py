@@ -9,7 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from imagen_jax.errors import UserError
+from imagen_jax.errors import UserError, first_line
 
 _NEEDED = "needs torch (pip install 'imagen-jax[torch]')"
 
@@ -42,10 +42,9 @@ def read_torch_file(path: str | os.PathLike) -> Any:
         # Files from before torch 1.6 are no zip archives and cannot be mapped.
         data = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # pickle, zip and torch raise a dozen kinds for a bad file
-        reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"{path} could not be read as weights alone (damaged, or it holds Python objects, "
-            f"which are never executed): {reason}"
+            f"which are never executed): {first_line(error)}"
         ) from error
     try:
         return _to_numpy(data, torch, path)
