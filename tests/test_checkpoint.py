@@ -176,7 +176,9 @@ def test_weights_that_are_not_finite_are_named(tmp_path):
     params["final_conv"]["bias"][1] = np.inf
     imagen = imagen_jax.Imagen(CASCADE, unets=[nn.bind(CASCADE.unets[0], params), nn.NullUnet()])
     imagen_jax.save(tmp_path, imagen, step=4)
-    message = r"unet1, step 4, online weights: final_conv.bias holds NaN or infinity \(1 of 3 values\)"
+    message = (
+        r"unet1, step 4, online weights: final_conv.bias holds NaN or infinity \(1 of 3 values\)"
+    )
     for load in (imagen_jax.load, lambda run: Pipeline.load(run).imagen):
         with pytest.raises(UserError, match=message):
             load(tmp_path)

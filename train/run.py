@@ -54,7 +54,7 @@ PASSING = ("workdir", "resume", "print_config", "preset", "config", "init_from",
 
 # How TensorStore, which raises ValueError for a failing disk or store too, begins its messages.
 STORAGE = re.compile(
-    r"(UNKNOWN|CANCELLED|DEADLINE_EXCEEDED|NOT_FOUND|PERMISSION_DENIED|RESOURCE_EXHAUSTED|ABORTED|"
+    r"os_error_code=|(UNKNOWN|CANCELLED|DEADLINE_EXCEEDED|NOT_FOUND|PERMISSION_DENIED|RESOURCE_EXHAUSTED|ABORTED|"
     r"FAILED_PRECONDITION|UNIMPLEMENTED|INTERNAL|UNAVAILABLE|DATA_LOSS|UNAUTHENTICATED): "
 )
 

@@ -280,7 +280,7 @@ def recorded(given: Settings, unet_number: int) -> Settings | None:
 
 
 def _parse(description: str | None, more: Sequence[type], defaults: Settings) -> tuple[Any, ...]:
-    again = defaults.resume  # a switch that was on can be given, or turned off
+    again = "--resume" in sys.argv  # a switch that was on can be given again, or turned off
     sections = [
         *((kind.__name__.lower(), _shown(kind), kind()) for kind in more),
         *(

@@ -22,13 +22,13 @@ class Stage:
     unet_number: str = "2"
     """Which U-Net: 2, 3, ... or sr256, sr1024."""
 
-    def __post_init__(self):
-        if self.number == 1:
-            raise UserError("U-Net 1 is the base: train it with python -m train.base.")
-
     @property
     def number(self) -> int:
-        return commands.stage_number(self.unet_number)
+        """Raises UserError for another name, or that of the base."""
+        number = commands.stage_number(self.unet_number)
+        if number == 1:
+            raise UserError("U-Net 1 is the base: train it with python -m train.base.")
+        return number
 
 
 def main() -> None:
