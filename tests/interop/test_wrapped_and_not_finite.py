@@ -80,6 +80,8 @@ def test_weights_that_are_not_finite_are_refused_by_name(tmp_path):
         with pytest.raises(UserError, match=message):
             interop(*arguments)
     assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="conversions are written to a disk"):
+        interop("from-torch", good, "gs://bucket/run")
     with pytest.raises(UserError, match=message):
         imagen_pytorch.load(bad)
     content = (tmp_path / "good.safetensors").read_bytes()

@@ -296,6 +296,17 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     assert support.finite(support.saved(settings.run, bad - 1))
 
 
+def test_samples_that_are_not_finite_are_not_written(tmp_path, monkeypatch):
+    """The step itself is saved before they are drawn."""
+    nan = np.full((8, 8, 8, 3), np.nan, np.float32)
+    monkeypatch.setattr(Previews, "_sample", lambda *_: nan)
+    settings = support.settings(tmp_path, steps=1, sample_every=1)
+    with pytest.raises(UserError, match="samples of U-Net 1 at step 1 hold NaN or infinity"):
+        loop.run(settings, 1)
+    assert checkpoint.latest_step(settings.run, 1) == 1
+    assert not (settings.run / "samples" / "unet1-0000001.png").exists()
+
+
 def test_the_first_bad_step_is_named(straight):
     """Also where the loss is fine and its gradient is not: the next checkpoint would hold NaN."""
     fine = dict(loss=jax.numpy.float32(1), grad_norm=jax.numpy.float32(2))
