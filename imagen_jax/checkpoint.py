@@ -21,7 +21,7 @@ import dataclasses
 import json
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -235,16 +235,21 @@ def latest_step(run: str | os.PathLike, unet_number: int) -> int | None:
 
 def incomplete(run: str | os.PathLike, unet_number: int) -> dict[int, str]:
     """The steps that are not complete, the newest first, and what each lacks."""
+    return {step: reason for step, reason in _surveyed(run, unet_number) if reason}
+
+
+def _surveyed(run: str | os.PathLike, unet_number: int) -> Iterator[tuple[int, str | None]]:
+    """Step after step, the newest first, and what it lacks; a training run may be deleting the
+    oldest meanwhile."""
     path, found = stage_path(run, unet_number), steps(run, unet_number)
     marked = {step for step in found if (path / str(step) / MARKER).exists()}
-    reasons = {}
     for step in found:
         earlier = step < min(marked, default=step + 1)  # a step of an earlier version
         if step not in marked and not earlier:
-            reasons[step] = "it has no commit marker"
-        elif lost := _lost_files(path / str(step)):
-            reasons[step] = f"{lost[0]} is empty"
-    return reasons
+            yield step, "it has no commit marker"
+        else:
+            lost = _lost_files(path / str(step))
+            yield step, f"{lost[0]} is empty" if lost else None
 
 
 def _lost_files(step: epath.Path) -> list[str]:
@@ -263,14 +268,16 @@ def choose(run: str | os.PathLike, unet_number: int, weights: Weights = "ema") -
 
     "ema" becomes "online" where no average was kept (`save`).
     """
-    path, wrong = stage_path(run, unet_number), incomplete(run, unet_number)
-    step = next((step for step in steps(run, unet_number) if step not in wrong), None)
-    if step is None:
+    path, passed = stage_path(run, unet_number), {}
+    for step, reason in _surveyed(run, unet_number):
+        if reason is None:
+            break
+        passed[step] = reason
+    else:
         return None
-    passed = {newer: why for newer, why in wrong.items() if newer > step}
     notes = [
-        f"{path}: step {newer} is not complete ({why}); step {step} is used."
-        for newer, why in passed.items()
+        f"{path}: step {newer} is not complete ({reason}); step {step} is used."
+        for newer, reason in passed.items()
     ]
     if not (path / str(step) / MARKER).exists():
         notes.append(f"{path}: step {step} is of an earlier version, without a commit marker.")
