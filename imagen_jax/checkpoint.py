@@ -6,47 +6,69 @@
     RUN/unet1/STEP/params    online parameters
     RUN/unet1/STEP/ema       their running average, where training keeps one
     RUN/unet1/STEP/opt_state, meta    what `--resume` needs besides
+    RUN/unet1/STEP/complete.json      the commit marker
     RUN/metrics.jsonl, RUN/samples/   written by training
 
-Orbax writes a step to a temporary name and renames it when it is whole, so that whatever a crash
-or a full disk leaves behind, the newest whole step is found. A power cut can leave the new name
-with files that never reached the disk: an empty file marks a torn step, which is passed over.
-`--resume` also passes over steps that cannot be read (`Damaged`).
+RUN is a directory or the URL of one in an object store (`storage`).
+
+The commit marker is written last, by process 0, after Orbax has finished: a step without it is not
+complete. It lists the files that are empty on purpose, so that any other empty file marks what a
+power cut has left of a step. Earlier versions wrote no marker: their steps, which are older than
+every marked one, count as complete where Orbax has committed them. `choose` says what a loader
+takes and what it passes over; `--resume` also passes over steps that cannot be read (`Damaged`).
 """
 
-import contextlib
-import fcntl
+import dataclasses
 import json
 import os
-import shutil
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from flax import nnx
 from jax.typing import DTypeLike
 
-from imagen_jax import nn
+from imagen_jax import nn, storage
 from imagen_jax.config import ImagenConfig, NullUnetConfig
-from imagen_jax.errors import UserError
+from imagen_jax.errors import UserError, first_line
 from imagen_jax.fields import first_difference
 from imagen_jax.imagen import Imagen
-from imagen_jax.sharding import Layout, make_layout
+from imagen_jax.sharding import Layout, make_layout, single
 from imagen_jax.text import Identity
 from imagen_jax.types import Params
 
 Weights = Literal["ema", "online"]
+ITEMS: dict[Weights, str] = {"online": "params", "ema": "ema"}
+MARKER = "complete.json"
+CONCURRENT_GB = 1  # arrays on their way to the disk or from it, where memory is bounded
 
 
 class Damaged(UserError):
     """A step is there, and cannot be read."""
 
 
-def stage_path(run: str | os.PathLike, unet_number: int) -> Path:
-    return Path(run).absolute() / f"unet{unet_number}"
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What a loader reads of one U-Net."""
+
+    step: int
+    weights: Weights  # "online" also where the average was asked for and none is stored
+    notes: tuple[str, ...] = ()  # a line each: which steps were passed over and why
+
+
+class PassedOver(UserWarning):
+    """A newer step is there, and is not complete; or what was read has no commit marker."""
+
+
+def stage_path(run: str | os.PathLike, unet_number: int) -> epath.Path:
+    """Absolute, as Orbax wants it."""
+    run = storage.folder(run)
+    return (run if storage.is_remote(run) else run.resolve()) / f"unet{unet_number}"
 
 
 def read_config(run: str | os.PathLike) -> ImagenConfig:
@@ -61,10 +83,17 @@ def read_origin(run: str | os.PathLike) -> dict[str, Any] | None:
 
 def read_text_encoder(run: str | os.PathLike) -> Identity | None:
     """The text encoder that a run was trained with; None without a record, or without a run."""
-    if not (Path(run) / "config.json").exists():
+    if not (storage.folder(run) / "config.json").exists():
         return None
     found = _read_json(run).get("text_encoder")
     return None if found is None else Identity.from_dict(found)
+
+
+def read_training(run: str | os.PathLike, unet_number: int) -> dict[str, Any] | None:
+    """The settings that a U-Net was last trained with, None if it was not trained here."""
+    if not (storage.folder(run) / "config.json").exists():
+        return None
+    return _read_json(run).get("training", {}).get(f"unet{unet_number}")
 
 
 def write_config(
@@ -79,9 +108,9 @@ def write_config(
 
     A run directory holds one cascade. Raises ValueError, and writes nothing, if it holds another.
     """
-    path = Path(run) / "config.json"
+    path = storage.folder(run) / "config.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(path.parent):
+    with storage.alone(path.parent):
         check_config(run, config)
         data = _read_json(run) if path.exists() else {}
         data["imagen"] = config.to_dict()
@@ -91,96 +120,241 @@ def write_config(
         if text_encoder is not None:
             text_encoder.check(read_text_encoder(run), str(run))
             data["text_encoder"] = text_encoder.to_dict()
-        partial = path.with_suffix(".partial")
-        with partial.open("w") as file:
-            file.write(json.dumps(data, indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())  # or a power cut may leave the new name with nothing in it
-        partial.replace(path)
-
-
-@contextlib.contextmanager
-def _alone(run: Path) -> Iterator[None]:
-    """One process at a time, where the file system has locks: stages of a cascade may be trained
-    side by side in one directory."""
-    with (run / ".lock").open("a") as file:
-        with contextlib.suppress(OSError):  # it has none
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        storage.write_text(path, json.dumps(data, indent=2) + "\n")
 
 
 def check_config(run: str | os.PathLike, config: ImagenConfig) -> None:
     """Raises ValueError if the run directory holds another cascade; it need not exist."""
-    path = Path(run) / "config.json"
+    path = storage.folder(run) / "config.json"
     difference = first_difference(read_config(run), config) if path.exists() else None
     if difference:
         raise UserError(f"{path} describes another cascade: {difference}.")
 
 
-def open_manager(
-    run: str | os.PathLike, unet_number: int, *, keep: int | None = None
-) -> ocp.CheckpointManager:
-    """Orbax's manager of one U-Net's steps, for the one process that writes them.
+class Writer:
+    """Writes the steps of one U-Net, newest last, through Orbax. Use it as a context: it ends when
+    all is on disk. Every process of a run opens one and makes the same calls.
 
-    Close it, or use it as a context: both wait for the writing to end. Opening it clears away what
-    an interrupted save left behind, so readers use `latest_step` and `restore` instead.
+    Opening it clears away what an interrupted save left behind, so readers use `choose` and
+    `restore` instead. `keep` is how many of the newest steps stay.
+
+    With `bounded_memory` a step is written at once, one file an array, few at a time: arrays may be
+    views of a file. Orbax's usual database keeps all in memory until its end (2.0 against 1.1 times
+    the arrays, measured).
     """
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-    return ocp.CheckpointManager(stage_path(run, unet_number), options=options)
 
-
-def save_step(
-    manager: ocp.CheckpointManager, step: int, trees: Mapping[str, Any], meta: Mapping[str, Any]
-) -> None:
-    """Begins to write one step; returns when the arrays are copied, not when they are on disk.
-
-    Raises ValueError, and writes nothing, if the manager holds this step or a later one.
-    """
-    items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
-    args = ocp.args.Composite(**items, meta=ocp.args.JsonSave(dict(meta)))
-    if manager.latest_step() is not None and manager.latest_step() >= step:
-        raise UserError(
-            f"{manager.directory} is at step {manager.latest_step()}: step {step} cannot be added."
+    def __init__(
+        self,
+        run: str | os.PathLike,
+        unet_number: int,
+        *,
+        keep: int | None = None,
+        bounded_memory: bool = False,
+    ):
+        self.path, self.unmarked = stage_path(run, unet_number), None
+        storage.check_clients(self.path)
+        handlers = None
+        if bounded_memory:
+            arrays = ocp.PyTreeCheckpointHandler(save_concurrent_gb=CONCURRENT_GB, use_ocdbt=False)
+            handlers = dict.fromkeys(ITEMS.values(), arrays) | {"meta": ocp.JsonCheckpointHandler()}
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, enable_async_checkpointing=not bounded_memory
         )
-    manager.save(step, args=args)
+        self.manager = ocp.CheckpointManager(self.path, options=options, item_handlers=handlers)
+
+    def save(self, step: int, trees: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
+        """Starts to write a step, once the one before is complete; returns when the arrays are
+        copied, not when they are on disk.
+
+        Raises UserError, and writes nothing, if the directory holds this step or a later one.
+        """
+        self.wait()
+        newest = self.manager.latest_step()
+        if newest is not None and newest >= step:
+            raise UserError(f"{self.path} is at step {newest}: step {step} cannot be added.")
+        items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
+        args = ocp.args.Composite(**items, meta=ocp.args.JsonSave(dict(meta)))
+        self.manager.save(step, args=args)
+        self.unmarked = step
+
+    def poll(self) -> None:
+        """Writes the commit marker of a step that Orbax has finished. Call it often."""
+        if self.unmarked is not None and not self.manager.is_saving_in_progress():
+            self._mark()
+
+    def wait(self) -> None:
+        """Until all is on disk. Raises what went wrong with it."""
+        self.manager.wait_until_finished()
+        self._mark()
+
+    def _mark(self) -> None:
+        """By process 0 alone, and only where Orbax has given the step its name."""
+        step = self.unmarked
+        if step is None or step not in ocp.utils.checkpoint_steps(self.path):
+            return
+        self.unmarked = None
+        if jax.process_index():
+            return
+        path = self.path / str(step)
+        empty = [] if storage.is_remote(path) else _empty_files(path)
+        storage.write_text(path / MARKER, json.dumps({"empty": empty}) + "\n")
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        try:
+            if kind is None:
+                self.wait()
+        finally:
+            self.manager.close()
+            self._mark()
+
+
+def write(
+    run: str | os.PathLike,
+    config: ImagenConfig,
+    weights: Mapping[int, Mapping[Weights, Params]],
+    steps: Mapping[int, int],
+    *,
+    origin: Mapping[str, Any] | None = None,
+    text_encoder: Identity | None = None,
+) -> None:
+    """Writes a configuration and one step of each U-Net, with bounded memory.
+
+    Raises UserError if `run` holds another cascade, or this step or a later one of a U-Net.
+    """
+    write_config(run, config, origin=origin, text_encoder=text_encoder)
+    for number, trees in weights.items():
+        items = {ITEMS[which]: tree for which, tree in trees.items()}
+        with Writer(run, number, bounded_memory=True) as writer:
+            writer.save(steps[number], items, {"step": steps[number]})
+
+
+def _empty_files(step: epath.Path) -> list[str]:
+    """By their paths in the step. (An object store does not lose what it has accepted.)"""
+    sizes = {os.path.relpath(file, step): file.stat().length for file in storage.files(step)}
+    return sorted(name for name, size in sizes.items() if not size)
 
 
 def steps(run: str | os.PathLike, unet_number: int) -> list[int]:
-    """The steps of a U-Net in a run, the newest first, torn ones among them."""
+    """The steps of a U-Net in a run, the newest first, incomplete ones among them."""
     path = stage_path(run, unet_number)
     return sorted(ocp.utils.checkpoint_steps(path), reverse=True) if path.is_dir() else []
 
 
 def latest_step(run: str | os.PathLike, unet_number: int) -> int | None:
-    """The newest whole step of a U-Net in a run, None if there is none."""
-    path = stage_path(run, unet_number)
-    whole = (step for step in steps(run, unet_number) if not _torn(path / str(step)))
-    return next(whole, None)
+    """The newest complete step of a U-Net in a run, None if there is none."""
+    choice = choose(run, unet_number)
+    return choice and choice.step
 
 
-def set_aside(run: str | os.PathLike, unet_number: int, step: int) -> Path:
-    """Renames a step that cannot be read, so that its number is free."""
+def incomplete(run: str | os.PathLike, unet_number: int) -> dict[int, str]:
+    """The steps that are not complete, the newest first, and what each lacks."""
+    return {step: reason for step, reason in _surveyed(run, unet_number) if reason}
+
+
+def _surveyed(run: str | os.PathLike, unet_number: int) -> Iterator[tuple[int, str | None]]:
+    """Step after step, the newest first, and what it lacks; a training run may be deleting the
+    oldest meanwhile."""
+    path, found = stage_path(run, unet_number), steps(run, unet_number)
+    marked = {step for step in found if (path / str(step) / MARKER).exists()}
+    for step in found:
+        earlier = step < min(marked, default=step + 1)  # a step of an earlier version
+        if step not in marked and not earlier:
+            yield step, "it has no commit marker"
+        else:
+            lost = _lost_files(path / str(step))
+            yield step, f"{lost[0]} is empty" if lost else None
+
+
+def _lost_files(step: epath.Path) -> list[str]:
+    """Files that are empty and were not when the step was committed."""
+    if storage.is_remote(step):
+        return []
+    empty = _empty_files(step)
+    if MARKER in empty or not empty or not (step / MARKER).exists():
+        return empty
+    meant = storage.read_object(step / MARKER).get("empty", [])
+    return [name for name in empty if name not in meant]
+
+
+def choose(run: str | os.PathLike, unet_number: int, weights: Weights = "ema") -> Choice | None:
+    """What to read of a U-Net: its newest complete step; None if it has none.
+
+    "ema" becomes "online" where no average was kept (`save`).
+    """
+    path, passed = stage_path(run, unet_number), {}
+    for step, reason in _surveyed(run, unet_number):
+        if reason is None:
+            break
+        passed[step] = reason
+    else:
+        return None
+    notes = [
+        f"{path}: step {newer} is not complete ({reason}); step {step} is used."
+        for newer, reason in passed.items()
+    ]
+    if not (path / str(step) / MARKER).exists():
+        notes.append(f"{path}: step {step} is of an earlier version, without a commit marker.")
+    if weights == "ema" and not (path / str(step) / ITEMS["ema"]).is_dir():
+        weights = "online"
+    return Choice(step, weights, tuple(notes))
+
+
+def set_aside(run: str | os.PathLike, unet_number: int, step: int) -> None:
+    """Renames a step that cannot be read to `STEP.damaged`, so that its number is free."""
     path = stage_path(run, unet_number) / str(step)
-    aside = path.with_name(f"{step}.damaged")
-    shutil.rmtree(aside, ignore_errors=True)
-    return path.rename(aside)
+    storage.move(path, path.with_name(f"{step}.damaged"))
 
 
-def restore(run: str | os.PathLike, unet_number: int, step: int, item: str, target: Any) -> Any:
-    """One tree of a step, placed as the `ShapeDtypeStruct`s of `target` say.
+def restore(
+    run: str | os.PathLike,
+    unet_number: int,
+    step: int,
+    item: str,
+    target: Any,
+    *,
+    as_numpy: bool = False,
+) -> Any:
+    """One tree of a step, placed as the `ShapeDtypeStruct`s of `target` say; or as NumPy arrays of
+    the dtypes that are stored, read with bounded memory.
 
     Raises `Damaged` if the step has no such tree, one of other shapes, or one that cannot be read.
     """
-    path = stage_path(run, unet_number) / str(step) / item
-    if not path.is_dir():
-        raise Damaged(f"{path.parents[1]} holds no {item} of step {step}.")
-    with ocp.StandardCheckpointer() as checkpointer:
+    path = _item_path(run, unet_number, step, item)
+    with ocp.Checkpointer(_reader()) if as_numpy else ocp.StandardCheckpointer() as checkpointer:
         try:
-            return checkpointer.restore(path, target)
+            if not as_numpy:
+                return checkpointer.restore(path, target)
+            arrays = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), target)
+            args = ocp.args.PyTreeRestore(item=target, restore_args=arrays)
+            return checkpointer.restore(path, args=args)
         except (ValueError, KeyError, OSError) as error:
             raise Damaged(
-                f"{path} is damaged, or of another architecture: {_first_line(error)}"
+                f"{path} is damaged, or of another architecture: {first_line(error)}"
             ) from error
+
+
+def stored_shapes(run: str | os.PathLike, unet_number: int, step: int, item: str) -> Any:
+    """The tree of a step with an object for each array that has its `shape`. Raises `Damaged`."""
+    path = _item_path(run, unet_number, step, item)
+    with ocp.Checkpointer(_reader()) as checkpointer:
+        try:
+            return checkpointer.metadata(path).item_metadata.tree
+        except (ValueError, KeyError, OSError) as error:
+            raise Damaged(f"{path} is damaged: {first_line(error)}") from error
+
+
+def _item_path(run: str | os.PathLike, unet_number: int, step: int, item: str) -> epath.Path:
+    path = stage_path(run, unet_number)
+    if not (path / str(step) / item).is_dir():
+        raise Damaged(f"{path} holds no {item} of step {step}.")
+    return path / str(step) / item
+
+
+def _reader() -> ocp.PyTreeCheckpointHandler:
+    return ocp.PyTreeCheckpointHandler(restore_concurrent_gb=CONCURRENT_GB)
 
 
 def read_meta(run: str | os.PathLike, unet_number: int, step: int) -> dict[str, Any]:
@@ -190,40 +364,44 @@ def read_meta(run: str | os.PathLike, unet_number: int, step: int) -> dict[str, 
         try:
             return checkpointer.restore(path)
         except (ValueError, OSError) as error:
-            raise Damaged(f"{path} is damaged: {_first_line(error)}") from error
+            raise Damaged(f"{path} is damaged: {first_line(error)}") from error
 
 
 def load_params(
     run: str | os.PathLike,
     unet_number: int,
+    choice: Choice,
     *,
-    weights: Weights = "ema",
-    step: int | None = None,
     layout: Layout | None = None,
     dtype: DTypeLike = jnp.float32,
-) -> Params | None:
-    """One U-Net's parameters, the newest or those of `step`; None if it has none.
+) -> Params:
+    """One U-Net's parameters, where `layout` places them, by default on one device.
 
     `dtype` other than float32 is that of a network which is not trained (`nn.stored_dtypes`).
-
-    They go where `layout` says, by default to one device. `ema` means the online parameters where
-    no average was kept (`imagen_jax.save`).
+    Raises UserError, which names the array, for values that are not finite; `Damaged`.
     """
     config = read_config(run).unets[unet_number - 1]
-    step = latest_step(run, unet_number) if step is None else step
-    if step is None or isinstance(config, NullUnetConfig):
-        return None
-    has_ema = (stage_path(run, unet_number) / str(step) / "ema").is_dir()
-    item = "ema" if weights == "ema" and has_ema else "params"
     shapes = nn.stored_shapes(nn.abstract(config)[1], dtype)
-    target = placed(shapes) if layout is None else layout.targets(shapes)
-    return restore(run, unet_number, step, item, target)
+    target = (layout or single()).targets(shapes)
+    params = restore(run, unet_number, choice.step, ITEMS[choice.weights], target)
+    check_finite(
+        params, f"{stage_path(run, unet_number)}, step {choice.step}, {choice.weights} weights"
+    )
+    return params
 
 
-def placed(tree: Any) -> Any:
-    """The shapes of a tree as a restore target on the default device."""
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+def check_finite(tree: Any, where: str) -> None:
+    """Raises UserError for the first array of a tree with values that are not finite. Of arrays
+    that lie on many machines, every process looks at its own part."""
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        parts = [leaf]
+        if isinstance(leaf, jax.Array):
+            parts = [part.data for part in leaf.addressable_shards if part.replica_id == 0]
+        bad = sum(np.count_nonzero(~np.isfinite(np.asarray(part))) for part in parts)
+        if bad:
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            where = f"{where}: {name}" if name else where
+            raise UserError(f"{where} holds NaN or infinity ({bad:,} of {leaf.size:,} values).")
 
 
 def load(
@@ -234,6 +412,7 @@ def load(
     param_dtype: DTypeLike = jnp.float32,
     mesh: str | Layout | None = None,
     unet_numbers: Sequence[int] | None = None,
+    choices: Mapping[int, Choice] | None = None,
 ) -> Imagen:
     """The cascade of a run directory, with the newest weights of its U-Nets.
 
@@ -241,50 +420,57 @@ def load(
     `dtype` to sample alone, with the same results. `mesh`, as "8x1" or "auto", distributes them
     over devices, each of which reads its part.
     `unet_numbers` chooses which to load. A U-Net that is not loaded, or was never trained, is a
-    `NullUnet`, which `Imagen.sample` refuses. Raises ValueError if `run` holds no cascade.
+    `NullUnet`, which `Imagen.sample` refuses.
+    `weights` "ema" means the online ones where no average was kept; a newer step that is not
+    complete is passed over with a warning (`PassedOver`). `choices` (`choose_all`) are what to read
+    instead, without one. Raises UserError if `run` holds no cascade, or weights are not finite.
     """
     config = read_config(run)
     layout = make_layout(mesh) if isinstance(mesh, str) else mesh
-    read = dict(weights=weights, layout=layout, dtype=param_dtype)
-    unets = []
-    for number, unet in enumerate(config.unets, 1):
-        wanted = unet_numbers is None or number in unet_numbers
-        params = load_params(run, number, **read) if wanted else None
-        unets.append(nn.NullUnet() if params is None else nn.bind(unet, params, dtype=dtype))
+    if choices is None:
+        choices = choose_all(run, config, weights, unet_numbers)
+        for note in (note for choice in choices.values() for note in choice.notes):
+            warnings.warn(note, PassedOver, stacklevel=2)
+    unets = [nn.NullUnet() for _ in config.unets]
+    for number, choice in choices.items():
+        params = load_params(run, number, choice, layout=layout, dtype=param_dtype)
+        unets[number - 1] = nn.bind(config.unets[number - 1], params, dtype=dtype)
     return Imagen(config, unets=unets, layout=layout, text_encoder=read_text_encoder(run))
+
+
+def choose_all(
+    run: str | os.PathLike,
+    config: ImagenConfig,
+    weights: Weights = "ema",
+    unet_numbers: Sequence[int] | None = None,
+) -> dict[int, Choice]:
+    """`choose` for the U-Nets of a cascade that have weights, or those of `unet_numbers`."""
+    found = {
+        number: choose(run, number, weights)
+        for number, unet in enumerate(config.unets, 1)
+        if not isinstance(unet, NullUnetConfig) and (unet_numbers is None or number in unet_numbers)
+    }
+    return {number: choice for number, choice in found.items() if choice is not None}
 
 
 def save(run: str | os.PathLike, imagen: Imagen, *, step: int = 0) -> None:
     """Writes configuration and parameters; `load` gives them back.
 
-    Raises ValueError if `run` holds another cascade, or this step or a later one of a U-Net.
+    Raises UserError if `run` holds another cascade, or this step or a later one of a U-Net.
     """
-    write_config(run, imagen.config, text_encoder=imagen.text_encoder)
-    for number, unet in enumerate(imagen.unets, 1):
-        if isinstance(unet, nn.NullUnet):
-            continue
-        params = nnx.to_pure_dict(nnx.split(unet)[1])
-        with open_manager(run, number) as manager:
-            save_step(manager, step, {"params": params}, {"step": step})
-
-
-def _torn(step: Path) -> bool:
-    """Whether a file is empty: Orbax writes none."""
-    return any(file.is_file() and not file.stat().st_size for file in step.rglob("*"))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    params: dict[int, Mapping[Weights, Params]] = {
+        number: {"online": nnx.to_pure_dict(nnx.split(unet)[1])}
+        for number, unet in enumerate(imagen.unets, 1)
+        if not isinstance(unet, nn.NullUnet)
+    }
+    write(run, imagen.config, params, dict.fromkeys(params, step), text_encoder=imagen.text_encoder)
 
 
 def _read_json(run: str | os.PathLike) -> dict[str, Any]:
-    path = Path(run) / "config.json"
-    if not path.is_file():
-        raise UserError(f"{run} is no run directory: it has no config.json.")
-    try:
-        data = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON: {error}.") from error
-    if not isinstance(data, dict) or "imagen" not in data:
+    path = storage.folder(run) / "config.json"
+    if not path.exists():
+        raise UserError(f"{run} is not a run directory: it has no config.json.")
+    data = storage.read_object(path)
+    if "imagen" not in data:
         raise UserError(f"{path} has no entry 'imagen'.")
     return data

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Float
 
 from imagen_jax import checkpoint, nn, text
-from imagen_jax.checkpoint import Weights
+from imagen_jax.checkpoint import Choice, Weights
 from imagen_jax.config import ImagenConfig
 from imagen_jax.imagen import Imagen
 from imagen_jax.sharding import Layout, make_layout
@@ -39,11 +39,12 @@ class Pipeline:
 
     run: str | os.PathLike
     config: ImagenConfig
-    weights: Weights
+    choices: Mapping[int, Choice]
+    """What is read of each U-Net that has weights, by its number: step, average or online, and what
+    was passed over. A command says these notes."""
     dtype: np.dtype
     layout: Layout | None
     text_encoder_name: str
-    unet_numbers: Sequence[int] | None = None
 
     @classmethod
     def load(
@@ -61,30 +62,30 @@ class Pipeline:
         `mesh`, as "8x1" or "auto", distributes weights and images over devices; None is the first
         one. `dtype` is what weights are kept and computed in (default: `nn.compute_dtype`). `t5` is
         the folder or name of the cascade's encoder, where that is not its `text_encoder_name`.
-        `unet_numbers` are the U-Nets to load. Raises UserError if `run` is not a run directory, or
-        for a mesh that the devices do not have.
+        `unet_numbers` are the U-Nets to load. What is read of each is decided here (`choices`),
+        before anything is loaded. Raises UserError if `run` is not a run directory, or for a mesh
+        that the devices do not have.
         """
         config = checkpoint.read_config(run)
         return cls(
             run=run,
             config=config,
-            weights=weights,
+            choices=checkpoint.choose_all(run, config, weights, unet_numbers),
             dtype=nn.compute_dtype(dtype),
             layout=make_layout(mesh) if isinstance(mesh, str) else mesh,
             text_encoder_name=t5 or config.text_encoder_name,
-            unet_numbers=unet_numbers,
         )
 
     @functools.cached_property
     def imagen(self) -> Imagen:
-        """The cascade with its weights, cast once to `dtype`."""
+        """The cascade with its weights, cast once to `dtype`. Raises UserError, which names the
+        array, for weights that are not finite."""
         return checkpoint.load(
             self.run,
-            weights=self.weights,
             dtype=self.dtype,
             param_dtype=self.dtype,
             mesh=self.layout,
-            unet_numbers=self.unet_numbers,
+            choices=self.choices,
         )
 
     @functools.cached_property

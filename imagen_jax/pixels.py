@@ -13,9 +13,14 @@ CHANNELS = (1, 3, 4)
 def to_uint8(
     image: UInt8[np.ndarray, "..."] | Float[np.ndarray, "..."],
 ) -> UInt8[np.ndarray, "..."]:
-    """Float images in [0, 1] to uint8, rounded and clipped; uint8 as it is."""
+    """Float images in [0, 1] to uint8, rounded and clipped; uint8 as it is.
+
+    Raises UserError for values that are not finite: they would come out black.
+    """
     if image.dtype == np.uint8:
         return image
+    if not np.isfinite(image).all():
+        raise UserError("an image holds values that are not finite (NaN or infinity)")
     return np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
 
 

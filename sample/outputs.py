@@ -1,20 +1,22 @@
-"""What sampling commands leave behind and show: PNGs that say how they were made, a grid, bars."""
+"""Output of the sampling commands: PNGs with their settings, a contact sheet, progress bars."""
 
 import contextlib
 import importlib.metadata
+import io
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 from jaxtyping import Float
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from imagen_jax.data import labelled_grid
+from imagen_jax.errors import UserError
 from imagen_jax.pixels import to_pil
 from imagen_jax.sampling import Progress
 
@@ -29,8 +31,18 @@ def file_name(index: int, prompt: str | None) -> str:
     return "-".join(filter(None, (f"{index:03d}", slug))) + ".png"
 
 
+def check_finite(image: Float[np.ndarray, "h w c"], name: str) -> None:
+    """Raises UserError, in place of a black picture, for values that are not finite."""
+    bad = np.count_nonzero(~np.isfinite(image))
+    if bad:
+        raise UserError(
+            f"{name}: {bad:,} of its {image.size:,} values are NaN or infinite; it is not written. "
+            "--dtype float32 may help, or a checkpoint of an earlier step."
+        )
+
+
 def write_picture(
-    path: Path,
+    path: epath.Path,
     image: Float[np.ndarray, "h w c"],
     *,
     prompt: str | None,
@@ -45,13 +57,20 @@ def write_picture(
         info.add_text("prompt", prompt)
     info.add_text("imagen_jax", json.dumps({"version": version()} | dict(settings)))
     picture = to_pil(image)
-    picture.save(path, pnginfo=info)
+    _save(path, picture, pnginfo=info)
     picture.thumbnail((CELLS[1], CELLS[1]))
     return picture
 
 
+def _save(path: epath.Path, picture: Image.Image, **options: Any) -> None:
+    """A PNG at once, as object stores take it."""
+    file = io.BytesIO()
+    picture.save(file, "png", **options)
+    path.write_bytes(file.getvalue())
+
+
 def write_grid(
-    path: Path,
+    path: epath.Path,
     pictures: Sequence[Image.Image],
     prompts: Sequence[str] | None,
     *,
@@ -70,7 +89,7 @@ def write_grid(
             for i, label in enumerate(labels)
         ]
     longest = max(len(row[1]) for row in rows)
-    labelled_grid(rows, cell=cell, columns=min(COLUMNS, longest)).save(path)
+    _save(path, labelled_grid(rows, cell=cell, columns=min(COLUMNS, longest)))
 
 
 @contextlib.contextmanager

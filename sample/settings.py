@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from etils import epath
+
 import commands
-from imagen_jax import checkpoint, nn, sharding
+from imagen_jax import checkpoint, nn, sharding, storage
 from imagen_jax.config import ImagenConfig, NullUnetConfig
 from imagen_jax.diffusion.grids import SPACINGS
 from imagen_jax.diffusion.samplers import SAMPLERS
@@ -79,6 +81,11 @@ class Settings:
         return ("batch_size",)
 
     @property
+    def run(self) -> epath.Path:
+        """The run directory."""
+        return storage.folder(self.checkpoint)
+
+    @property
     def compute_dtype(self) -> Any:
         return nn.compute_dtype(None if self.dtype == "auto" else self.dtype)
 
@@ -91,7 +98,7 @@ class Settings:
         if number > count:
             raise UserError(
                 f"--stop-at-unet-number {self.stop_at_unet_number}: the cascade of "
-                f"{self.checkpoint} has {count} U-Nets."
+                f"{self.run} has {count} U-Nets."
             )
         return number
 
@@ -137,26 +144,24 @@ class Settings:
             )
         return (given * len(default) if len(given) == 1 else given + default)[: len(default)]
 
-    def trained_steps(self, config: ImagenConfig, first: int = 1) -> dict[int, int]:
-        """Number -> newest step of every U-Net that is to run.
+    def unet_numbers(self, config: ImagenConfig, first: int = 1) -> range:
+        """Numbers of the U-Nets that are to run, from `first` on.
 
-        Raises ValueError for one without weights: with the command that trains it.
+        Raises UserError for one without weights, with the command that trains it.
         """
-        steps = {}
-        for number in range(first, self.last_stage(config) + 1):
-            step = checkpoint.latest_step(self.checkpoint, number)
+        numbers = range(first, self.last_stage(config) + 1)
+        for number in numbers:
             if isinstance(config.unets[number - 1], NullUnetConfig):
                 raise UserError(
-                    f"U-Net {number} of {self.checkpoint} is a NullUnet: this cascade enlarges "
+                    f"U-Net {number} of {self.run} is a NullUnet: this cascade enlarges "
                     "pictures and draws none from text."
                 )
-            if step is None:
-                raise UserError(_untrained(self.checkpoint, number, first))
-            steps[number] = step
-        return steps
+            if checkpoint.latest_step(self.run, number) is None:
+                raise UserError(_untrained(self.run, number, first))
+        return numbers
 
 
-def _untrained(run: Path, number: int, first: int) -> str:
+def _untrained(run: epath.Path, number: int, first: int) -> str:
     command = "train.base" if number == 1 else f"train.super_res --unet-number {number}"
     advice = f"train it: python -m {command} --workdir {run} --config {run / 'config.json'}"
     if number > first:

@@ -18,9 +18,11 @@ from pathlib import Path
 
 import numpy as np
 import tyro
+from etils import epath
 
 import commands
-from imagen_jax import checkpoint, text
+from imagen_jax import checkpoint, storage, text
+from imagen_jax.checkpoint import Weights
 from imagen_jax.config import ImagenConfig
 from imagen_jax.data import read_lines
 from imagen_jax.errors import UserError
@@ -48,8 +50,8 @@ class Settings(settings.Settings):
         return (*super().counts, "num_images_per_prompt")
 
     @property
-    def folder(self) -> Path:
-        return self.out or self.checkpoint / "samples" / "text_to_image"
+    def folder(self) -> epath.Path:
+        return storage.folder(self.out or self.run / "samples" / "text_to_image")
 
     def prompts(self, config: ImagenConfig) -> list[str] | None:
         """All prompts, None for a cascade without captions. ValueError for an unfit one."""
@@ -57,7 +59,7 @@ class Settings(settings.Settings):
             for name in ("prompt", "prompts_from", "t5"):
                 if getattr(self, name):
                     raise UserError(
-                        f"{commands.flag(name)}: the cascade of {self.checkpoint} was trained "
+                        f"{commands.flag(name)}: the cascade of {self.run} was trained "
                         "without captions; --num-images-per-prompt says how many to draw."
                     )
             return None
@@ -80,24 +82,25 @@ class Settings(settings.Settings):
 def main() -> None:
     given = tyro.cli(Settings, description=__doc__)
     commands.use_precision(given.compute_dtype)
-    config = checkpoint.read_config(given.checkpoint)
+    config = checkpoint.read_config(given.run)
     options = given.options(config)
     prompts = given.prompts(config)
-    trained = given.trained_steps(config)
+    unet_numbers = given.unet_numbers(config)
     pipeline = Pipeline.load(
-        given.checkpoint,
+        given.run,
         mesh=given.mesh,
         dtype=given.compute_dtype,
         weights=given.weights,
         t5=given.t5,
-        unet_numbers=[*trained],
+        unet_numbers=unet_numbers,
     )
+    say_choices(pipeline, given.weights)
     embeddings = None if prompts is None else embed(pipeline, prompts, given.batch_size)
     record = {
         "command": "text_to_image",
-        "checkpoint": given.checkpoint.absolute().name,
-        "checkpoint_steps": {f"unet{number}": step for number, step in trained.items()},
-        "weights": given.weights,
+        "checkpoint": checkpoint.stage_path(given.run, 1).parent.name,
+        "checkpoint_steps": {f"unet{n}": read.step for n, read in pipeline.choices.items()},
+        "weights": {f"unet{n}": read.weights for n, read in pipeline.choices.items()},
         "text_encoder_name": None if prompts is None else pipeline.text_encoder_name,
         "batch_size": given.batch_size,
         "dtype": str(pipeline.dtype),
@@ -121,6 +124,7 @@ def main() -> None:
         for index, image in drawn:
             path = given.folder / outputs.file_name(index, wanted[index])
             made = record | {"index": index, "seed": seeds[index]}
+            outputs.check_finite(image, f"{path.name}, drawn by U-Net {unet_numbers[-1]}")
             shown.append(outputs.write_picture(path, image, prompt=wanted[index], settings=made))
     except KeyboardInterrupt:
         sys.exit(f"stopped: {len(shown)} of {len(wanted)} pictures are in {given.folder}")
@@ -128,6 +132,18 @@ def main() -> None:
     outputs.write_grid(grid, shown, prompts, per_prompt=each)
     count = f"{len(shown)} picture{'s' * (len(shown) > 1)}"
     print(f"{count} in {given.folder}, side by side in {grid}")
+
+
+def say_choices(pipeline: Pipeline, weights: Weights) -> None:
+    """Prints which steps are passed over, and where no average is stored."""
+    for number, read in pipeline.choices.items():
+        for note in read.notes:
+            print(f"note: {note}")
+        if read.weights != weights:
+            print(
+                f"note: {pipeline.run} holds no averaged weights (ema) of U-Net {number}: "
+                "its online weights are used."
+            )
 
 
 def embed(pipeline: Pipeline, prompts: list[str], batch_size: int) -> Embeddings:

@@ -1,6 +1,7 @@
 """Run directories: what is saved comes back, and what is damaged or unfit is one line."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from flax import nnx
 import imagen_jax
 from imagen_jax import checkpoint, nn
 from imagen_jax.config import ImagenConfig, NullUnetConfig, UnetConfig
+from imagen_jax.errors import UserError
+from imagen_jax.pipeline import Pipeline
 from tests import SMALLEST_UNET
 
 ROOT = Path(__file__).parents[1]
@@ -41,10 +44,9 @@ def run(tmp_path_factory):
     """As training leaves it: online weights and their average of U-Net 1, two steps."""
     folder = tmp_path_factory.mktemp("run")
     checkpoint.write_config(folder, CASCADE, {"unet1": {"steps": 2}})
-    with checkpoint.open_manager(folder, 1) as manager:
+    with checkpoint.Writer(folder, 1) as writer:
         for step in (1, 2):
-            trees = {"params": params_of(step), "ema": params_of(10 + step)}
-            checkpoint.save_step(manager, step, trees, {"step": step})
+            writer.save(step, {"params": params_of(step), "ema": params_of(10 + step)}, {})
     return folder
 
 
@@ -67,7 +69,7 @@ def test_what_is_saved_comes_back(tmp_path):
 def test_the_average_or_the_online_weights(run):
     assert_equal(loaded(run), params_of(12))
     assert_equal(loaded(run, weights="online"), params_of(2))
-    assert_equal(checkpoint.load_params(run, 1, step=1), params_of(11))
+    assert_equal(checkpoint.load_params(run, 1, checkpoint.Choice(1, "ema")), params_of(11))
 
 
 def test_a_stage_without_weights_cannot_be_sampled(run):
@@ -126,11 +128,71 @@ def test_stages_trained_side_by_side_write_one_configuration(copy):
     assert training == {"unet1": {"steps": 99}, "unet2": {"steps": 99}}
 
 
-def test_a_step_torn_by_a_power_cut_is_none(copy):
-    (copy / "unet1" / "2" / "ema" / "_METADATA").write_text("")
-    assert checkpoint.steps(copy, 1) == [2, 1]
-    assert checkpoint.latest_step(copy, 1) == 1
-    assert_equal(loaded(copy), params_of(11))
+def unmarked(step: Path) -> None:
+    (step / checkpoint.MARKER).unlink()
+
+
+def torn_by_a_power_cut(step: Path) -> None:
+    (step / "ema" / "_METADATA").write_text("")
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [(unmarked, "it has no commit marker"), (torn_by_a_power_cut, "ema/_METADATA is empty")],
+)
+def test_an_incomplete_step_is_passed_over_and_said(copy, damage, why):
+    damage(copy / "unet1" / "2")
+    note = f"{copy}/unet1: step 2 is not complete ({why}); step 1 is used."
+    assert checkpoint.steps(copy, 1) == [2, 1] and checkpoint.latest_step(copy, 1) == 1
+    assert checkpoint.choose(copy, 1) == checkpoint.Choice(1, "ema", (note,))
+    with pytest.warns(checkpoint.PassedOver, match=re.escape(note)):
+        assert_equal(loaded(copy), params_of(11))
+    assert Pipeline.load(copy).choices[1].notes == (note,)
+
+
+def test_files_that_are_empty_on_purpose_are_in_the_marker(tmp_path):
+    with checkpoint.Writer(tmp_path, 1) as writer:
+        writer.save(1, {"params": params_of(1)}, {})
+        writer.manager.wait_until_finished()
+        (tmp_path / "unet1" / "1" / "params" / "new_kind_of_file").write_text("")
+    assert not checkpoint.incomplete(tmp_path, 1)
+    (tmp_path / "unet1" / "1" / "params" / "another").write_text("")
+    assert checkpoint.incomplete(tmp_path, 1) == {1: "params/another is empty"}
+
+
+def test_steps_of_earlier_versions_have_no_marker(copy):
+    for step in (1, 2):
+        unmarked(copy / "unet1" / str(step))
+    (note,) = checkpoint.choose(copy, 1).notes
+    assert "step 2 is of an earlier version, without a commit marker" in note
+    with checkpoint.Writer(copy, 1) as writer:
+        writer.save(3, {"params": params_of(3)}, {})
+    assert checkpoint.choose(copy, 1) == checkpoint.Choice(3, "online")
+    assert not checkpoint.incomplete(copy, 1)
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path):
+    params = params_of(0)
+    params["final_conv"]["bias"][1] = np.inf
+    imagen = imagen_jax.Imagen(CASCADE, unets=[nn.bind(CASCADE.unets[0], params), nn.NullUnet()])
+    imagen_jax.save(tmp_path, imagen, step=4)
+    message = (
+        r"unet1, step 4, online weights: final_conv.bias holds NaN or infinity \(1 of 3 values\)"
+    )
+    for load in (imagen_jax.load, lambda run: Pipeline.load(run).imagen):
+        with pytest.raises(UserError, match=message):
+            load(tmp_path)
+
+
+def test_without_locks_there_is_none(tmp_path):
+    """As on Windows, which has no fcntl."""
+    program = (
+        "import sys; sys.modules['fcntl'] = None\n"
+        "import imagen_jax; from imagen_jax import checkpoint, presets\n"
+        f"checkpoint.write_config({str(tmp_path)!r}, presets.tiny())"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_half_a_step_is_none(copy):
@@ -138,18 +200,20 @@ def test_half_a_step_is_none(copy):
     shutil.copytree(copy / "unet1" / "2", copy / "unet1" / "3.orbax-checkpoint-tmp")
     assert checkpoint.latest_step(copy, 1) == 2
     assert_equal(loaded(copy), params_of(12))
-    with checkpoint.open_manager(copy, 1) as manager:
-        assert manager.latest_step() == 2
-        checkpoint.save_step(manager, 3, {"params": params_of(3)}, {"step": 3})
+    with checkpoint.Writer(copy, 1) as writer:
+        writer.save(3, {"params": params_of(3)}, {"step": 3})
     assert_equal(loaded(copy), params_of(3))
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda run: (run / "config.json").unlink(), "is no run directory: it has no config.json"),
+        (
+            lambda run: (run / "config.json").unlink(),
+            "is not a run directory: it has no config.json",
+        ),
         (lambda run: (run / "config.json").write_text("{"), "is not JSON"),
-        (lambda run: (run / "config.json").write_text("[]"), "has no entry 'imagen'"),
+        (lambda run: (run / "config.json").write_text("[]"), "holds list, not a JSON object"),
         (lambda run: shutil.rmtree(run / "unet1" / "2" / "params"), "holds no params of step 2"),
         (
             lambda run: (run / "unet1" / "2" / "params" / "_METADATA").write_text('{"tree'),

@@ -14,7 +14,7 @@ LEAVES = {"types", "fields", "unet_config", "resize", "pixels", "sharding", "str
 MODEL = LEAVES | {"diffusion", "stage", "config", "presets"}  # what a cascade is, as data
 THEORY = MODEL | {"nn", "text", "conditioning", "training", "sampling", "cascade", "imagen"}
 ALL = THEORY | {
-    *("checkpoint", "pipeline", "interop", "data", "distributed", "flops"),
+    *("checkpoint", "pipeline", "interop", "data", "distributed", "flops", "storage"),
     "imagen_jax",
 }
 MAY_IMPORT = {
@@ -36,9 +36,10 @@ MAY_IMPORT = {
     "sampling": LEAVES | {"diffusion", "nn", "stage", "conditioning"},
     "cascade": MODEL | {"nn", "training", "sampling"},
     "imagen": MODEL | {"nn", "text", "training", "sampling", "cascade"},
-    "checkpoint": THEORY,
-    "pipeline": THEORY | {"checkpoint"},
-    "interop": THEORY | {"checkpoint", "interop.torch_file"},
+    "storage": set(),
+    "checkpoint": THEORY | {"storage"},
+    "pipeline": THEORY | {"checkpoint", "storage"},
+    "interop": THEORY | {"checkpoint", "storage", "interop.torch_file"},
     "interop.torch_file": set(),
     "data": LEAVES | {"text"},
     "errors": set(),

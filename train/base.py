@@ -2,7 +2,7 @@
 
     python -m train.base                              # the demo's, on the bundled pictures
     python -m train.base --data FOLDER --steps 20000  # pictures with a .txt caption beside each
-    python -m train.base --workdir RUN --resume       # go on where it stopped
+    python -m train.base --workdir RUN --resume       # resume, with the run's settings
     python -m train.base --preset imagen --mesh 8x1   # on eight devices
 
 The super-resolution stages are trained by `python -m train.super_res`, in any order.

@@ -7,16 +7,17 @@ import contextlib
 import importlib
 import json
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence, Set
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
-from imagen_jax import distributed, nn, text
+from imagen_jax import distributed, nn, storage, text
 from imagen_jax.data import shown
 from imagen_jax.errors import UserError
 from imagen_jax.stage import show
@@ -27,10 +28,11 @@ from train.settings import Optimization
 FEW = 32  # held-out pictures: the loss of fewer says little of a set
 NAMED = 3  # pictures that a line of what is left out names
 AHEAD = 2  # steps that may wait on the device: enough to keep it busy, and Ctrl-C is heard soon
+UPLOAD_EVERY = 30.0  # seconds between uploads of metrics to an object store
 WARM_UP = 3  # steps before a profile: the first compiles, and its leftovers are done by then
 
 
-def announce(feed: Feed, run: Path, settings: str) -> None:
+def announce(feed: Feed, run: epath.Path, settings: str) -> None:
     """Prints what is about to be trained, on what, where and how (`Settings.describe`)."""
     stage = feed.stage
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(nn.abstract(stage.network)[1]))
@@ -65,7 +67,7 @@ def announce(feed: Feed, run: Path, settings: str) -> None:
 
 
 def report_left_out(
-    left_out: Mapping[str, str], run: Path, unet_number: int, *, known: Set[str] = frozenset()
+    left_out: Mapping[str, str], run: epath.Path, unet_number: int, *, known: Set[str] = frozenset()
 ) -> None:
     """Prints how many files and pictures are left out, by reason, except for those `known`, and
     writes all of them to RUN/unetN-left-out.txt. Of many processes only the one that talks does."""
@@ -76,7 +78,7 @@ def report_left_out(
         return
     path = run / f"unet{unet_number}-left-out.txt"
     lines = (f"{shown(name)}\t{shown(left_out[name])}\n" for name in sorted(left_out))
-    path.write_text("".join(lines), encoding="utf-8")
+    storage.write_text(path, "".join(lines))
     more = " more" if known else ""
     print(f"left out: {sum(map(len, reasons.values()))}{more}, all named in {path}")
     for reason, names in sorted(reasons.items(), key=lambda found: -len(found[1])):
@@ -85,14 +87,15 @@ def report_left_out(
 
 
 class Metrics:
-    """Appends one line per `write` to RUN/metrics.jsonl. Use it as a context.
+    """Writes one line per `write` to RUN/metrics.jsonl. Use it as a context.
 
-    Of many processes only the one that talks writes.
+    An object store, which cannot append, gets a file of this start alone, metrics-unetN-TIME.jsonl,
+    every `UPLOAD_EVERY` seconds and at the end. Of many processes only the one that talks writes.
     """
 
     def __init__(
         self,
-        run: Path,
+        run: str | os.PathLike,
         unet_number: int,
         *,
         tensorboard: bool = False,
@@ -100,28 +103,33 @@ class Metrics:
         settings: Mapping[str, Any],
     ):
         self.file = self.board = self.wandb = None
-        if not distributed.talks():
+        self.talks = distributed.talks()
+        if not self.talks:
             return
         boards = _extra("tensorboardX", "--tensorboard") if tensorboard else None
         client = _extra("wandb", "--wandb") if wandb is not None else None
-        run.mkdir(parents=True, exist_ok=True)
-        self.unet_number = unet_number
+        run, self.unet_number = storage.folder(run), unet_number
         self.board = boards and boards.SummaryWriter(str(run / "tensorboard"))
+        if storage.is_remote(run):
+            self.wandb = client and client.init(project=wandb, config=dict(settings))
+            self.path = run / f"metrics-unet{unet_number}-{time.time_ns()}.jsonl"
+            self.lines, self.uploaded = [], 0.0
+            return
+        run.mkdir(parents=True, exist_ok=True)
         self.wandb = client and client.init(project=wandb, dir=str(run), config=dict(settings))
-        path = run / "metrics.jsonl"
-        torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
-        self.file = path.open("a")
+        self.path = run / "metrics.jsonl"
+        torn = self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n")
+        self.file = self.path.open("a")
         if torn:  # by a process that was killed as it wrote; another may be writing now
             self.file.write("\n")
 
     def write(self, step: int, kind: str, values: Mapping[str, float | None]) -> None:
         """`kind` is train, or eval/heldout and eval/train; a value that is not finite is null."""
-        if self.file is None:
+        if not self.talks:
             return
         values = {k: v if v is not None and math.isfinite(v) else None for k, v in values.items()}
         head = {"unet": self.unet_number, "step": step, "kind": kind, "time": round(time.time(), 3)}
-        self.file.write(json.dumps(head | values) + "\n")
-        self.file.flush()
+        self._append(json.dumps(head | values) + "\n")
         named = {
             f"unet{self.unet_number}/{kind}/{k}": v for k, v in values.items() if v is not None
         }
@@ -131,10 +139,26 @@ class Metrics:
         if self.wandb is not None:
             self.wandb.log(named | {f"unet{self.unet_number}/step": step})
 
+    def _append(self, line: str) -> None:
+        if self.file is not None:
+            self.file.write(line)
+            self.file.flush()
+            return
+        self.lines.append(line)
+        if time.monotonic() - self.uploaded > UPLOAD_EVERY:
+            self.upload()
+
+    def upload(self) -> None:
+        """To an object store: all lines of this start."""
+        if self.talks and self.file is None and self.lines:
+            storage.write_text(self.path, "".join(self.lines))
+            self.uploaded = time.monotonic()
+
     def __enter__(self) -> "Metrics":
         return self
 
     def __exit__(self, *_) -> None:
+        self.upload()
         if self.file is not None:
             self.file.close()
         if self.board is not None:
@@ -143,14 +167,18 @@ class Metrics:
             self.wandb.finish()
 
 
-def read(run: Path) -> Iterator[dict[str, Any]]:
-    """The lines of RUN/metrics.jsonl, without those that a killed process left torn."""
-    path = run / "metrics.jsonl"
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
+def read(run: str | os.PathLike) -> Iterator[dict[str, Any]]:
+    """The lines of RUN/metrics*.jsonl, without those that a killed process left torn."""
+    run = storage.folder(run)
+    entries = sorted(run.iterdir()) if run.is_dir() else ()
+    for path in entries:
+        if not (path.name.startswith("metrics") and path.suffix == ".jsonl"):
             continue
+        for line in path.read_text().splitlines():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                continue
 
 
 class Window:
@@ -235,7 +263,7 @@ class Profile:
     """`--profile STEPS`: a trace of so many steps, from the fourth on, for xprof (`xprof
     RUN/profile`, TensorBoard). Use it as a context; None: never."""
 
-    def __init__(self, folder: Path, steps: int | None):
+    def __init__(self, folder: epath.Path, steps: int | None):
         self.folder, self.steps = folder, steps
         self.seen, self.running = 0, False
 
@@ -246,7 +274,7 @@ class Profile:
         self.seen += 1
         if self.seen == WARM_UP:
             jax.block_until_ready(measured)
-            jax.profiler.start_trace(self.folder)
+            jax.profiler.start_trace(os.fspath(self.folder))
             self.running = True
         elif self.running and self.seen == WARM_UP + self.steps:
             jax.block_until_ready(measured)

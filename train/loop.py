@@ -132,6 +132,7 @@ class Trainer:
 
     def after(self, step: int, state: TrainState, window: Window, bar: tqdm) -> None:
         """Logs, saves and previews what is due after a step."""
+        self.checkpoints.poll()
         last, on_line = step == self.steps, step % self.watching.log_every == 0
         if last or on_line:
             values = window.line(step)
@@ -152,7 +153,12 @@ class Trainer:
         """Evaluates and draws, unless a signal is heard: a resumed run makes up for it."""
         if self.interrupt.stopped_by is None:
             with contextlib.suppress(Stopped):
-                self.previews.make(wanted, state.ema, step, self.interrupt.listen)
+                self.previews.make(wanted, state.ema, step, self.listen)
+
+    def listen(self, *progress: int) -> None:
+        """Called often while an evaluation or sampling runs."""
+        self.checkpoints.poll()
+        self.interrupt.listen(*progress)
 
     def bar(self, first: int) -> tqdm:
         return tqdm(

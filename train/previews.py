@@ -5,14 +5,16 @@ again by the run that resumes.
 """
 
 import dataclasses
+import io
 import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
 from jax.typing import DTypeLike
 
-from imagen_jax import distributed, sampling
+from imagen_jax import distributed, sampling, storage
 from imagen_jax.data import Record, labelled_grid, pad_embeds
+from imagen_jax.errors import UserError
 from imagen_jax.sampling import Progress
 from imagen_jax.stage import SamplingDefaults, to_float
 from imagen_jax.streams import row_keys, stream
@@ -87,15 +89,21 @@ class Previews:
         records, pictures = zip(*itertools.islice(feed.usable(feed.train), SHOWN), strict=True)
         given = self._given(records, np.stack(pictures))
         images = self._sample(params, len(records), given, progress)
+        if not np.isfinite(images).all():
+            raise UserError(
+                f"the samples of U-Net {feed.stage.unet_number} at step {step} hold NaN or "
+                f"infinity: {self.run.picture_path(step).name} is not written. --dtype float32 may "
+                "help, or --sample-every 0."
+            )
         captions = [record.caption or "" for record in records]
         rows = [("sampled", list(images), captions), ("real", list(pictures), captions)]
         if not distributed.talks():
             return
         path = self.run.picture_path(step)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        labelled_grid(rows).save(partial, format="png")
-        partial.replace(path)
+        file = io.BytesIO()
+        labelled_grid(rows).save(file, format="png")
+        storage.write_bytes(path, file.getvalue())
 
     def _given(self, records: Sequence[Record], real: AnyArray) -> sampling.Given:
         """What the samples are conditioned on: the records' text, and their pictures shrunk."""

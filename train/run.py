@@ -13,20 +13,20 @@ import contextlib
 import dataclasses
 import functools
 import json
+import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
+from etils import epath
 
 import commands
-from imagen_jax import checkpoint, distributed, nn, text
+from imagen_jax import checkpoint, distributed, nn, storage, text
 from imagen_jax.config import ImagenConfig
-from imagen_jax.errors import UserError
+from imagen_jax.errors import UserError, first_line
 from imagen_jax.fields import first_difference
 from imagen_jax.sharding import Layout
 from imagen_jax.stage import Stage
@@ -49,6 +49,16 @@ SAME = (
 # The same of the data itself, wherever it is stored: how many pictures, and a hash of which.
 MEASURED = {"pictures": "the number of pictures", "content": "the hash of the pictures"}
 
+# Of this start alone, or printed elsewhere: not what a run is.
+PASSING = ("workdir", "resume", "print_config", "preset", "config", "init_from", "profile",
+           "coordinator", "process_id", "num_processes")  # fmt: skip
+
+# How TensorStore, which raises ValueError for a failing disk or store too, begins its messages.
+STORAGE = re.compile(
+    r"os_error_code=|(UNKNOWN|CANCELLED|DEADLINE_EXCEEDED|NOT_FOUND|PERMISSION_DENIED|RESOURCE_EXHAUSTED|ABORTED|"
+    r"FAILED_PRECONDITION|UNIMPLEMENTED|INTERNAL|UNAVAILABLE|DATA_LOSS|UNAUTHENTICATED): "
+)
+
 VISIBLE_WITHIN = 60.0  # seconds in which a shared folder shows what another machine wrote
 
 
@@ -64,16 +74,19 @@ class Start:
 class RunDir:
     """The run directory of one stage. All processes see the same."""
 
-    path: Path
+    path: epath.Path
     config: ImagenConfig
     stage: Stage
     newest: int | None = None  # step, as the directory was opened
-    complete: int | None = None  # the newest step without torn files
+    complete: int | None = None  # the newest complete step
 
     @classmethod
-    def open(cls, path: Path, config: ImagenConfig, stage: Stage, *, resume: bool) -> "RunDir":
+    def open(
+        cls, path: str | os.PathLike, config: ImagenConfig, stage: Stage, *, resume: bool
+    ) -> "RunDir":
         """Raises ValueError if it holds another cascade, or steps that are not to be resumed, or if
         the processes do not all see the same steps. It need not exist."""
+        path = storage.folder(path)
         checkpoint.check_config(path, config)
         number = stage.unet_number
         found = checkpoint.steps(path, number), checkpoint.latest_step(path, number)
@@ -107,7 +120,7 @@ class RunDir:
             settings=record,
         )
 
-    def picture_path(self, step: int) -> Path:
+    def picture_path(self, step: int) -> epath.Path:
         """Of the samples drawn after a step."""
         return self.path / "samples" / f"unet{self.stage.unet_number}-{step:07d}.png"
 
@@ -128,7 +141,7 @@ class RunDir:
         record: Record,
         *,
         seed: int,
-        init_from: Path | None,
+        init_from: str | os.PathLike | None,
     ) -> Start:
         """Its own saved state where it has one, or that before the first step."""
         if self.newest is not None:
@@ -138,22 +151,27 @@ class RunDir:
     def resume(self, optimization: Optimization, layout: Layout, record: Record) -> Start:
         """The newest state that can be read, saved on whatever mesh, placed on this one.
 
-        Damaged ones are named, and renamed once an older one is read. ValueError unless `record`
-        continues what was recorded there, and if no step can be read.
+        Prints which settings have changed. Damaged and incomplete steps are named, and renamed once
+        an older one is read. Raises UserError unless `record` continues what was recorded there,
+        and if no step can be read.
         """
         damaged, number = [], self.stage.unet_number
+        incomplete = checkpoint.incomplete(self.path, number)
         for step in checkpoint.steps(self.path, number):
             error, start = None, None
-            try:
-                start = self._saved(step, optimization, layout, record)
-            except checkpoint.Damaged as damage:
-                error = str(damage)
+            if step in incomplete:
+                error = f"step {step} of {self.folder} is not complete: {incomplete[step]}"
+            else:
+                try:
+                    start = self._saved(step, optimization, layout, record)
+                except checkpoint.Damaged as damage:
+                    error = str(damage)
             errors = [text for text in distributed.gather(error or "") if text]
             if errors:
                 damaged.append((step, errors[0]))
                 continue
             for broken, error in damaged:
-                print(f"{error}. Going on from step {step}.")
+                print(f"{error}. Resuming from step {step}.")
                 if distributed.talks():
                     checkpoint.set_aside(self.path, number, broken)
             distributed.gather("renamed")
@@ -169,6 +187,8 @@ class RunDir:
                 f"{self.folder} holds weights alone: start another run from them with --init-from."
             )
         _check_continues(meta["settings"], record)
+        for line in changes(meta["settings"], record):
+            print(f"changed: {line}")
         shapes = TrainState.shapes(self.stage.network, make_optimizer(optimization))
         target = layout.targets(shapes)
         trees = {
@@ -181,7 +201,12 @@ class RunDir:
         return Start(state, meta.get("measured", []))
 
     def begin(
-        self, optimization: Optimization, layout: Layout, *, seed: int, init_from: Path | None
+        self,
+        optimization: Optimization,
+        layout: Layout,
+        *,
+        seed: int,
+        init_from: str | os.PathLike | None,
     ) -> Start:
         """The state before the first step: weights of `--init-from`, or drawn from the seed."""
         unet, optimizer = self.stage.network, make_optimizer(optimization)
@@ -205,8 +230,8 @@ class RunDir:
                 self.path, self.config, {f"unet{number}": record}, text_encoder=text_encoder
             )
         self.check_shared()
-        with checkpoint.open_manager(self.path, number, keep=keep) as manager:
-            yield Checkpoints(self, record, manager)
+        with checkpoint.Writer(self.path, number, keep=keep) as writer:
+            yield Checkpoints(self, record, writer)
 
     def check_shared(self) -> None:
         """Raises ValueError unless every process sees the `config.json` that one has written."""
@@ -228,38 +253,43 @@ class Checkpoints:
 
     run: RunDir
     record: Record
-    manager: ocp.CheckpointManager
+    writer: checkpoint.Writer
     newest: int | None = None  # the last step whose writing started
 
     def save(self, step: int, state: TrainState, measured: list[dict[str, float]]) -> None:
         """Starts to write a step, once the one before is complete."""
-        self.wait()
+        self.wait()  # its failure is that of the step before
         self.newest = step
         trees = {name: getattr(state, name) for name in TREES}
         meta = {"step": step, "settings": self.record, "measured": measured}
-        self._writing(lambda: checkpoint.save_step(self.manager, step, trees, meta))
+        self._writing(lambda: self.writer.save(step, trees, meta))
 
     def wait(self) -> None:
         """Until all is on disk."""
-        self._writing(self.manager.wait_until_finished)
+        self._writing(self.writer.wait)
+
+    def poll(self) -> None:
+        """Marks a step that has been written by now as complete."""
+        self._writing(self.writer.poll)
 
     def _writing(self, write: Callable[[], None]) -> None:
         """A failed write (a full disk, say) in one line; complete checkpoints stay as they are."""
         try:
             write()
-        except Exception as error:  # Orbax and TensorStore each have their own kinds
+        except (OSError, ValueError) as error:
+            if not isinstance(error, OSError) and not STORAGE.search(str(error)):
+                raise
             kept = checkpoint.latest_step(self.run.path, self.run.stage.unet_number)
             raise UserError(
                 f"could not save step {self.newest} in {self.run.path}: {_reason(error)}. "
-                + ("Nothing was saved before." if kept is None else f"Step {kept} is whole.")
+                + ("Nothing was saved before." if kept is None else f"Step {kept} is complete.")
             ) from error
 
 
 def _reason(error: Exception) -> str:
     """The system's own words where TensorStore wraps them in paths, else the first line."""
     found = re.search(r": ([^:]+) \[os_error_code=", str(error))
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return found[1] if found else lines[0]
+    return found[1] if found else first_line(error)
 
 
 def _check_continues(saved: Record, record: Record) -> None:
@@ -278,13 +308,25 @@ def _check_continues(saved: Record, record: Record) -> None:
             )
 
 
-def _weights_of(run: Path, stage: Stage, layout: Layout) -> Params:
-    number = stage.unet_number
+def changes(saved: Record, record: Record) -> list[str]:
+    """What differs between the settings of a saved step and those of now, a line each."""
+    return [
+        f"{commands.flag(name)} was {saved[name]} and is {now}"
+        for name, now in record.items()
+        if name in saved and name not in (*PASSING, *SAME, *MEASURED) and saved[name] != now
+    ]
+
+
+def _weights_of(run: str | os.PathLike, stage: Stage, layout: Layout) -> Params:
+    run, number = storage.folder(run), stage.unet_number
     source = checkpoint.read_config(run).stage(number).network
     difference = first_difference(source, stage.network, f"unets.{number - 1}")
     if difference:
         raise UserError(f"--init-from {run}: {difference}.")
-    params = checkpoint.load_params(run, number, layout=layout)
-    if params is None:
+    choice = checkpoint.choose(run, number)
+    if choice is None:
         raise UserError(f"{run} has no weights of U-Net {number}.")
-    return params
+    for note in choice.notes:
+        print(f"note: {note}")
+    print(f"weights: step {choice.step} of {run} ({choice.weights})")
+    return checkpoint.load_params(run, number, choice, layout=layout)

@@ -1,4 +1,4 @@
-"""What a training run can be told: the flags of the commands, as frozen data.
+"""The settings of a training run: the flags of the commands, as frozen data.
 
 Five sections, which are the sections of `--help`; `Settings` is all of them in one.
 """
@@ -7,13 +7,15 @@ import dataclasses
 import json
 import sys
 import textwrap
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+from etils import epath
 
 import commands
-from imagen_jax import nn, sharding
+from imagen_jax import checkpoint, nn, sharding, storage
 from imagen_jax.config import ImagenConfig
 from imagen_jax.errors import UserError
 from imagen_jax.presets import PRESETS
@@ -32,7 +34,8 @@ class Run:
     workdir: Path | None = None
     """Run directory of checkpoints, metrics and samples. Default: runs/PRESET."""
     resume: bool = False
-    """Continue the run in workdir exactly where it stopped; start it if it has not begun."""
+    """Continue the run in workdir exactly where it stopped, with its recorded settings; flags that
+    are given change them, and each change is printed. Starts the run if there is none."""
     init_from: Path | None = None
     """Run directory whose weights (the average, where kept) to start from, optimiser fresh."""
     steps: int = 100_000
@@ -159,6 +162,8 @@ AT_LEAST = dict(
 )  # fmt: skip
 BETWEEN_0_AND_1 = ("heldout_fraction", "beta1", "beta2", "ema_decay")  # 1 is not among them
 POSITIVE = ("lr", "eps", "max_grad_norm")
+PATHS = {"captions_from", "init_from"}
+ONE_START = ("resume", "print_config", "profile", "coordinator", "process_id", "num_processes")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -196,17 +201,19 @@ class Settings(Watching, Devices, Optimization, Data, Run):
         return kind(**{name: getattr(self, name) for name in names})
 
     @property
-    def run(self) -> Path:
+    def run(self) -> epath.Path:
         """The run directory."""
         name = self.preset if self.config is None else self.config.stem
-        return self.workdir or Path("runs") / name
+        return storage.folder(self.workdir or Path("runs") / name)
 
     def cascade(self) -> ImagenConfig:
         """The cascade to train. Raises ValueError for an unreadable or mistaken file."""
         if self.config is None:
             config = PRESETS[self.preset]()
         else:
-            config = ImagenConfig.from_dict(_read(self.config))
+            data = storage.read_object(storage.folder(self.config))
+            # A run's own config.json serves as well.
+            config = ImagenConfig.from_dict(data.get("imagen", data))
         changes = {}
         if self.no_captions:
             changes["condition_on_text"] = False
@@ -241,9 +248,50 @@ class Settings(Watching, Devices, Optimization, Data, Run):
         return json.loads(json.dumps(dataclasses.asdict(self), default=str))
 
 
-def parse(description: str | None, *more: type) -> tuple[Any, ...]:
-    """The command line as Settings, after one object per dataclass in `more`."""
-    sections = [(kind.__name__.lower(), _shown(kind), kind()) for kind in (*more, *SECTIONS)]
+def parse(
+    description: str | None, *more: type, unet_number: Callable[..., int] = lambda: 1
+) -> tuple[Any, ...]:
+    """The command line as Settings, after one object per dataclass in `more`.
+
+    With --resume, what is not given is as the run directory has recorded it for the U-Net
+    `unet_number(*more)`.
+    """
+    *others, settings = _parse(description, more, Settings())
+    if not settings.resume:
+        return *others, settings
+    saved = recorded(settings, unet_number(*others))
+    if saved is None:
+        return *others, settings
+    *others, again = _parse(description, more, saved)
+    if settings.config is None and again.preset != saved.preset:  # --preset was given
+        again = dataclasses.replace(again, config=None)
+    return *others, again
+
+
+def recorded(given: Settings, unet_number: int) -> Settings | None:
+    """The settings that a run directory has recorded for a U-Net, its own cascade among them; None
+    if it has none. What is of one start alone (`ONE_START`) is as given."""
+    found = checkpoint.read_training(given.run, unet_number)
+    if found is None:
+        return None
+    fields = {field.name: field for field in dataclasses.fields(Settings)}
+    values = {name: value for name, value in found.items() if name in fields}
+    for name in PATHS & values.keys():
+        values[name] = values[name] and Path(values[name])
+    values |= {name: getattr(given, name) for name in ONE_START}
+    values |= dict(workdir=Path(given.run), config=Path(given.run / "config.json"))
+    return dataclasses.replace(given, **values)
+
+
+def _parse(description: str | None, more: Sequence[type], defaults: Settings) -> tuple[Any, ...]:
+    again = "--resume" in sys.argv  # a switch that was on can be given again, or turned off
+    sections = [
+        *((kind.__name__.lower(), _shown(kind), kind()) for kind in more),
+        *(
+            (kind.__name__.lower(), _shown(kind, again), defaults.section(kind))
+            for kind in SECTIONS
+        ),
+    ]
     command = dataclasses.make_dataclass("command", sections)
     program = f"python -m train.{Path(sys.argv[0]).stem}"
     found = tyro.cli(command, prog=program, description=description)
@@ -252,25 +300,15 @@ def parse(description: str | None, *more: type) -> tuple[Any, ...]:
     return *others, Settings(**{name: x for part in parts for name, x in vars(part).items()})
 
 
-def _shown(kind: type) -> Any:
+def _shown(kind: type, again: bool = False) -> Any:
     """A section as tyro shows it: flat names, switches without a `--no-` twin, no word `None`
-    where leaving the flag out says it."""
-    marks = [tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff]
-    if kind in (Run, Data, Devices):
+    where leaving the flag out says it. `again`: a recorded value can be taken back by both."""
+    marks = [tyro.conf.OmitArgPrefixes]
+    if not again:
+        marks.append(tyro.conf.FlagCreatePairsOff)
+    if kind in (Run, Data, Devices) and not again:
         marks.append(tyro.conf.DisallowNone)
     return Annotated[(kind, *marks)]
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text())
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both
-        raise UserError(f"{path} is not JSON: {error}.") from error
-    # A run's own config.json serves as well.
-    data = data.get("imagen", data) if isinstance(data, dict) else data
-    if not isinstance(data, dict):
-        raise UserError(f"{path} is no cascade: it holds {type(data).__name__}, not an object.")
-    return data
 
 
 def _width(name: str) -> int:

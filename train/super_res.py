@@ -22,16 +22,21 @@ class Stage:
     unet_number: str = "2"
     """Which U-Net: 2, 3, ... or sr256, sr1024."""
 
+    @property
+    def number(self) -> int:
+        """Raises UserError for another name, or that of the base."""
+        number = commands.stage_number(self.unet_number)
+        if number == 1:
+            raise UserError("U-Net 1 is the base: train it with python -m train.base.")
+        return number
+
 
 def main() -> None:
-    stage, settings = parse(__doc__, Stage)
-    number = commands.stage_number(stage.unet_number)
-    if number == 1:
-        raise UserError("U-Net 1 is the base: train it with python -m train.base.")
+    stage, settings = parse(__doc__, Stage, unet_number=lambda stage: stage.number)
     processes.start(settings.coordinator, settings.process_id, settings.num_processes)
     commands.errors_go_to(settings.run)
     commands.use_precision(settings.compute_dtype)
-    loop.run(settings, number)
+    loop.run(settings, stage.number)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,10 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional, arg, subcommand
 
+from imagen_jax import checkpoint
 from imagen_jax.checkpoint import Weights
 from imagen_jax.errors import UserError
-from imagen_jax.interop import imagen_pytorch, inspect, run_dir, safetensors_file, verify
+from imagen_jax.interop import imagen_pytorch, inspect, safetensors_file, verify
 from imagen_jax.interop.imagen_pytorch import Checkpoint
 from imagen_jax.interop.run_dir import RunDir
 from imagen_jax.interop.target import replacing
@@ -50,7 +51,7 @@ class FromTorch:
         numbers = range(1, len(source.config.unets) + 1)
         trees: dict[Weights, list[Params]] = {which: source.trees(which) for which in kept}
         with replacing(self.out, overwrite=self.overwrite, source=self.checkpoint) as partial:
-            run_dir.write(
+            checkpoint.write(
                 partial,
                 source.config,
                 {n: {which: trees[which][n - 1] for which in kept} for n in numbers},
@@ -88,7 +89,7 @@ class ToTorch:
     """Replace a file that stands there."""
 
     def run(self) -> None:
-        run = RunDir.open(self.checkpoint)
+        run = opened(self.checkpoint)
         kept = chosen(run, self.weights)
         with replacing(self.out, overwrite=self.overwrite, source=self.checkpoint) as partial:
             write_torch(partial, run, kept)
@@ -114,12 +115,12 @@ class ToSafetensors:
     out: Annotated[Positional[Path], arg(metavar="OUT.safetensors")]
     """The file to write."""
     weights: Weights = "ema"
-    """The averaged weights where there are any, or the online ones."""
+    """The averaged weights (the online ones, with a note, where there are none) or the online."""
     overwrite: bool = False
     """Replace a file that stands there."""
 
     def run(self) -> None:
-        run = RunDir.open(self.checkpoint)
+        run = opened(self.checkpoint)
         which = chosen(run, self.weights)[0]
         params = {number: run.params(number, which) for number in run.steps}
         with replacing(self.out, overwrite=self.overwrite, source=self.checkpoint) as partial:
@@ -143,9 +144,11 @@ class FromSafetensors:
 
     def run(self) -> None:
         contents = safetensors_file.read(self.file)
+        for number, params in contents.params.items():
+            checkpoint.check_finite(params, f"{self.file}, U-Net {number}")
         trees = {n: {contents.weights: params} for n, params in contents.params.items()}
         with replacing(self.out, overwrite=self.overwrite, source=self.file) as partial:
-            run_dir.write(partial, contents.config, trees, contents.steps, contents.origin)
+            checkpoint.write(partial, contents.config, trees, contents.steps, contents.origin)
         print(f"{self.out}: {inspect.summary(contents.config)}, weights {contents.weights}")
 
 
@@ -176,11 +179,19 @@ class Verify:
     """JSON for a file without configuration, as for from-torch."""
 
     def run(self) -> None:
-        source, run = imagen_pytorch.read(self.checkpoint, self.config), RunDir.open(self.run_dir)
+        source, run = imagen_pytorch.read(self.checkpoint, self.config), opened(self.run_dir)
         kept = [which for which in held_by(source) if all(run.has(n, which) for n in run.steps)]
         if not kept or not run.steps:
             raise UserError(f"{self.run_dir} holds none of the weights of {self.checkpoint}.")
         prove(source, run, kept)
+
+
+def opened(path: Path) -> RunDir:
+    """A run directory; prints which steps are passed over."""
+    run = RunDir.open(path)
+    for note in run.notes:
+        print(f"note: {note}")
+    return run
 
 
 def held_by(source: Checkpoint) -> list[Weights]:
@@ -200,6 +211,8 @@ def chosen(run: RunDir, weights: Literal["ema", "online", "both"]) -> list[Weigh
     found = [which for which in has if weights in (which, "both")] or has
     if not found:
         raise UserError(f"{run.path}: some U-Nets have only averaged weights, others only online.")
+    if weights not in ("both", *found):
+        print(f"note: {run.path} holds no {weights} weights: the {found[0]} ones are taken.")
     return found
 
 
@@ -217,7 +230,10 @@ def write_torch(path: Path, run: RunDir, kept: list[Weights]) -> None:
 
 
 def prove(source: Checkpoint, run: RunDir, kept: list[Weights]) -> None:
-    """Prints what was compared. Raises ValueError for the first comparison that fails."""
+    """Prints what was compared. Raises UserError for the first comparison that fails, and before
+    any for a tensor with values that are not finite: no outputs could agree."""
+    for which in kept:
+        source.check_finite(which)
     for which in kept:
         wrong = verify.differences(source, run, which)
         count = sum(map(len, source.weights(which)))
@@ -233,7 +249,8 @@ def prove(source: Checkpoint, run: RunDir, kept: list[Weights]) -> None:
                 if not found.agrees:
                     raise UserError(
                         f"{line}; allowed are {verify.TOLERANCE} of the output. (a) holds, so the "
-                        "weights are the same: the networks differ, or rounding alone is as large."
+                        "weights are the same: the networks differ, or rounding alone is as large, "
+                        "or values overflow (nan)."
                     )
                 print(line)
     except ImportError as error:

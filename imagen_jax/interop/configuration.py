@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from imagen_jax import storage
 from imagen_jax.config import ElucidatedConfig, ImagenConfig
 from imagen_jax.errors import UserError
 from imagen_jax.interop import infer
@@ -39,13 +40,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
     Raises ValueError for a file that is not a JSON object.
     """
-    path = Path(path)
-    try:
-        data = json.loads(path.read_text())
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both
-        raise UserError(f"{path} is not JSON: {error}.") from error
-    if not isinstance(data, dict):
-        raise UserError(f"{path} holds {type(data).__name__}, not a JSON object.")
+    data = storage.read_object(storage.folder(path))
     imagen = data.get("imagen", data)
     if not isinstance(imagen, dict):
         raise UserError(f"{path}: 'imagen' is not a JSON object.")

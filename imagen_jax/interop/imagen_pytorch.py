@@ -1,8 +1,9 @@
 """Checkpoints of imagen-pytorch, read and written.
 
-Read are the files of `ImagenTrainer.save`, `torch.save(imagen.state_dict())`,
-`Unet.persist_to_file` and `torch.save(unet.state_dict())`, of versions 1.22 to 2.1. Written is
-what `load_imagen_from_checkpoint` and `ImagenTrainer.load` of 2.1.0 take. A trainer's file holds
+Reads files written by `ImagenTrainer.save`, `torch.save(imagen.state_dict())`,
+`Unet.persist_to_file` and `torch.save(unet.state_dict())`, of versions 1.22 to 2.1, and state dicts
+of wrapped modules (`wrappers`). Writes files that 2.1.0's `load_imagen_from_checkpoint` and
+`ImagenTrainer.load` accept. A trainer's file holds
 
     model        unets.{i}.*
     ema          {i}.initted, {i}.step, {i}.online_model.*, {i}.ema_model.*   (ema-pytorch)
@@ -13,6 +14,7 @@ import dataclasses
 import os
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -22,11 +24,11 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from imagen_jax import nn, sharding
-from imagen_jax.checkpoint import Weights
+from imagen_jax.checkpoint import Weights, check_finite
 from imagen_jax.config import ImagenConfig, NullUnetConfig
 from imagen_jax.errors import UserError
 from imagen_jax.imagen import Imagen
-from imagen_jax.interop import configuration, infer, keys
+from imagen_jax.interop import configuration, infer, keys, wrappers
 from imagen_jax.interop.target import replacing
 from imagen_jax.interop.torch_file import read_torch_file, write_torch_file
 from imagen_jax.types import Params
@@ -46,6 +48,7 @@ class Checkpoint:
     was: version, imagen_type, imagen_params, steps, and the counters of the averages.
     """
 
+    path: Path
     config: ImagenConfig
     online: Sequence[StateDict]
     ema: Sequence[StateDict] | None
@@ -61,8 +64,19 @@ class Checkpoint:
         return self.ema
 
     def trees(self, which: Weights) -> list[Params]:
-        """Parameters of ours, as views of the file. Raises MisfitError over all U-Nets at once."""
-        return convert(self.config, self.weights(which), "unets." if which == "online" else "ema.")
+        """Parameters of ours, as views of the file. Raises MisfitError over all U-Nets at once,
+        and UserError for the first tensor with values that are not finite."""
+        prefix = "unets." if which == "online" else "ema."
+        trees = convert(self.config, self.weights(which), prefix)
+        self.check_finite(which)
+        return trees
+
+    def check_finite(self, which: Weights) -> None:
+        """Raises UserError for the first tensor with values that are not finite."""
+        prefix = "unets." if which == "online" else "ema."
+        for i, state in enumerate(self.weights(which)):
+            for name, array in state.items():
+                check_finite(array, f"{self.path}: {prefix}{i}.{name}")
 
 
 def read(path: str | os.PathLike, config: str | os.PathLike | None = None) -> Checkpoint:
@@ -74,7 +88,7 @@ def read(path: str | os.PathLike, config: str | os.PathLike | None = None) -> Ch
     data = read_torch_file(path)
     if not isinstance(data, dict) or not data:
         raise UserError(f"{path} is no checkpoint of imagen-pytorch: it holds no dictionary.")
-    notes = []
+    data, notes = wrappers.remove(data)
     if any(STATE.fullmatch(name) for name in data):
         notes.append("the optimiser's state is not converted: training starts with a fresh one.")
     others = [name for name in data if name not in KNOWN and not STATE.fullmatch(str(name))]
@@ -99,6 +113,7 @@ def read(path: str | os.PathLike, config: str | os.PathLike | None = None) -> Ch
     if steps.shape != (len(online),):
         raise UserError(f"{path} holds {len(online)} U-Nets and steps of shape {steps.shape}.")
     return Checkpoint(
+        path=Path(path),
         config=_configuration(data, given, online, known),
         online=online,
         ema=ema,

@@ -40,7 +40,8 @@ def describe(path: Path, config: Path | None = None) -> str:
             for which in ("ema", "online")
             if run.has(number, which)
         ]
-        return _text("run directory", run.config, rows, run.origin)
+        text = _text("run directory", run.config, rows, run.origin)
+        return "\n".join([*(f"note: {note}" for note in run.notes), text])
     if path.suffix == ".safetensors":
         contents = safetensors_file.read(path)
         rows = [

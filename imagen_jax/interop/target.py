@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from imagen_jax import storage
 from imagen_jax.errors import UserError
 
 
@@ -20,6 +21,8 @@ def replacing(
     touched), a directory that holds no run, or one that holds `source`, what is being converted;
     and at the end, if a file would replace a directory, or a directory a file.
     """
+    if storage.is_remote(storage.folder(path)):
+        raise UserError(f"{path}: conversions are written to a disk; copy the result to the store.")
     path = Path(path)
     if path.is_symlink():
         raise UserError(f"{path} is a symbolic link: give the place itself.")

@@ -65,7 +65,7 @@ def run(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("run") / "run"
     online, ema = random_params(IMAGEN, 3), random_params(IMAGEN, 13)
     trees = {i + 1: {"online": online[i], "ema": ema[i]} for i in range(2)}
-    run_dir.write(path, IMAGEN, trees, COUNTS)
+    checkpoint.write(path, IMAGEN, trees, COUNTS)
     return path
 
 
@@ -227,7 +227,7 @@ def test_other_kinds_of_cascades_load_too(name, tmp_path):
         if not isinstance(config.unets[number - 1], NullUnetConfig)
     }
     run, files = tmp_path / "run", [tmp_path / "command.pt", tmp_path / "function.pt"]
-    run_dir.write(run, config, {n: {"online": tree} for n, tree in params.items()}, COUNTS)
+    checkpoint.write(run, config, {n: {"online": tree} for n, tree in params.items()}, COUNTS)
     support.interop("to-torch", run, files[0])
     imagen_pytorch.save(files[1], imagen_jax.load(run))
     module = import_imagen_pytorch()

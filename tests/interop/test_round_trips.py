@@ -16,9 +16,9 @@ import jax
 import pytest
 import torch
 
-from imagen_jax import unet_config
+from imagen_jax import checkpoint, unet_config
 from imagen_jax.config import ElucidatedConfig, ImagenConfig, UnetConfig
-from imagen_jax.interop import keys, reference, run_dir
+from imagen_jax.interop import keys, reference
 from imagen_jax.interop.configuration import HYPER_PARAMETERS
 from imagen_jax.interop.run_dir import RunDir
 from tests import parity
@@ -307,7 +307,7 @@ def test_one_set_of_weights_stands_for_both(tmp_path):
     online, ema = ([states.params_of(u, 10 * k + i) for i, u in enumerate(config.unets)]
                    for k in (1, 2))  # fmt: skip
     trees = {i + 1: {"online": online[i], "ema": ema[i]} for i in range(2)}
-    run_dir.write(tmp_path / "run", config, trees, {1: 4, 2: 6})
+    checkpoint.write(tmp_path / "run", config, trees, {1: 4, 2: 6})
     for which, kept in (("ema", ema), ("online", online)):
         file, run = tmp_path / f"{which}.pt", tmp_path / which
         support.interop("to-torch", tmp_path / "run", file, "--weights", which)
@@ -357,7 +357,7 @@ def test_torch_is_needed_for_its_own_files_alone(tmp_path):
     params = [states.params_of(unet, i) for i, unet in enumerate(config.unets)]
     trees = {i + 1: {"ema": tree} for i, tree in enumerate(params)}
     run, file, again = tmp_path / "run", tmp_path / "weights.safetensors", tmp_path / "again"
-    run_dir.write(run, config, trees, {1: 4, 2: 6})
+    checkpoint.write(run, config, trees, {1: 4, 2: 6})
     commands = [
         ["to-safetensors", run, file],
         ["from-safetensors", file, again],

@@ -17,7 +17,7 @@ import torch
 
 import commands
 from imagen_jax import checkpoint
-from imagen_jax.interop import imagen_pytorch, keys, run_dir, verify
+from imagen_jax.interop import imagen_pytorch, keys, verify
 from imagen_jax.interop.torch_file import read_torch_file
 from tests.interop import states
 from tests.interop.states import contents, saved
@@ -294,7 +294,7 @@ def test_a_disk_that_fills_up_leaves_the_old_one_whole(standing, monkeypatch):
 
     run = standing / "run"
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
-        patch.setattr(run_dir.checkpoint, "stage_path", second_fails)
+        patch.setattr(checkpoint, "stage_path", second_fails)
         interop("from-torch", standing / "new.pt", run, "--overwrite")
     assert contents(standing) == before
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
@@ -448,7 +448,7 @@ def no_second_unet(run: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (config_missing, "is no run directory: it has no config.json"),
+        (config_missing, "is not a run directory: it has no config.json"),
         (config_of_text, "is not JSON"),
         (array_truncated, "unet2/0/params is damaged"),
         (array_missing, "unet2/0/params is damaged"),
@@ -469,7 +469,7 @@ def test_a_damaged_run_directory_is_refused(damage, reason, standing):
 
 def test_no_file_is_no_run_directory(converted, tmp_path):
     for path in (converted / "imagen.pt", tmp_path / "nowhere"):
-        message = re.escape(f"{path} is no run directory")
+        message = re.escape(f"{path} is not a run directory")
         refused(message, "to-torch", path, tmp_path / "out.pt")
     refused("holds no ema weights|no averaged", "from-torch", converted / "imagen.pt",
             tmp_path / "out", "--weights", "ema")  # fmt: skip

@@ -17,8 +17,11 @@ from PIL import Image
 
 import commands
 import imagen_jax
-from imagen_jax import nn, presets
+from imagen_jax import checkpoint, nn, presets
 from imagen_jax.config import ImagenConfig, NullUnetConfig, UnetConfig
+from imagen_jax.errors import UserError
+from imagen_jax.pipeline import Pipeline
+from imagen_jax.pixels import to_pil
 from imagen_jax.streams import image_seeds
 from sample import outputs, text_to_image
 from tests import SMALLEST_UNET
@@ -94,6 +97,9 @@ def test_as_a_user_runs_it(run, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     folder = run / "samples" / "text_to_image"
+    for number in (1, 2):
+        note = f"holds no averaged weights (ema) of U-Net {number}: its online weights are used."
+        assert done.stdout.count(note) == 1
     assert "demo encoder" in done.stdout and f"2 pictures in {folder}" in done.stdout
     assert "1-2 of 2, U-Net 1:" in done.stderr and "3/3" in done.stderr
     names = ["000-a-red-apple.png", "001-zwei-äpfel.png", "grid.png"]
@@ -104,7 +110,10 @@ def test_as_a_user_runs_it(run, tmp_path):
             assert picture.text["prompt"] == prompt
         made = recorded(folder / names[index])
         assert made["seed"] == image_seeds(0, 2)[index] and made["index"] == index
-        assert made["weights"] == "ema" and made["sampler"] == "ancestral"
+        assert (
+            made["weights"] == dict(unet1="online", unet2="online")
+            and made["sampler"] == "ancestral"
+        )
         assert made["checkpoint_steps"] == {"unet1": 7, "unet2": 7}
         assert made["timesteps"] == [3, 2] and made["cond_scale"] == [3, 1]
         assert made["version"] and made["text_encoder_name"] == "demo"
@@ -166,6 +175,36 @@ def test_options_a_stage(run, command, tmp_path, capsys):
         assert np.abs(picture[other] - picture["once"]).mean() > 1
     made = recorded(tmp_path / "once" / "000-x.png")
     assert made["stop_at_unet_number"] == 1 and made["checkpoint_steps"] == {"unet1": 7}
+
+
+def test_what_is_read_is_said_and_recorded(run, command, tmp_path, capsys):
+    """An incomplete step is passed over; the average is taken where there is one."""
+    copy = Path(shutil.copytree(run, tmp_path / "copy"))
+    params = nn.params_of(imagen_jax.load(run).unets[0])
+    with checkpoint.Writer(copy, 1) as writer:
+        for step in (8, 9):
+            writer.save(step, {"params": params, "ema": params}, {})
+    (copy / "unet1" / "9" / checkpoint.MARKER).unlink()
+    command(copy, "--prompt", "x", *BASE, "--out", tmp_path / "out")
+    out = capsys.readouterr().out
+    assert "step 9 is not complete (it has no commit marker); step 8 is used." in out
+    assert "online" not in out
+    made = recorded(tmp_path / "out" / "000-x.png")
+    assert (made["checkpoint_steps"], made["weights"]) == ({"unet1": 8}, {"unet1": "ema"})
+
+
+def test_no_picture_is_written_of_values_that_are_not_finite(run, command, tmp_path, monkeypatch):
+    def generate(*_, **__):
+        yield 0, np.ones((8, 8, 3), np.float32)
+        yield 1, np.full((8, 8, 3), np.nan, np.float32)
+
+    monkeypatch.setattr(Pipeline, "generate", generate)
+    message = "001-x.png, drawn by U-Net 1: 192 of its 192 values are NaN or infinite"
+    with pytest.raises(UserError, match=message):
+        command(run, "--prompt", "x", "--num-images-per-prompt", 2, *BASE, "--out", tmp_path / "o")
+    assert [*written(tmp_path / "o")] == ["000-x.png"]
+    with pytest.raises(UserError, match="not finite"):
+        to_pil(np.full((8, 8, 3), np.inf, np.float32))
 
 
 def test_prompts_from_a_file_and_a_long_one(run, command, tmp_path, capsys):

@@ -10,6 +10,7 @@ import numpy as np
 from imagen_jax import checkpoint
 from imagen_jax.config import ImagenConfig, UnetConfig
 from imagen_jax.nn import abstract
+from imagen_jax.sharding import single
 from tests import SMALLEST_UNET
 from train.log import read
 from train.optimizer import make_optimizer
@@ -54,7 +55,7 @@ def saved(run: Path, step: int, item: str = "params", unet_number: int = 1):
         lambda params: TrainState.create(params, make_optimizer(Settings())),
         abstract(UNET_OF[unet_number])[1],
     )
-    return checkpoint.restore(run, unet_number, step, item, checkpoint.placed(getattr(state, item)))
+    return checkpoint.restore(run, unet_number, step, item, single().targets(getattr(state, item)))
 
 
 def other_cascade(folder: Path) -> Path:

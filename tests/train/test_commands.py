@@ -20,7 +20,7 @@ from imagen_jax import checkpoint
 from imagen_jax.config import ImagenConfig
 from imagen_jax.errors import UserError
 from tests.train import support
-from train import base, super_res
+from train import base, loop, super_res
 from train.settings import SECTIONS, Settings
 
 ROOT = Path(__file__).parents[2]
@@ -99,7 +99,7 @@ def test_mistaken_flags(monkeypatch, main, arguments, message):
     [
         ('{"image_size": 8}', "no field 'image_size'; did you mean 'image_sizes'?"),
         ('{"unets": [{}], "image_sizes": 8}', "UnetConfig needs the field 'dim'"),
-        ("[1, 2]", "is no cascade: it holds list"),
+        ("[1, 2]", "holds list, not a JSON object"),
         ("{", "is not JSON"),
     ],
 )
@@ -202,3 +202,35 @@ def test_a_full_disk_is_one_line(tmp_path):
     assert "Traceback" not in process.stderr
     assert checkpoint.latest_step(settings.run, 1) is None
     assert imagen_jax.load(settings.run).unets[0].__class__ is imagen_jax.NullUnet
+
+
+def test_resume_alone_takes_the_recorded_settings(monkeypatch, tmp_path, capsys):
+    """Flags that are given change them, and are said; what cannot change is refused by name."""
+    settings, given = support.settings(tmp_path), []
+    train = loop.run
+    run_main(
+        monkeypatch, base.main, "--config", settings.config, "--workdir", settings.run, *SHORT,
+        "--steps", "1", "--flip", "--lr", "2e-4", "--max-grad-norm", "None",
+    )  # fmt: skip
+    settings.config.unlink()  # the run has its own
+    monkeypatch.setattr(base.loop, "run", lambda *told: given.append(told[0]) or train(*told))
+    resume = ("--workdir", settings.run, "--resume")
+    run_main(monkeypatch, base.main, *resume)
+    assert (given[0].flip, given[0].lr, given[0].max_grad_norm) == (True, 2e-4, None)
+    assert (given[0].steps, given[0].batch_size, given[0].limit) == (1, 4, 8)
+    capsys.readouterr()
+    run_main(monkeypatch, base.main, *resume, "--steps", "2", "--lr", "1e-4", "--beta1", "0.8",
+             "--flip")  # fmt: skip
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("changed")]
+    assert said == [
+        "changed: --steps was 1 and is 2",
+        "changed: --lr was 0.0002 and is 0.0001",
+        "changed: --beta1 was 0.9 and is 0.8",
+    ]
+    for refused, message in (
+        (("--seed", "1"), "--seed was 0 and is 1"),
+        (("--no-flip",), "--flip was True and is False"),
+        (("--preset", "tiny"), "describes another cascade"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            run_main(monkeypatch, base.main, *resume, "--steps", "3", *refused)

@@ -14,6 +14,7 @@ from PIL import Image
 from imagen_jax import checkpoint, flops, nn
 from imagen_jax.data import open_source
 from imagen_jax.data.records import hashed_heldout
+from imagen_jax.errors import UserError
 from imagen_jax.imagen import Imagen
 from tests.train import support
 from train import loop
@@ -161,7 +162,7 @@ def test_what_a_run_leaves(straight):
 
 def empty(step: Path) -> None:
     """As a power cut leaves files that were renamed before they reached the disk."""
-    for file in (step / "params").rglob("*"):
+    for file in Path(step / "params").rglob("*"):
         if file.is_file():
             file.write_bytes(b"")
 
@@ -177,7 +178,7 @@ def test_a_damaged_step_is_set_aside(straight, tmp_path, damage, capsys):
     damage(settings.run / "unet1" / "3")
     on = dataclasses.replace(settings, resume=True, steps=4)
     assert loop.run(on, 1)
-    assert "damaged" in (said := capsys.readouterr().out) and "Going on from step 2." in said
+    assert "damaged" in (said := capsys.readouterr().out) and "Resuming from step 2." in said
     assert_same_run(on, straight, again=[3])
     assert (settings.run / "unet1" / "3.damaged").is_dir()
     for step in (1, 2, 3, 4):
@@ -222,7 +223,7 @@ def test_mistakes(straight, tmp_path):
 
 
 def test_weights_alone_can_be_taken_over(straight, tmp_path):
-    settings = support.settings(tmp_path, init_from=straight.run, steps=1, lr=1e-12)
+    settings = support.settings(tmp_path, init_from=Path(straight.run), steps=1, lr=1e-12)
     loop.run(settings, 1)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-9),
@@ -230,7 +231,7 @@ def test_weights_alone_can_be_taken_over(straight, tmp_path):
         support.saved(straight.run, 4, "ema"),
     )
     other = support.settings(
-        tmp_path, config=support.other_cascade(tmp_path), init_from=straight.run
+        tmp_path, config=support.other_cascade(tmp_path), init_from=Path(straight.run)
     )
     with pytest.raises(ValueError, match="unets.0.dim is 8 there, 16 here"):
         loop.run(dataclasses.replace(other, workdir=tmp_path / "other"), 1)
@@ -332,6 +333,17 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     assert support.finite(support.saved(settings.run, bad - 1))
 
 
+def test_samples_that_are_not_finite_are_not_written(tmp_path, monkeypatch):
+    """The step itself is saved before they are drawn."""
+    nan = np.full((8, 8, 8, 3), np.nan, np.float32)
+    monkeypatch.setattr(Previews, "_sample", lambda *_: nan)
+    settings = support.settings(tmp_path, steps=1, sample_every=1)
+    with pytest.raises(UserError, match="samples of U-Net 1 at step 1 hold NaN or infinity"):
+        loop.run(settings, 1)
+    assert checkpoint.latest_step(settings.run, 1) == 1
+    assert not (settings.run / "samples" / "unet1-0000001.png").exists()
+
+
 def test_the_first_bad_step_is_named(straight):
     """Also where the loss is fine and its gradient is not: the next checkpoint would hold NaN."""
     fine = dict(loss=jax.numpy.float32(1), grad_norm=jax.numpy.float32(2))
@@ -353,12 +365,18 @@ def test_a_failing_write_leaves_the_last_checkpoint(straight, tmp_path, monkeypa
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_step", full)
-    with pytest.raises(ValueError, match="could not save step 4.*No space left.*Step 2 is whole"):
-        loop.run(dataclasses.replace(settings, steps=4, resume=True), 1)
+    def ours(*_):
+        raise TypeError("a fault of this library")
+
+    on = dataclasses.replace(settings, steps=4, resume=True)
+    message = "could not save step 4.*No space left.*Step 2 is complete"
+    for save, kind, said in ((full, UserError, message), (ours, TypeError, "a fault of this")):
+        monkeypatch.setattr(checkpoint.Writer, "save", save)
+        with pytest.raises(kind, match=said):
+            loop.run(on, 1)
     monkeypatch.undo()
     # The steps after the checkpoint are in metrics.jsonl twice, with the same numbers.
-    assert loop.run(dataclasses.replace(settings, steps=4, resume=True), 1)
+    assert loop.run(on, 1)
     support.assert_equal(support.saved(settings.run, 4), support.saved(straight.run, 4))
 
 
@@ -374,7 +392,7 @@ def test_speed_and_profile(tmp_path, monkeypatch, capsys):
         used = line["steps_per_second"] * work / 1e12
         assert line["model_flop_utilization"] == pytest.approx(used)
         assert 0 <= line["waited_for_data"] <= 1
-    assert list((settings.run / "profile").rglob("*.xplane.pb"))
+    assert list(Path(settings.run / "profile").rglob("*.xplane.pb"))
     assert "profile of steps 4 .. 4 in" in capsys.readouterr().out
 
 

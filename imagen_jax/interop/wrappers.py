@@ -1,0 +1,59 @@
+"""What wrappers add to the names in a state dict: DataParallel, torch.compile, Lightning.
+
+module.unets.0.final_conv.weight                DataParallel and DistributedDataParallel
+unets.0._orig_mod.final_conv.weight             torch.compile, of all or of a part
+{"state_dict": {"imagen.unets.0...": ...}}      Lightning, under the attribute's name
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from imagen_jax.errors import UserError
+
+PARTS = re.compile(r"(^|(?<=\.))(module|_orig_mod)\.")  # the reference names no module so
+CASCADE = re.compile(r"(?P<prefix>(.+\.)?)unets\.0\.")
+UNET = re.compile(r"(?P<prefix>(.+\.)?)final_conv\.weight")
+
+
+def remove(data: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """A file's content with the names of tensors as the reference has them, and what was changed, a
+    note each. Raises UserError if two tensors come out with one name.
+
+    Tensors beside the cascade's, of a Lightning module that holds more, are left out and counted.
+    """
+    notes = []
+    if "state_dict" in data and data.keys() != {"config", "state_dict"} and "model" not in data:
+        others = [name for name in data if name != "state_dict"]
+        notes.append("read: state_dict." + (f" Not read: {', '.join(others)}." if others else ""))
+        data = data["state_dict"] if isinstance(data["state_dict"], dict) else data
+    if "model" in data or "state_dict" in data:
+        parts = ("model", "state_dict", "ema")
+        nested = {name: data[name] for name in parts if isinstance(data.get(name), dict)}
+        return dict(data) | {name: _plain(part, notes) for name, part in nested.items()}, notes
+    return _plain(data, notes), notes
+
+
+def _plain(state: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
+    if not all(isinstance(name, str) for name in state):
+        return dict(state)  # refused later, by its kind
+    found = {part for name in state for _, part in PARTS.findall(name)}
+    renamed = {name: PARTS.sub("", name) for name in state}
+    if len(set(renamed.values())) < len(state):
+        raise UserError(f"two tensors have one name without {' and '.join(sorted(found))}.")
+    plain = {renamed[name]: value for name, value in state.items()}
+    matches = map(CASCADE.match, plain)
+    prefix = next((match["prefix"] for match in matches if match), None)
+    if prefix is None and not any(name.startswith(("unets.", "0.")) for name in plain):
+        matches = map(UNET.fullmatch, plain)
+        prefix = next((match["prefix"] for match in matches if match), None)
+    notes += [f"names of tensors are read without {part!r}." for part in sorted(found)]
+    if not prefix:
+        return plain
+    others = [name for name in plain if not name.startswith(prefix)]
+    if others:
+        notes.append(f"not read: {len(others)} tensors outside {prefix!r}, such as {others[0]}.")
+    notes.append(f"names of tensors are read without {prefix!r}.")
+    return {
+        name.removeprefix(prefix): value for name, value in plain.items() if name.startswith(prefix)
+    }

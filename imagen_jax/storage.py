@@ -1,0 +1,109 @@
+"""Files of run directories, on a disk or in an object store (`gs://`, `s3://`), by etils.epath.
+
+An object store has no rename, no lock, no append and no empty directories; a file appears there
+complete or not at all. A disk has all four, and may lose power in the middle of a write.
+"""
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import fsspec
+from etils import epath
+
+from imagen_jax.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+
+def folder(path: str | os.PathLike) -> epath.Path:
+    """The path, local or remote. A `pathlib.Path` of `gs://bucket/run` has lost a slash, which is
+    put back."""
+    text = os.fspath(path)
+    if found := re.match(r"(gs|s3|az):/+", text):
+        return epath.Path(f"{found[1]}://{text[found.end() :]}")
+    return epath.Path(text)
+
+
+def check_clients(path: epath.Path) -> None:
+    """Raises UserError if what reaches Google's object store is not installed: gcsfs, and the
+    client with which Orbax deletes old steps."""
+    if not os.fspath(path).startswith("gs://"):
+        return
+    try:
+        fsspec.get_filesystem_class("gs")
+        from google.cloud import storage as _  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"{path}: {error}. It needs: pip install -e '.[gcs]'") from error
+
+
+def is_remote(path: str | os.PathLike) -> bool:
+    """Whether this is an object store."""
+    return "://" in os.fspath(path)
+
+
+def write_text(path: epath.Path, text: str) -> None:
+    """`write_bytes` in UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: epath.Path, content: bytes) -> None:
+    """Writes a file so that readers see the old one or the new one, never a part."""
+    if is_remote(path):
+        path.write_bytes(content)
+        return
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())  # or a power cut may leave the new name with nothing in it
+    partial.replace(path)
+
+
+@contextlib.contextmanager
+def alone(path: epath.Path) -> Iterator[None]:
+    """One process at a time in this directory, where the file system has locks."""
+    if fcntl is None or is_remote(path):
+        yield
+        return
+    with (path / ".lock").open("a") as file:
+        with contextlib.suppress(OSError):  # a network file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def move(path: epath.Path, target: epath.Path) -> None:
+    """Renames a directory, replacing `target`; in an object store, copies it file by file."""
+    target.rmtree(missing_ok=True)
+    if not is_remote(path):
+        path.rename(target)
+        return
+    for file in files(path):
+        file.copy(target / os.path.relpath(file, path))
+    path.rmtree()
+
+
+def files(path: epath.Path) -> Iterator[epath.Path]:
+    """All files below a directory."""
+    for entry in path.iterdir():
+        if entry.is_dir():
+            yield from files(entry)
+        else:
+            yield entry
+
+
+def read_object(path: epath.Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises UserError that names the file if it holds none."""
+    try:
+        data = json.loads(path.read_text())
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both
+        raise UserError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{path} holds {type(data).__name__}, not a JSON object.")
+    return data
