@@ -2,15 +2,11 @@
 
 from importlib.metadata import version
 
-# For programs that run once or twice on tiny arrays XLA need not optimise: it compiles a U-Net's
-# gradient in a third of the time; steps are 4 x slower. `tests.conftest` sets it for all programs;
-# `jax.jit(f, compiler_options=OPTIMISED)` is as a user's process compiles.
+# `jax.jit(f, compiler_options=RUN_ONCE)`: for programs that run once or twice on tiny arrays XLA
+# need not optimise. It compiles a U-Net's gradient in a third of the time; steps are 4 x slower.
 RUN_ONCE = {"xla_backend_optimization_level": 0}
-OPTIMISED = {"xla_backend_optimization_level": 3}
 if version("jaxlib") < "0.12":  # later ones have no other emitters
     RUN_ONCE["xla_cpu_use_fusion_emitters"] = False
-    OPTIMISED["xla_cpu_use_fusion_emitters"] = True
-XLA_FLAGS = [f"--{name}={str(value).lower()}" for name, value in RUN_ONCE.items()]
 
 SMALLEST_UNET = dict(
     dim=8,
