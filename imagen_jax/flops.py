@@ -81,6 +81,13 @@ def _of_equation(equation: JaxprEqn) -> int:
             return max(_of_jaxpr(branch.jaxpr) for branch in equation.params["branches"])
         case "scan":
             return equation.params["length"] * _of_jaxpr(equation.params["jaxpr"].jaxpr)
+        case "pallas_call":
+            steps = math.prod(equation.params["grid_mapping"].grid)
+            return steps * sum(map(_of_jaxpr, _inner(equation)))
+        case "dot_product_attention_fwd_wrapper" | "dot_product_attention_bwd_wrapper" as name:
+            # cuDNN's: logits and output; then logits again, and four gradients
+            (b, p, n, width), (_, m, *_) = (x.aval.shape for x in equation.invars[:2])
+            return (2 if "fwd" in name else 5) * 2 * b * n * p * m * width
         case "while":
             inner = _inner(equation)
             if any(map(_of_jaxpr, inner)):

@@ -39,7 +39,8 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -326,8 +327,23 @@ def model_parallel() -> bool:
     return jax.sharding.get_abstract_mesh().shape.get(MODEL, 1) > 1
 
 
+@contextlib.contextmanager
+def traced_for(name: str) -> Iterator[None]:
+    """`platform` within: to count the arithmetic of the plain forms, for one."""
+    token = _traced_for.set(name)
+    try:
+        yield
+    finally:
+        _traced_for.reset(token)
+
+
+_traced_for: ContextVar[str | None] = ContextVar("traced_for", default=None)
+
+
 def platform() -> str:
     """What the function being traced will run on: `cpu`, `tpu`, or a GPU's name."""
+    if (name := _traced_for.get()) is not None:
+        return name
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     return jax.default_backend() if device is None else device.platform
 

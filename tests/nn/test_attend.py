@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
+from imagen_jax import flops, sharding
 from imagen_jax.nn import attend as module
 from imagen_jax.nn.attend import SCALE, attend
 from imagen_jax.sharding import make_layout
@@ -133,8 +135,6 @@ def test_cudnns_filled_up_keys_are_masked():
 @pytest.mark.parametrize("heads", [1, 4])
 def test_cudnns_attention_lowers_for_cuda(heads):
     """Forward and backward, the key head shared by four query heads, an odd number of keys."""
-    from jax._src.cudnn import fused_attention_stablehlo as cudnn
-
     inputs = arrays(n=4, m=301, heads=heads, k=64, dtype=jnp.bfloat16)
     with (
         mock.patch.object(module, "_fused", lambda q, k: module._cudnn),
@@ -144,3 +144,20 @@ def test_cudnns_attention_lowers_for_cuda(heads):
     assert text.count("__cudnn$fmhaSoftmax(") == 1
     assert text.count("__cudnn$fmhaSoftmaxBackward(") == 1
     assert "x256x301x" not in text and "x256x302x" not in text  # no logits
+
+
+@pytest.mark.parametrize("form", [module._splash, module._cudnn])
+def test_fused_forms_count_as_their_products(form):
+    """Keys filled up to 128 or to an even number are counted, as they are computed."""
+    one = jax.ShapeDtypeStruct
+    q, k = one((2, 512, 2, 64), jnp.bfloat16), one((2, 384, 1, 64), jnp.bfloat16)
+    with mock.patch.object(cudnn, "check_cudnn_version", lambda: 91000):
+        found = flops.count(lambda q, k, v: form(q, k, v, scale=0.1), q, k, k)
+    assert found == 2 * 2 * 2 * 512 * 2 * 384 * 64
+
+
+def test_the_arithmetic_of_a_model_is_that_of_the_plain_form():
+    with sharding.traced_for("tpu"):
+        assert module.platform() == "tpu"
+        with sharding.traced_for("cpu"):
+            assert module.platform() == "cpu"
