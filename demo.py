@@ -6,6 +6,7 @@ Ctrl-C, it resumes when started again.
 """
 
 import argparse
+import dataclasses
 import time
 from importlib import resources
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 import commands
 from imagen_jax import Pipeline
 from imagen_jax.data import NEW_COMBINATIONS, decode, demo_captions, labelled_grid, open_source
+from imagen_jax.presets import RECIPES
 from imagen_jax.streams import image_seeds
 from sample import outputs
 from sample.settings import GUIDED
@@ -22,7 +24,6 @@ from train import loop
 from train.settings import Settings
 
 SEED = 0
-LEARNING_RATES = {1: 1e-3, 2: 2e-3}
 BATCH_SIZE = 35  # pictures drawn at once
 COLUMNS = 8
 
@@ -30,8 +31,9 @@ COLUMNS = 8
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workdir", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--base-steps", type=int, default=1600)
-    parser.add_argument("--super-res-steps", type=int, default=1000)
+    base, super_res = RECIPES["demo"]
+    parser.add_argument("--base-steps", type=int, default=base.steps)
+    parser.add_argument("--super-res-steps", type=int, default=super_res.steps)
     args = parser.parse_args()
 
     began = time.monotonic()
@@ -53,20 +55,15 @@ def main() -> None:
 
 
 def settings(workdir: Path, number: int, steps: int) -> Settings:
-    """Both stages learn quickly, down a cosine, with an average over the last 200 steps or so."""
+    """The recipe of the preset, down a cosine."""
     captions = resources.files("imagen_jax.data").joinpath("bundled/demo_captions.txt")
     return Settings(
         preset="demo",
         workdir=workdir,
         resume=True,
         captions_from=Path(str(captions)),
-        steps=steps,
-        batch_size=16,
-        lr=LEARNING_RATES[number],
-        warmup_steps=100,
+        **dataclasses.asdict(RECIPES["demo"][number - 1]) | dict(steps=steps),
         cosine_decay_max_steps=steps,
-        ema="plain",
-        ema_decay=0.995,
         seed=SEED,
         log_every=50,
         eval_every=steps,

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 _V5E = ("--topology", "v5e:16x16", "--mesh", "256x1", "--batch-size", "2048")
-_IMAGEN = ("--preset", "imagen", "--remat", "nothing_saveable")
+_IMAGEN = ("--preset", "imagen", "--optimizer", "adam", "--remat", "nothing_saveable")
 ROWS = {
     "base 64, v5e:16x16": (*_IMAGEN, "--unet-number", "base", *_V5E),
     "64 -> 256, v5e:16x16": (*_IMAGEN, "--unet-number", "sr256", *_V5E),

@@ -1,10 +1,27 @@
-"""Named models, as functions that return configurations.
+"""Named models, as functions that return configurations, and how they are trained.
 
 The U-Nets of Saharia et al. (2022), appendix F, in the reference's reading of them, with the
 reference's parameter counts at text width 768: 1,625,742,116, 732,036,754 and 721,244,562.
 """
 
+import dataclasses
+from typing import Literal
+
 from imagen_jax.config import ImagenConfig, UnetConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a stage of a preset is trained. The fields are flags of `train.base`, which takes them
+    as its defaults."""
+
+    steps: int
+    batch_size: int
+    optimizer: Literal["adam", "adafactor"] = "adam"
+    lr: float = 1e-4
+    warmup_steps: int = 10_000
+    ema: Literal["reference", "plain"] = "reference"
+    ema_decay: float = 0.9999
 
 
 def BaseUnet64(**overrides) -> UnetConfig:
@@ -117,3 +134,18 @@ def tiny() -> ImagenConfig:
 
 
 PRESETS = {"imagen": imagen, "demo": demo, "tiny": tiny}
+
+PAPER = Recipe(steps=2_500_000, batch_size=2048)
+"""Saharia et al. 2022, Section 4.1 and appendix C. At the published peak of 256 TPU v5e a step of
+the base takes at least 150 ms, one of super-resolution 118 ms: 4.3 and 3.4 days, computed from the
+compiled programs (benchmarks/README.md), not run."""
+
+_DEMO = Recipe(
+    steps=1600, batch_size=16, lr=1e-3, warmup_steps=100, ema="plain", ema_decay=0.995
+)  # an average over the last 200 steps or so
+
+RECIPES: dict[str, tuple[Recipe, ...]] = {
+    "imagen": (dataclasses.replace(PAPER, optimizer="adafactor"), PAPER, PAPER),
+    "demo": (_DEMO, dataclasses.replace(_DEMO, steps=1000, lr=2e-3)),
+}
+"""By preset, one recipe per U-Net."""

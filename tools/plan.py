@@ -49,7 +49,9 @@ class Plan:
 
 
 def main() -> None:
-    plan, settings = parse(__doc__, Plan)
+    plan, settings = parse(
+        __doc__, Plan, unet_number=lambda plan: commands.stage_number(plan.unet_number)
+    )
     if plan.sample and plan.text:
         raise UserError("--sample and --text: one of them.")
     devices = chips.devices(plan.topology)

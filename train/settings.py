@@ -18,7 +18,7 @@ import commands
 from imagen_jax import checkpoint, nn, sharding, storage
 from imagen_jax.config import ImagenConfig
 from imagen_jax.errors import UserError
-from imagen_jax.presets import PRESETS
+from imagen_jax.presets import PRESETS, RECIPES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,8 @@ class Run:
     """Which cascade, from where to where."""
 
     preset: Literal["demo", "imagen", "tiny"] = "demo"
-    """Named cascade: `demo` learns on a laptop, `imagen` is the paper's, `tiny` is for tests."""
+    """Named cascade: `demo` learns on a laptop, `imagen` is the paper's, `tiny` is for tests. Its
+    recipe, where it has one, gives steps, batch size, optimiser, rate, warm-up and average."""
     config: Path | None = None
     """JSON file of a cascade, instead of a preset; `--print-config` shows what one looks like."""
     print_config: bool = False
@@ -249,17 +250,23 @@ class Settings(Watching, Devices, Optimization, Data, Run):
 
 
 def parse(
-    description: str | None, *more: type, unet_number: Callable[..., int] = lambda: 1
+    description: str | None, *more: type, unet_number: Callable[..., int] = lambda *_: 1
 ) -> tuple[Any, ...]:
     """The command line as Settings, after one object per dataclass in `more`.
 
+    What is not given is as in the preset's recipe for the U-Net, where it has one.
     With --resume, what is not given is as the run directory has recorded it for the U-Net
     `unet_number(*more)`.
     """
     *others, settings = _parse(description, more, Settings())
+    number = unet_number(*others)
+    recipes = () if settings.config is not None else RECIPES.get(settings.preset, ())
+    if number <= len(recipes):
+        defaults = dataclasses.replace(Settings(), **dataclasses.asdict(recipes[number - 1]))
+        *others, settings = _parse(description, more, defaults)
     if not settings.resume:
         return *others, settings
-    saved = recorded(settings, unet_number(*others))
+    saved = recorded(settings, number)
     if saved is None:
         return *others, settings
     *others, again = _parse(description, more, saved)

@@ -1,5 +1,6 @@
 """The commands as a user runs them: flags, mistakes, Ctrl-C, a full disk."""
 
+import dataclasses
 import json
 import logging
 import os
@@ -16,7 +17,7 @@ import pytest
 
 import commands
 import imagen_jax
-from imagen_jax import checkpoint
+from imagen_jax import checkpoint, presets
 from imagen_jax.config import ImagenConfig
 from imagen_jax.errors import UserError
 from tests.train import support
@@ -63,8 +64,9 @@ def test_flags_become_settings(monkeypatch, capsys):
         monkeypatch, super_res.main, "--unet-number", "sr256", "--no-captions", "--keep", "None",
         "--max-grad-norm", "None", "--steps", "7", "--flip", "--log-every", "3",
     )  # fmt: skip
+    recipe = dataclasses.asdict(presets.RECIPES["demo"][1]) | dict(steps=7)
     wanted = Settings(
-        no_captions=True, keep=None, max_grad_norm=None, steps=7, flip=True, log_every=3
+        no_captions=True, keep=None, max_grad_norm=None, flip=True, log_every=3, **recipe
     )
     assert told["given"] == (wanted, 2)
 
