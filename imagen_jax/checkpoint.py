@@ -442,12 +442,13 @@ def save(run: str | os.PathLike, imagen: Imagen, *, step: int = 0) -> None:
 
     Raises UserError if `run` holds another cascade, or this step or a later one of a U-Net.
     """
-    params: dict[int, Mapping[Weights, Params]] = {
-        number: {"online": nnx.to_pure_dict(nnx.split(unet)[1])}
-        for number, unet in enumerate(imagen.unets, 1)
-        if not isinstance(unet, nn.NullUnet)
-    }
-    write(run, imagen.config, params, dict.fromkeys(params, step))
+    write_config(run, imagen.config)
+    for number, unet in enumerate(imagen.unets, 1):
+        if isinstance(unet, nn.NullUnet):
+            continue
+        params = nnx.to_pure_dict(nnx.split(unet)[1])
+        with Writer(run, number) as writer:
+            writer.save(step, {"params": params}, {"step": step})
 
 
 def _read_json(run: str | os.PathLike) -> dict[str, Any]:
