@@ -216,15 +216,13 @@ def write(
     config: ImagenConfig,
     weights: Mapping[int, Mapping[Weights, Params]],
     steps: Mapping[int, int],
-    *,
     origin: Mapping[str, Any] | None = None,
-    text_encoder: Identity | None = None,
 ) -> None:
     """Writes a configuration and one step of each U-Net, with bounded memory.
 
     Raises UserError if `run` holds another cascade, or this step or a later one of a U-Net.
     """
-    write_config(run, config, origin=origin, text_encoder=text_encoder)
+    write_config(run, config, origin=origin)
     for number, trees in weights.items():
         items = {ITEMS[which]: tree for which, tree in trees.items()}
         with Writer(run, number, bounded_memory=True) as writer:
@@ -458,12 +456,13 @@ def save(run: str | os.PathLike, imagen: Imagen, *, step: int = 0) -> None:
 
     Raises UserError if `run` holds another cascade, or this step or a later one of a U-Net.
     """
-    params: dict[int, Mapping[Weights, Params]] = {
-        number: {"online": nnx.to_pure_dict(nnx.split(unet)[1])}
-        for number, unet in enumerate(imagen.unets, 1)
-        if not isinstance(unet, nn.NullUnet)
-    }
-    write(run, imagen.config, params, dict.fromkeys(params, step), text_encoder=imagen.text_encoder)
+    write_config(run, imagen.config, text_encoder=imagen.text_encoder)
+    for number, unet in enumerate(imagen.unets, 1):
+        if isinstance(unet, nn.NullUnet):
+            continue
+        params = nnx.to_pure_dict(nnx.split(unet)[1])
+        with Writer(run, number) as writer:
+            writer.save(step, {"params": params}, {"step": step})
 
 
 def _read_json(run: str | os.PathLike) -> dict[str, Any]:
