@@ -19,11 +19,11 @@ from imagen_jax.data import NEW_COMBINATIONS, decode, demo_captions, labelled_gr
 from imagen_jax.presets import RECIPES
 from imagen_jax.streams import image_seeds
 from sample import outputs
-from sample.settings import GUIDED
 from train import loop
 from train.settings import Settings
 
 SEED = 0
+COND_SCALE = (2.0, 1.0)  # guidance weights of base and super-resolution
 BATCH_SIZE = 35  # pictures drawn at once
 COLUMNS = 8
 
@@ -74,15 +74,15 @@ def settings(workdir: Path, number: int, steps: int) -> Settings:
 
 
 def draw(workdir: Path, prompts: list[str]) -> np.ndarray:
-    """One picture a prompt, (n, 32, 32, 3) in [0, 1]: what `python -m sample.text_to_image` draws
-    from them by default."""
+    """One picture a prompt, (n, 32, 32, 3) in [0, 1]: what `python -m sample.text_to_image
+    --cond-scale 2 1` draws from them."""
     pipeline = Pipeline.load(workdir)
     embeddings = pipeline.encode(prompts, batch_size=len(prompts))
     images = pipeline.generate(
         embeddings,
         seeds=image_seeds(SEED, len(prompts)),
         batch_size=BATCH_SIZE,
-        cond_scale=(GUIDED, 1.0),
+        cond_scale=COND_SCALE,
         progress=outputs.progress_bars,
     )
     return np.stack([image for _, image in images])

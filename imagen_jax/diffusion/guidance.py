@@ -12,7 +12,7 @@ Adaptive Projected Guidance, Sadat et al. 2024, applied to the raw output rather
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, UInt32
+from jaxtyping import Array, Float, Int32, UInt32
 
 from imagen_jax.diffusion.process import Level, Prediction, Sample, eps_from_x0
 from imagen_jax.types import AnyArray
@@ -98,22 +98,22 @@ def quantile(x: Float[AnyArray, "b n"], q: float | Float[AnyArray, ""]) -> Float
     bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
     rank = jnp.asarray(q, jnp.float32) * (x.shape[1] - 1)
     k = jnp.floor(rank).astype(jnp.int32)
-    below = _kth_smallest(bits, k)
-    through = jnp.sum(bits <= below[:, None], axis=1)
-    beyond = jnp.min(bits, axis=1, where=bits > below[:, None], initial=jnp.uint32(0xFFFFFFFF))
-    above = jnp.where(through > jnp.minimum(k + 1, x.shape[1] - 1), below, beyond)
-    low, high = (lax.bitcast_convert_type(a, jnp.float32) for a in (below, above))
+    # Both neighbours in one loop, whose operand is computed once: outside of it XLA may compute x
+    # again, rounded otherwise, and a search for the next number would find the same one.
+    found = _kth_smallest(bits, jnp.stack([k, jnp.minimum(k + 1, x.shape[1] - 1)]))
+    low, high = lax.bitcast_convert_type(found, jnp.float32).T
     return low + (rank - k) * (high - low)
 
 
-def _kth_smallest(bits: UInt32[Array, "b n"], k: Array) -> UInt32[Array, "b"]:
-    """The largest number that at most k of a row lie below, from the highest bit down."""
+def _kth_smallest(bits: UInt32[Array, "b n"], ranks: Int32[Array, "r"]) -> UInt32[Array, "b r"]:
+    """For each rank k the largest number that at most k of a row are below, highest bit first."""
 
     def settle(i, found):
         tried = found | (jnp.uint32(1) << (30 - i).astype(jnp.uint32))
-        return jnp.where(jnp.sum(bits < tried[:, None], axis=1) <= k, tried, found)
+        below = jnp.sum(bits[:, None] < tried[:, :, None], axis=2)
+        return jnp.where(below <= ranks, tried, found)
 
-    return lax.fori_loop(0, 31, settle, jnp.zeros(bits.shape[0], jnp.uint32))
+    return lax.fori_loop(0, 31, settle, jnp.zeros((len(bits), len(ranks)), jnp.uint32))
 
 
 def _dot(x: Float[Array, "b n"], y: Float[Array, "b n"]) -> Float[Array, "b 1"]:
