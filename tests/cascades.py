@@ -46,10 +46,11 @@ def ours(config: ImagenConfig) -> Imagen:
     return Imagen(config, unets=unets)
 
 
-def theirs(config: ImagenConfig) -> torch.nn.Module:
+def theirs(config: ImagenConfig, unets: list[torch.nn.Module] | None = None) -> torch.nn.Module:
+    """The reference's cascade, with networks that all tests share unless others are given."""
     arguments = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     del arguments["unets"], arguments["text_encoder_name"], arguments["elucidated"]
-    unets = [_networks(unet, i)[0] for i, unet in enumerate(config.unets)]
+    unets = unets or [_networks(unet, i)[0] for i, unet in enumerate(config.unets)]
     if config.elucidated is None:
         return import_imagen_pytorch().imagen_pytorch.Imagen(unets, **arguments).eval()
     for name in NOT_ELUCIDATED:

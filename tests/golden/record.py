@@ -6,7 +6,6 @@ Weights and inputs come from NumPy's `RandomState`, whose numbers never change; 
 stored. `tests/test_golden.py` compares the live reference and ours with them.
 """
 
-import copy
 import dataclasses
 import zlib
 from pathlib import Path
@@ -127,9 +126,8 @@ def reference(case: Case) -> np.ndarray:
     from tests import cascades, parity
 
     given, alone = inputs_of(case), case.kind == "unet"
-    imagen = parity.build_unet(case.config.unets[0]) if alone else cascades.theirs(case.config)
-    imagen = copy.deepcopy(imagen)  # other tests share the networks of a cascade
-    networks = [imagen] if alone else imagen.unets
+    networks = [parity.build_unet(unet) for unet in case.config.unets]
+    imagen = networks[0] if alone else cascades.theirs(case.config, networks)
     with torch.no_grad():
         for i, (network, unet) in enumerate(zip(networks, case.config.unets, strict=True)):
             state = weights_of(unet, i)
