@@ -11,10 +11,12 @@ from jaxtyping import Array
 from imagen_jax import sampling
 from imagen_jax.config import ImagenConfig
 from imagen_jax.diffusion.grids import Spacing
-from imagen_jax.diffusion.process import RenoiseVariance
+from imagen_jax.diffusion.guidance import Guidance, make_interval, make_schedule
+from imagen_jax.diffusion.process import Process, RenoiseVariance
+from imagen_jax.diffusion.samplers import Grid, make_grid
 from imagen_jax.errors import UserError
 from imagen_jax.resize import resize
-from imagen_jax.sampling import Given, Program, Progress, Randomness, Steps
+from imagen_jax.sampling import Given, Program, Progress, Randomness
 from imagen_jax.sharding import Layout
 from imagen_jax.stage import to_float
 from imagen_jax.streams import RowKeys, row_keys, stream
@@ -24,40 +26,73 @@ from imagen_jax.types import AnyArray, Image, Params, PRNGKey, TextEmbeds, TextM
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Request:
-    """What to sample. The fields are the arguments of `Imagen.sample`, which documents them."""
+    """What to sample. Fields marked * take one value, or one per U-Net."""
 
     key: PRNGKey | RowKeys | None = None
+    """One key, or one per image: an image is a function of its own key, whatever its batch."""
     draws: Sequence[AnyArray] | None = None
+    """The noises of each stage that runs, in place of a key, in the reference's order: of the
+    low-resolution image, the initial one, then one a step (with inpainting: the known part's, the
+    step's, the renoising's)."""
     text_embeds: TextEmbeds | None = None
     text_masks: TextMask | None = None
+    negative_text_embeds: TextEmbeds | None = None
+    """What guidance leads away from, in place of no text. As `text_embeds` in shape."""
+    negative_text_masks: TextMask | None = None
+    """A row that is False throughout is no text."""
     cond_images: AnyArray | None = None
     inpaint_images: AnyArray | None = None
     inpaint_masks: AnyArray | None = None
+    """(b, h, w), True where `inpaint_images` are kept."""
     inpaint_resample_times: int = 5
+    """RePaint: how often each step is repeated."""
     inpaint_variance: RenoiseVariance = "exact"
     init_images: AnyArray | Sequence[AnyArray | None] | None = None
+    """* Added to the initial noise, as by the reference; with `strength` noised instead."""
     skip_steps: int | Sequence[int | None] | None = None
+    """* Steps to leave out at the noisy end."""
+    strength: float | None = None
+    """Share of the steps to take, in (0, 1], from noised `init_images` on (SDEdit, Meng et al.
+    2022; diffusers' image to image)."""
     batch_size: int | None = None
     cond_scale: float | Sequence[float] = 1.0
+    """* Weight of guidance; 1 is none."""
     cfg_remove_parallel_component: bool = True
     cfg_keep_parallel_frac: float = 0.0
+    guidance_interval: tuple[float, float] | None = None
+    """Lowest and highest noise level sigma / alpha that is guided (diffusion/guidance.py)."""
+    guidance_schedule: str | Sequence[float] | None = None
+    """`linear`, `cosine`, or factors of `cond_scale` - 1 from noise to data."""
+    guidance_rescale: float = 0.0
+    """In [0, 1]: how far the guided output gets the deviation of the conditional one."""
     lowres_sample_noise_level: float | None = None
+    """A time in [0, 1] on `lowres_noise_schedule`; None is the configuration's."""
     start_at_unet_number: int = 1
     start_image_or_video: AnyArray | None = None
     stop_at_unet_number: int | None = None
     timesteps: int | Sequence[int | None] | None = None
+    """* Number of steps; None is the configuration's."""
     sigma_min: float | Sequence[float | None] | None = None
+    """* Of elucidated cascades, in place of the configuration's."""
     sigma_max: float | Sequence[float | None] | None = None
     spacing: Spacing | None = None
+    """Of the noise levels: `t`, `log_snr`, `karras`, or a list of sigma / alpha
+    (diffusion/grids.py); None is the noise process's."""
     sampler: str | None = None
+    """A name in `samplers.SAMPLERS`; None is the noise process's."""
     eta: float = 0.0
+    """Noise of `ddim`, in [0, 1]."""
     progress: Progress | None = None
 
     def check(self, config: ImagenConfig) -> None:
         """Raises ValueError for arguments that do not fit together, or not the cascade."""
         check_text(config, self.text_embeds, None)
-        if self.text_embeds is not None and not np.isfinite(self.text_embeds).all():
-            raise UserError("text_embeds hold NaN or infinity.")
+        for name in ("text_embeds", "negative_text_embeds"):
+            value = getattr(self, name)
+            if value is not None and not np.isfinite(value).all():
+                raise UserError(f"{name} hold NaN or infinity.")
+        if self.negative_text_embeds is not None:
+            self._check_negative_text()
         if (self.key is None) == (self.draws is None):
             raise UserError("sample needs either a key or draws.")
         numbers = self.numbers(config)
@@ -70,7 +105,26 @@ class Request:
             raise UserError("inpainting needs both inpaint_images and inpaint_masks.")
         if numbers[0] > 1 and self.start_image_or_video is None:
             raise UserError(f"starting at U-Net {numbers[0]} needs start_image_or_video.")
+        if self.strength is not None:
+            self._check_strength()
         self._check_images(config)
+
+    def _check_negative_text(self) -> None:
+        if self.text_embeds is None:
+            raise UserError("negative_text_embeds need text_embeds to guide away from them.")
+        found, wanted = np.shape(self.negative_text_embeds), np.shape(self.text_embeds)
+        if found != wanted:
+            raise UserError(
+                f"negative_text_embeds are {found}; they must be as text_embeds, {wanted}."
+            )
+
+    def _check_strength(self) -> None:
+        if not 0 < self.strength <= 1:
+            raise UserError(f"strength must be above 0 and at most 1, got {self.strength:g}.")
+        if self.init_images is None:
+            raise UserError("strength needs init_images to start from.")
+        if self.skip_steps is not None:
+            raise UserError("strength decides how many steps are skipped: leave out skip_steps.")
 
     def _check_images(self, config: ImagenConfig) -> None:
         """Images are never squashed: all must have the cascade's aspect ratio."""
@@ -114,12 +168,33 @@ class Request:
     def given(self) -> Given:
         """The arrays that are the same for every stage."""
         inpaints = self.inpaint_images is not None
+        embeds, masks = _with_mask(self.text_embeds, self.text_masks)
+        negative, negative_masks = _with_mask(self.negative_text_embeds, self.negative_text_masks)
         return Given(
-            text_embeds=self.text_embeds,
+            text_embeds=embeds,
+            text_masks=masks,
+            negative_embeds=negative,
+            negative_masks=negative_masks,
             cond_images=self.cond_images,
             inpaint_images=self.inpaint_images,
             inpaint_masks=self.inpaint_masks,
             resample_times=np.int32(self.inpaint_resample_times) if inpaints else None,
+        )
+
+    def guidance(self, process: Process, grid: Grid, cond_scale: float) -> Guidance:
+        """Guidance over the levels of a stage's grid."""
+        schedule = self.guidance_schedule
+        if schedule is not None:
+            log_snr = np.asarray(process.level(jnp.asarray(grid.positions)).log_snr)
+            schedule = make_schedule(schedule, log_snr)
+        return Guidance(
+            cond_scale,
+            self.cfg_keep_parallel_frac,
+            rescale=self.guidance_rescale or None,
+            interval=None
+            if self.guidance_interval is None
+            else make_interval(self.guidance_interval),
+            schedule=schedule,
         )
 
     def per_unet(self, config: ImagenConfig, name: str) -> tuple[Any, ...]:
@@ -130,6 +205,12 @@ class Request:
         if len(value) != count:
             raise UserError(f"{name} has {len(value)} entries for {count} unets.")
         return tuple(value)
+
+
+def _with_mask(
+    embeds: TextEmbeds | None, masks: TextMask | None
+) -> tuple[TextEmbeds, TextMask] | tuple[None, None]:
+    return (None, None) if embeds is None else (embeds, default_text_mask(embeds, masks))
 
 
 _IMAGES = ("cond_images", "inpaint_images", "start_image_or_video")
@@ -188,42 +269,47 @@ def _sample_stage(
     def own(name: str) -> Any:
         return request.per_unet(config, name)[number - 1]
 
-    embeds, masks = request.text_embeds, request.text_masks
+    guided = request.text_embeds is not None and own("cond_scale") != 1
     program = Program(
         stage=stage,
         dtype=dtype,
-        guided=embeds is not None and own("cond_scale") != 1,
+        guided=guided,
         sampler=request.sampler or stage.process.sampler,
         remove_parallel_component=request.cfg_remove_parallel_component,
         inpaint_variance=request.inpaint_variance,
     )
     level, steps = request.lowres_sample_noise_level, own("timesteps")
     level = defaults.lowres_noise_level if level is None else level
+    steps = defaults.num_steps if steps is None else steps
+    start_from, skip_steps = own("init_images"), own("skip_steps") or 0
+    noised = request.strength is not None and start_from is not None
+    if noised:
+        skip_steps = steps - max(1, int(steps * request.strength))
     given = request.given()._replace(
-        text_masks=None if embeds is None else default_text_mask(embeds, masks),
         previous=previous,
         lowres_noise_level=None if stage.lowres is None else np.float32(level),
-        init_images=own("init_images"),
+        init_images=None if noised else start_from,
+        source_images=start_from if noised else None,
     )
+    if not guided:
+        given = given._replace(negative_embeds=None, negative_masks=None)
+    grid = make_grid(
+        stage.process,
+        steps,
+        skip_steps=skip_steps,
+        spacing=request.spacing,
+        sigma_min=own("sigma_min"),
+        sigma_max=own("sigma_max"),
+    )
+    guidance = request.guidance(stage.process, grid, own("cond_scale"))
     return sampling.sample_stage(
         params,
         program,
         given,
         randomness,
         batch_size=batch_size,
-        steps=Steps(
-            num_steps=defaults.num_steps if steps is None else steps,
-            skip_steps=own("skip_steps") or 0,
-            spacing=request.spacing,
-            sigma_min=own("sigma_min"),
-            sigma_max=own("sigma_max"),
-        ),
-        numbers=sampling.numbers_for(
-            defaults,
-            cond_scale=own("cond_scale"),
-            keep_parallel_frac=request.cfg_keep_parallel_frac,
-            eta=request.eta,
-        ),
+        grid=grid,
+        numbers=sampling.numbers_for(defaults, guidance, eta=request.eta),
         layout=layout,
         progress=request.progress,
     )

@@ -52,17 +52,29 @@ class Condition(NamedTuple):
 class Guided(NamedTuple):
     """Both halves of classifier-free guidance in one batch.
 
-    Rows of `conditioned` come in pairs, with the text and without, so that both halves of an image
-    are on one device. Channels beyond those of x are a learned variance: the conditional one is
-    taken as it is.
+    Rows of `conditioned` come in pairs, with the text and without (or with the negative text), so
+    that both halves of an image are on one device. Channels beyond those of x are a learned
+    variance: the conditional one is taken as it is.
     """
 
     conditioned: Condition
-    cond_scale: Array
-    keep_parallel_frac: Array
+    guidance: guidance.Guidance
     remove_parallel_component: bool
 
     def __call__(self, x: Sample, level: Level, x0_previous: Sample | None = None) -> Array:
+        if self.guidance.interval is None:
+            return self._both(x, level, x0_previous)
+        return jax.lax.cond(
+            jnp.any(self.guidance.inside(level)),
+            lambda: self._both(x, level, x0_previous),
+            lambda: self._alone(x, level, x0_previous),
+        )
+
+    def _alone(self, x: Sample, level: Level, x0_previous: Sample | None) -> Array:
+        cond = jax.tree.map(lambda a: a[::2], self.conditioned.cond)
+        return self.conditioned._replace(cond=cond)(x, level, x0_previous)
+
+    def _both(self, x: Sample, level: Level, x0_previous: Sample | None) -> Array:
         twice = jax.tree.map(lambda a: jnp.repeat(a, 2, axis=0), (x, level, x0_previous))
         output = self.conditioned(*twice)
         pairs = output.reshape(-1, 2, *output.shape[1:])
@@ -70,8 +82,11 @@ class Guided(NamedTuple):
         guided = guidance.guide(
             pairs[:, 0, ..., :channels],
             pairs[:, 1, ..., :channels],
-            self.cond_scale,
+            self.guidance.scale_at(level),
             remove_parallel_component=self.remove_parallel_component,
-            keep_parallel_frac=self.keep_parallel_frac,
+            keep_parallel_frac=self.guidance.keep_parallel_frac,
         )
+        if self.guidance.rescale is not None:
+            cond = pairs[:, 0, ..., :channels]
+            guided = guidance.rescale(guided, cond, self.guidance.rescale)
         return jnp.concatenate([guided, pairs[:, 0, ..., channels:]], axis=-1)

@@ -136,6 +136,9 @@ class Imagen(nnx.Module):
         texts: Sequence[str] | None = None,
         text_embeds: TextEmbeds | None = None,
         text_masks: TextMask | None = None,
+        negative_texts: Sequence[str] | None = None,
+        negative_text_embeds: TextEmbeds | None = None,
+        negative_text_masks: TextMask | None = None,
         cond_images: AnyArray | None = None,
         inpaint_images: AnyArray | None = None,
         inpaint_masks: AnyArray | None = None,
@@ -143,10 +146,14 @@ class Imagen(nnx.Module):
         inpaint_variance: RenoiseVariance = "exact",
         init_images: AnyArray | Sequence[AnyArray | None] | None = None,
         skip_steps: int | Sequence[int | None] | None = None,
+        strength: float | None = None,
         batch_size: int | None = None,
         cond_scale: float | Sequence[float] = 1.0,
         cfg_remove_parallel_component: bool = True,
         cfg_keep_parallel_frac: float = 0.0,
+        guidance_interval: tuple[float, float] | None = None,
+        guidance_schedule: str | Sequence[float] | None = None,
+        guidance_rescale: float = 0.0,
         lowres_sample_noise_level: float | None = None,
         start_at_unet_number: int = 1,
         start_image_or_video: AnyArray | None = None,
@@ -163,24 +170,20 @@ class Imagen(nnx.Module):
     ) -> Image | list[Image] | list[PILImage.Image] | list[list[PILImage.Image]]:
         """Images, (b, h, w, c) in [0, 1] or lists of PIL images (reference `sample`).
 
-        `key` is one key, or one per image: an image is a function of its own key, whatever its
-        batch. `draws` gives the noises of each stage that runs instead, in the reference's order:
-        of the low-resolution image, the initial one, then one a step (with inpainting: the known
-        part's, the step's, the renoising's). `init_images`, `skip_steps`, `cond_scale`,
-        `timesteps`, `sigma_min` and `sigma_max` take one value, or one per U-Net. The last three
-        replace the configuration's. `inpaint_masks` (b, h, w) are True where `inpaint_images` are
-        kept. `lowres_sample_noise_level` is a time in [0, 1] on `lowres_noise_schedule`. `sampler`
-        is a name in `samplers.SAMPLERS`, by default the noise process's; `eta` is that of `ddim`.
-        `spacing` is that of the noise levels: `t`, `log_snr`, `karras`, or a list of sigma / alpha
-        (diffusion/grids.py); None is the noise process's.
+        The arguments are the fields of `cascade.Request`, which documents them. `texts` and
+        `negative_texts`, "" being no text, are encoded by `encoder`.
 
         Another key, text, guidance weight, number of steps (up to 1,024) or threshold compiles
-        nothing new; guidance on and off (`cond_scale` 1) are two programs. Raises ValueError for
+        nothing new; guidance on and off (`cond_scale` 1) are two programs. Raises UserError for
         unfit input, such as images of another aspect ratio than the cascade's.
         """
         arguments = {k: v for k, v in locals().items() if k in Request.__dataclass_fields__}
-        if texts is not None and text_embeds is None and self.config.condition_on_text:
-            arguments["text_embeds"], arguments["text_masks"] = self.encode_text(texts)
+        if self.config.condition_on_text:
+            if texts is not None and text_embeds is None:
+                arguments["text_embeds"], arguments["text_masks"] = self.encode_text(texts)
+            if negative_texts is not None and negative_text_embeds is None:
+                embeds, masks = text.encode_or_absent(self.encode_text, negative_texts)
+                arguments |= dict(negative_text_embeds=embeds, negative_text_masks=masks)
         outputs = self._sample(Request(**arguments))
         if return_pil_images:
             outputs = [[to_pil(image) for image in np.asarray(output)] for output in outputs]

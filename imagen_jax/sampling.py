@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 from imagen_jax import nn
 from imagen_jax.conditioning import Condition, Conditioning, Guided
 from imagen_jax.diffusion import samplers
-from imagen_jax.diffusion.grids import Spacing
+from imagen_jax.diffusion.guidance import Guidance
 from imagen_jax.diffusion.process import RenoiseVariance, q_sample
 from imagen_jax.errors import UserError
 from imagen_jax.resize import resize
@@ -62,8 +62,7 @@ class Program:
 class Numbers(NamedTuple):
     """Numbers that may change from call to call without another compilation."""
 
-    cond_scale: Float[AnyArray, ""]
-    keep_parallel_frac: Float[AnyArray, ""]
+    guidance: Guidance
     percentile: Float[AnyArray, ""]
     options: samplers.Options
 
@@ -73,12 +72,18 @@ class Given(NamedTuple):
 
     text_embeds: TextEmbeds | None = None
     text_masks: TextMask | None = None
+    negative_embeds: TextEmbeds | None = None
+    """What guidance leads away from, in place of no text; with None also for no text."""
+    negative_masks: TextMask | None = None
     previous: Float[AnyArray, "b h2 w2 c"] | None = None
     """Images of the stage before."""
     lowres_noise_level: Float[AnyArray, ""] | None = None
     """Time of the noise put on them."""
     cond_images: AnyArray | None = None
     init_images: AnyArray | None = None
+    """Added to the initial noise, as the reference does."""
+    source_images: AnyArray | None = None
+    """Noised to the first level of the grid, in place of pure noise."""
     inpaint_images: AnyArray | None = None
     inpaint_masks: Bool[AnyArray, "b h3 w3"] | None = None
     resample_times: Int[AnyArray, ""] | None = None
@@ -136,10 +141,8 @@ def start(
     conditioning = Conditioning(None, lowres, lowres_time, cond_images)
     embeds, masks, keep = given.text_embeds, given.text_masks, jnp.ones(b, bool)
     if program.guided:
-        conditioning, embeds, masks = jax.tree.map(
-            lambda a: jnp.repeat(a, 2, axis=0), (conditioning, embeds, masks)
-        )
-        keep = jnp.tile(jnp.array([True, False]), b)
+        conditioning = jax.tree.map(lambda a: jnp.repeat(a, 2, axis=0), conditioning)
+        embeds, masks, keep = _pairs(given)
     if embeds is not None:
         network = nn.bind(stage.network, params, dtype=program.dtype)
         text = network.encode_text(embeds, masks, keep_mask=keep)
@@ -148,12 +151,34 @@ def start(
         known_where = fit(jnp.asarray(given.inpaint_masks, jnp.float32)[..., None]) != 0
         inpaint = samplers.Inpaint(known, known_where, given.resample_times)
     noise = randomness.image("initial_noise", int(lowres is not None), stage.sample_shape)
-    x = stage.process.prior(noise, stage.process.level(jnp.broadcast_to(grid.positions[0], b)))
+    level = stage.process.level(jnp.broadcast_to(grid.positions[0], b))
+    x = stage.process.prior(noise, level)
+    if given.source_images is not None:
+        x = q_sample(fit(stage.normalize(to_float(given.source_images))), level, noise)
     if given.init_images is not None:
         # The image is resized in [-1, 1] and added, as the reference does.
         x = x + fit(stage.normalize(to_float(given.init_images)))
     state = samplers.start(samplers.find_sampler(program.sampler), x)
     return state, conditioning._replace(text=text), inpaint
+
+
+def _pairs(given: Given) -> tuple[TextEmbeds, TextMask, Bool[Array, "b2"]]:
+    """Embeddings, masks and keep mask of guided rows: with the text, and against it.
+
+    A negative text without a token is no text.
+    """
+    embeds, masks = given.text_embeds, given.text_masks
+    against, against_masks = given.negative_embeds, given.negative_masks
+    keep = jnp.zeros(len(embeds), bool)
+    if against is None:
+        against, against_masks = embeds, masks
+    else:
+        keep = jnp.any(against_masks, axis=1)
+
+    def pairs(with_text: Array, without: Array) -> Array:
+        return jnp.stack([with_text, without], 1).reshape(-1, *with_text.shape[1:])
+
+    return pairs(embeds, against), pairs(masks, against_masks), pairs(jnp.ones_like(keep), keep)
 
 
 @functools.partial(jax.jit, static_argnames="program", donate_argnames="state")
@@ -199,12 +224,7 @@ def estimator(
     conditioned = Condition(network, conditioning)
     if not program.guided:
         return conditioned
-    return Guided(
-        conditioned,
-        numbers.cond_scale,
-        numbers.keep_parallel_frac,
-        program.remove_parallel_component,
-    )
+    return Guided(conditioned, numbers.guidance, program.remove_parallel_component)
 
 
 @functools.partial(jax.jit, static_argnames="program")
@@ -215,17 +235,6 @@ def finish(
     return program.stage.unnormalize(samplers.finish(state.x, inpaint))
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Steps:
-    """How many steps a stage takes, how they are spaced, and over which range of noise."""
-
-    num_steps: int
-    skip_steps: int = 0
-    spacing: Spacing | None = None
-    sigma_min: float | None = None
-    sigma_max: float | None = None
-
-
 def sample_stage(
     params: Params,
     program: Program,
@@ -233,7 +242,7 @@ def sample_stage(
     randomness: Randomness,
     *,
     batch_size: int,
-    steps: Steps,
+    grid: samplers.Grid,
     numbers: Numbers,
     layout: Layout | None = None,
     progress: Progress | None = None,
@@ -243,7 +252,6 @@ def sample_stage(
     `layout` is the mesh that the parameters are on, None for one device.
     """
     number = program.stage.unet_number
-    grid = samplers.make_grid(program.stage.process, **dataclasses.asdict(steps))
     total = int(grid.num_steps)
     _check_noises(given, randomness, total)
     with contextlib.nullcontext() if layout is None else layout.use():
@@ -267,12 +275,9 @@ def sample_stage(
         return finish(state, inpaint, program=program)
 
 
-def numbers_for(
-    defaults: SamplingDefaults, *, cond_scale: float, keep_parallel_frac: float, eta: float
-) -> Numbers:
+def numbers_for(defaults: SamplingDefaults, guidance: Guidance, *, eta: float = 0.0) -> Numbers:
     """The traced numbers of a stage, as float32."""
-    options = defaults.options._replace(eta=eta)
-    numbers = Numbers(cond_scale, keep_parallel_frac, defaults.percentile, options)
+    numbers = Numbers(guidance, defaults.percentile, defaults.options._replace(eta=eta))
     return jax.tree.map(np.float32, numbers)
 
 

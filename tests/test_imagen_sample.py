@@ -147,6 +147,55 @@ def draw(seed=0, imagen=None, **told):
     return imagen.sample(key=jax.random.key(seed), **TEXT | told)
 
 
+def test_a_negative_text_replaces_the_absent_one():
+    """Guided away from its own text an image is not guided; a blank text is an absent one."""
+    same = dict(negative_text_embeds=TEXT["text_embeds"], negative_text_masks=TEXT["text_masks"])
+    other = dict(same, negative_text_embeds=TEXT["text_embeds"][::-1])
+    blank = dict(same, negative_text_masks=np.zeros_like(TEXT["text_masks"]))
+    guided = draw(cond_scale=4.0)
+    np.testing.assert_allclose(draw(cond_scale=4.0, **same), draw(), atol=1e-4)
+    np.testing.assert_allclose(draw(cond_scale=4.0, **blank), guided, atol=1e-5)
+    assert np.abs(draw(cond_scale=4.0, **other) - guided).max() > 0.05
+    np.testing.assert_array_equal(draw(**other), draw())  # unguided, there is nothing to negate
+
+
+def test_guidance_by_noise_level():
+    guided = draw(cond_scale=4.0)
+    np.testing.assert_allclose(
+        draw(cond_scale=4.0, guidance_interval=(0.0, 1e9)), guided, atol=1e-5
+    )
+    np.testing.assert_allclose(
+        draw(cond_scale=4.0, guidance_interval=(1e8, 1e9)), draw(), atol=1e-5
+    )
+    np.testing.assert_allclose(
+        draw(cond_scale=4.0, guidance_schedule=(1.0, 1.0)), guided, atol=1e-4
+    )
+    for other in (dict(guidance_schedule="linear"), dict(guidance_rescale=0.7)):
+        found = draw(cond_scale=4.0, **other)
+        assert np.isfinite(found).all() and np.abs(found - guided).max() > 0.02
+
+
+def test_strength_starts_from_the_noised_image():
+    """In `sampling.start`: alpha x_0 + sigma z at the level of the first step that is left."""
+    config, picture = cascade(timesteps=8), PICTURES[:, :5, :5]
+    stage = config.stage(1)
+    grid = samplers.make_grid(stage.process, 8, skip_steps=6)
+    noise = np.random.default_rng(0).standard_normal((1, *picture.shape), np.float32)
+    program = sampling.Program(stage=stage, dtype=jnp.float32, guided=False, sampler="ancestral")
+    network = cascades.ours(config).unets[0]
+    given = sampling.Given(source_images=picture, **TEXT)
+    state, *_ = sampling.start(
+        nn.params_of(network), given, sampling.Randomness(noises=noise), grid,
+        program=program, batch_size=BATCH,
+    )  # fmt: skip
+    level = stage.process.level(grid.positions[:1])
+    want = level.alpha * (2 * picture - 1) + level.sigma * noise[0]
+    np.testing.assert_allclose(state.x, want, atol=1e-5)
+    near = draw(init_images=(picture, None), strength=0.2, stop_at_unet_number=1)
+    far = draw(init_images=(picture, None), strength=1.0, stop_at_unet_number=1)
+    assert np.abs(near - picture).mean() < np.abs(far - picture).mean()
+
+
 def test_pil_images():
     draws = noises_for(cascade(), (5, 5), {})
     theirs = cascades.reference_sample(
@@ -236,7 +285,7 @@ def compilations(caplog) -> Iterator[list[str]]:
 
 def test_numbers_compile_nothing(caplog):
     """Neither another seed, text, guidance, number of steps nor threshold."""
-    config = cascade(pred_objectives=("x_start", "noise"))
+    config = cascade(pred_objectives=("x_start", "v"))
     first = cascades.ours(config)
     changed = dict(timesteps=9, dynamic_thresholding_percentile=0.5, lowres_sample_noise_level=0.1)
     second = cascades.ours(dataclasses.replace(config, **changed))

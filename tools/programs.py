@@ -18,6 +18,7 @@ from jaxtyping import PyTree
 
 from imagen_jax import flops, nn, sampling, text
 from imagen_jax.diffusion import samplers
+from imagen_jax.diffusion.guidance import Guidance
 from imagen_jax.sharding import Layout
 from imagen_jax.stage import Stage
 from imagen_jax.text.t5 import abstract_encoder
@@ -107,7 +108,8 @@ def sampling_step(stage: Stage, batch_size: int, dtype: DTypeLike, layout: Layou
     )
     scalar = Shape((), jnp.float32, sharding=layout.replicated)
     bound = Shape((), jnp.int32, sharding=layout.replicated)
-    numbers = sampling.Numbers(*[scalar] * 3, samplers.Options(*[scalar] * len(samplers.Options())))
+    options = samplers.Options(*[scalar] * len(samplers.Options()))
+    numbers = sampling.Numbers(Guidance(scalar, scalar), scalar, options)
     with layout.use():
         traced = sampling.advance.trace(
             params, state, conditioning, inpaint, numbers, grid, bound, bound, randomness,

@@ -14,6 +14,8 @@ from jax.typing import DTypeLike
 
 from imagen_jax import distributed, sampling, storage
 from imagen_jax.data import Record, labelled_grid, pad_embeds
+from imagen_jax.diffusion import samplers
+from imagen_jax.diffusion.guidance import Guidance
 from imagen_jax.errors import UserError
 from imagen_jax.sampling import Progress
 from imagen_jax.stage import SamplingDefaults, to_float
@@ -139,10 +141,8 @@ class Previews:
             given,
             sampling.Randomness(keys=row_keys(key, count)),
             batch_size=count,
-            steps=sampling.Steps(num_steps=self.settings.sample_steps),
-            numbers=sampling.numbers_for(
-                self.defaults, cond_scale=cond_scale, keep_parallel_frac=0.0, eta=0.0
-            ),
+            grid=samplers.make_grid(stage.process, self.settings.sample_steps),
+            numbers=sampling.numbers_for(self.defaults, Guidance(cond_scale)),
             layout=layout,
             progress=progress,
         )

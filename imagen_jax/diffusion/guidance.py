@@ -8,16 +8,103 @@ parameterisation. With u = cond - null,
 
 The orthogonal form is imagen-pytorch 2.1.0's default (2.0.0 had the plain one only); it follows
 Adaptive Projected Guidance, Sadat et al. 2024, applied to the raw output rather than to x_0.
+
+The weight may depend on the noise level: only levels in an interval are guided (Kynkäänniemi et al.
+2024), or the weight follows a schedule (Wang et al. 2024). A rescaled output has the deviation of
+the conditional one (Lin et al. 2023).
 """
 
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int32, UInt32
+from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from imagen_jax.diffusion.process import Level, Prediction, Sample, eps_from_x0
+from imagen_jax.errors import UserError
 from imagen_jax.types import AnyArray
 
-Scale = float | Float[AnyArray, ""] | Float[AnyArray, "b"]
+Number = float | Float[AnyArray, ""]
+Scale = Number | Float[AnyArray, "b"]
+LOG_SNR_RANGE = 80.0
+"""Log-SNRs of a schedule's knots are clipped to +-this; EDM's last level is noiseless."""
+
+
+class Schedule(NamedTuple):
+    """Factors of `scale - 1` at rising log-SNRs, linear between them."""
+
+    log_snr: Float[AnyArray, "knots"]
+    factor: Float[AnyArray, "knots"]
+
+
+class Guidance(NamedTuple):
+    """Settings of guidance. Numbers may change without another compilation; None is static."""
+
+    scale: Number
+    keep_parallel_frac: Number = 0.0
+    rescale: Number | None = None
+    interval: tuple[Number, Number] | None = None
+    """Lowest and highest log-SNR that is guided. Elsewhere the null half is not computed."""
+    schedule: Schedule | None = None
+
+    def scale_at(self, level: Level) -> Scale:
+        """The weight at a level: one number, or one a sample."""
+        scale = jnp.asarray(self.scale, jnp.float32)
+        if self.schedule is not None:
+            log_snr = jnp.clip(level.log_snr, -LOG_SNR_RANGE, LOG_SNR_RANGE)
+            scale = 1.0 + (scale - 1.0) * jnp.interp(log_snr, *self.schedule)
+        return scale if self.interval is None else jnp.where(self.inside(level), scale, 1.0)
+
+    def inside(self, level: Level) -> Bool[Array, "b"]:
+        low, high = self.interval
+        return (level.log_snr >= low) & (level.log_snr <= high)
+
+
+SCHEDULES = {
+    "linear": (0.0, 2.0),
+    "cosine": tuple(1.0 - math.cos(math.pi * u / 32) for u in range(33)),
+}
+"""Factors at equal distances from noise to data, with mean 1. Wang et al. 2024, "Analysis of
+Classifier-Free Guidance Weight Schedulers", Table 1."""
+
+
+def make_interval(interval: tuple[float, float]) -> tuple[float, float]:
+    """`Guidance.interval` of (lowest, highest) noise level sigma / alpha.
+
+    Raises UserError unless 0 <= lowest < highest.
+    """
+    low, high = interval
+    if not 0 <= low < high:
+        raise UserError(
+            f"guidance_interval must be two noise levels sigma / alpha, 0 <= low < high; "
+            f"got {low:g}, {high:g}."
+        )
+    return tuple(np.inf if s == 0 else -2 * math.log(s) for s in (high, low))
+
+
+def make_schedule(name: str | Sequence[float], log_snr: Float[np.ndarray, "points"]) -> Schedule:
+    """The schedule over the levels of a sampling grid.
+
+    `name` is one of `SCHEDULES`, or factors at equal numbers of steps from noise to data; `log_snr`
+    rises, and may end in equal values. Raises UserError for another name, or factors below 0.
+    """
+    if isinstance(name, str):
+        if name not in SCHEDULES:
+            raise UserError(
+                f"guidance_schedule {name!r} is not one of {', '.join(SCHEDULES)}, or factors."
+            )
+        name = SCHEDULES[name]
+    factors = np.asarray(name, np.float32)
+    if factors.ndim != 1 or len(factors) < 2 or not (factors >= 0).all():
+        raise UserError(f"guidance_schedule needs two or more factors of at least 0, got {name}.")
+    log_snr = np.clip(log_snr, -LOG_SNR_RANGE, LOG_SNR_RANGE)
+    steps = np.searchsorted(log_snr, log_snr[-1])
+    done = np.minimum(np.arange(len(log_snr)) / steps, 1.0)
+    factor = np.interp(done, np.linspace(0.0, 1.0, len(factors)), factors)
+    return Schedule(log_snr.astype(np.float32), factor.astype(np.float32))
 
 
 def guide(
@@ -40,6 +127,19 @@ def guide(
         parallel, orthogonal = project(update, cond)
         update = orthogonal + parallel * keep_parallel_frac
     return cond + update * (scale - 1.0)
+
+
+def rescale(guided: Sample, cond: Sample, fraction: Number) -> Sample:
+    """The guided output, scaled by `fraction` of the way to the deviation of the conditional one.
+
+    Lin et al. 2023, "Common Diffusion Noise Schedules and Sample Steps are Flawed", Eq. 15-16;
+    diffusers' `guidance_rescale`. Deviations are those of each sample.
+    """
+    axes = tuple(range(1, guided.ndim))
+    ratio = jnp.std(cond, axes, keepdims=True) / jnp.maximum(
+        jnp.std(guided, axes, keepdims=True), 1e-12
+    )
+    return guided * (1.0 + fraction * (ratio - 1.0))
 
 
 def project(x: Sample, onto: Sample) -> tuple[Sample, Sample]:

@@ -8,7 +8,13 @@ All captions become embeddings through `TextEncoder`, in training, sampling and 
 at 256 tokens, then cut. `Identity` is what runs and stored embeddings record of an encoder.
 """
 
-from imagen_jax.text.encoder import DEMO_NOTE, TextEncoder, cascade_encoder, load_encoder
+from imagen_jax.text.encoder import (
+    DEMO_NOTE,
+    TextEncoder,
+    cascade_encoder,
+    encode_or_absent,
+    load_encoder,
+)
 from imagen_jax.text.identity import Identity, read_beside
 from imagen_jax.text.t5 import T5Config, encode
 from imagen_jax.text.tokenizer import load_tokenizer, tokenize, trim, valid
@@ -20,6 +26,7 @@ __all__ = [
     "TextEncoder",
     "cascade_encoder",
     "encode",
+    "encode_or_absent",
     "load_encoder",
     "load_tokenizer",
     "read_beside",

@@ -116,6 +116,17 @@ class TextEncoder:
 
 
 @functools.lru_cache(maxsize=8)
+def encode_or_absent(
+    encode: Callable[[list[str]], tuple[TextEmbeds, TextMask]], texts: Sequence[str]
+) -> tuple[TextEmbeds, TextMask]:
+    """Embeddings and masks of texts by `encode`; a blank text is absent: its mask is all False."""
+    absent = np.array([not text.strip() for text in texts])
+    embeds, masks = encode(
+        ["-" if blank else text for blank, text in zip(absent, texts, strict=True)]
+    )
+    return embeds, masks & ~absent[:, None]
+
+
 def _embed(
     config: T5Config, length: int, layout: Layout | None, rows: NamedSharding | None
 ) -> Callable[[Params, AnyArray], tuple[TextEmbeds, TextMask]]:

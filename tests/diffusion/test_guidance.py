@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from imagen_jax.diffusion import guidance
+from imagen_jax.diffusion.vp import VP
+from imagen_jax.errors import UserError
 
 RNG = np.random.default_rng(0)
 COND, NULL = RNG.normal(size=(2, 3, 16, 16, 3)).astype(np.float32) + np.float32(0.3)
@@ -91,3 +93,64 @@ def test_dynamic_threshold_matches_reference(size):
     got = guidance.dynamic_threshold(jnp.asarray(size * COND), 0.95)
     np.testing.assert_allclose(got, (x0.clamp(-s, s) / s).numpy(), atol=1e-6)
     assert np.abs(got).max() <= 1.0
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.7, 1.0])
+def test_rescaled_output_is_that_of_the_paper(fraction):
+    """In torch: Lin et al. 2023, Eq. 15-16, as in diffusers' `rescale_noise_cfg`."""
+    cond, guided = torch.from_numpy(COND), torch.from_numpy(3 * COND - NULL)
+    axes = list(range(1, cond.ndim))
+    same = guided * (cond.std(axes, keepdim=True) / guided.std(axes, keepdim=True))
+    want = fraction * same + (1 - fraction) * guided
+    got = guidance.rescale(jnp.asarray(guided.numpy()), jnp.asarray(COND), fraction)
+    np.testing.assert_allclose(got, want.numpy(), atol=1e-5)
+
+
+LOG_SNR = np.float32([-12, -6, -1, 0, 2, 8, 8, 8])  # five steps, padded
+
+
+def weights(**settings) -> np.ndarray:
+    level = VP().at(jnp.exp(-jnp.asarray(LOG_SNR[:6]) / 2))
+    scale = jax.jit(lambda g: g.scale_at(level))(guidance.Guidance(5.0, **settings))
+    return np.broadcast_to(scale, 6)
+
+
+def test_weights_of_an_interval():
+    interval = guidance.make_interval((0.9, 20.1))  # sigma / alpha; log-SNRs of -6 to 0.2
+    np.testing.assert_allclose(weights(interval=interval), [1, 5, 5, 5, 1, 1])
+    np.testing.assert_allclose(weights(interval=guidance.make_interval((0.0, np.inf))), 5)
+
+
+@pytest.mark.parametrize(
+    "schedule, want",
+    [
+        ("linear", 8 * np.arange(6) / 5),
+        ("cosine", 4 * (1 - np.cos(np.pi * np.arange(6) / 5))),
+        ((0.0, 1.0, 0.0), [0, 1.6, 3.2, 3.2, 1.6, 0]),
+    ],
+    ids=str,
+)
+def test_weights_of_a_schedule(schedule, want):
+    found = weights(schedule=guidance.make_schedule(schedule, LOG_SNR))
+    np.testing.assert_allclose(found, 1 + np.asarray(want), atol=0.01)
+
+
+def test_a_schedule_reaches_a_level_without_noise():
+    schedule = guidance.make_schedule("linear", np.float32([-9, 0, np.inf, np.inf]))
+    level = VP().at(jnp.zeros(1))._replace(log_snr=jnp.full(1, jnp.inf))
+    assert guidance.Guidance(5.0, schedule=schedule).scale_at(level) == pytest.approx(9.0)
+
+
+@pytest.mark.parametrize(
+    "make, given, message",
+    [
+        (guidance.make_interval, (2.0, 1.0), "guidance_interval must be two noise levels"),
+        (guidance.make_interval, (-1.0, 1.0), "got -1, 1"),
+        (lambda s: guidance.make_schedule(s, LOG_SNR), "parabola", "'parabola' is not one of lin"),
+        (lambda s: guidance.make_schedule(s, LOG_SNR), (1.0, -1.0), "factors of at least 0"),
+        (lambda s: guidance.make_schedule(s, LOG_SNR), (1.0,), "two or more factors"),
+    ],
+)
+def test_errors(make, given, message):
+    with pytest.raises(UserError, match=message):
+        make(given)
