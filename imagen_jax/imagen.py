@@ -171,11 +171,10 @@ class Imagen(nnx.Module):
         """Images, (b, h, w, c) in [0, 1] or lists of PIL images (reference `sample`).
 
         The arguments are the fields of `cascade.Request`, which documents them. `texts` and
-        `negative_texts`, "" being no text, are encoded by `encoder`.
-
-        Another key, text, guidance weight, number of steps (up to 1,024) or threshold compiles
-        nothing new; guidance on and off (`cond_scale` 1) are two programs. Raises UserError for
-        unfit input, such as images of another aspect ratio than the cascade's.
+        `negative_texts`, "" being no text, are encoded by `encoder`. Another key, text,
+        guidance weight, number of steps (up to 1,024) or threshold compiles nothing new; guidance
+        on and off (`cond_scale` 1) are two programs. Raises UserError for unfit input, such as
+        images of another aspect ratio than the cascade's.
         """
         arguments = {k: v for k, v in locals().items() if k in Request.__dataclass_fields__}
         if self.config.condition_on_text:
