@@ -18,7 +18,7 @@ from imagen_jax.errors import UserError
 from imagen_jax.resize import resize
 from imagen_jax.sampling import Given, Program, Progress, Randomness
 from imagen_jax.sharding import Layout
-from imagen_jax.stage import to_float
+from imagen_jax.stage import Stage, to_float
 from imagen_jax.streams import RowKeys, row_keys, stream
 from imagen_jax.training import check_aspect, default_text_mask
 from imagen_jax.types import AnyArray, Image, Params, PRNGKey, TextEmbeds, TextMask
@@ -181,6 +181,16 @@ class Request:
             resample_times=np.int32(self.inpaint_resample_times) if inpaints else None,
         )
 
+    def program(self, stage: Stage, dtype: Any, guided: bool) -> Program:
+        return Program(
+            stage=stage,
+            dtype=dtype,
+            guided=guided,
+            sampler=self.sampler or stage.process.sampler,
+            remove_parallel_component=self.cfg_remove_parallel_component,
+            inpaint_variance=self.inpaint_variance,
+        )
+
     def guidance(self, process: Process, grid: Grid, cond_scale: float) -> Guidance:
         """Guidance over the levels of a stage's grid."""
         schedule = self.guidance_schedule
@@ -270,14 +280,6 @@ def _sample_stage(
         return request.per_unet(config, name)[number - 1]
 
     guided = request.text_embeds is not None and own("cond_scale") != 1
-    program = Program(
-        stage=stage,
-        dtype=dtype,
-        guided=guided,
-        sampler=request.sampler or stage.process.sampler,
-        remove_parallel_component=request.cfg_remove_parallel_component,
-        inpaint_variance=request.inpaint_variance,
-    )
     level, steps = request.lowres_sample_noise_level, own("timesteps")
     level = defaults.lowres_noise_level if level is None else level
     steps = defaults.num_steps if steps is None else steps
@@ -304,7 +306,7 @@ def _sample_stage(
     guidance = request.guidance(stage.process, grid, own("cond_scale"))
     return sampling.sample_stage(
         params,
-        program,
+        request.program(stage, dtype, guided),
         given,
         randomness,
         batch_size=batch_size,
