@@ -16,7 +16,7 @@ from imagen_jax.diffusion.process import Process, RenoiseVariance
 from imagen_jax.diffusion.samplers import Grid, make_grid
 from imagen_jax.errors import UserError
 from imagen_jax.resize import resize
-from imagen_jax.sampling import Given, Program, Progress, Randomness
+from imagen_jax.sampling import Given, OnStep, Program, Progress, Randomness
 from imagen_jax.sharding import Layout
 from imagen_jax.stage import Stage, to_float
 from imagen_jax.streams import RowKeys, row_keys, stream
@@ -83,6 +83,7 @@ class Request:
     eta: float = 0.0
     """Noise of `ddim`, in [0, 1]."""
     progress: Progress | None = None
+    on_step: OnStep | None = None
 
     def check(self, config: ImagenConfig) -> None:
         """Raises ValueError for arguments that do not fit together, or not the cascade."""
@@ -314,6 +315,7 @@ def _sample_stage(
         numbers=sampling.numbers_for(defaults, guidance, eta=request.eta),
         layout=layout,
         progress=request.progress,
+        on_step=request.on_step,
     )
 
 

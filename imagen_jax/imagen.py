@@ -17,7 +17,7 @@ from imagen_jax.diffusion.process import RenoiseVariance
 from imagen_jax.errors import UserError
 from imagen_jax.fields import first_difference
 from imagen_jax.pixels import to_pil
-from imagen_jax.sampling import Progress
+from imagen_jax.sampling import OnStep, Progress
 from imagen_jax.sharding import Layout
 from imagen_jax.streams import RowKeys
 from imagen_jax.training import Draws, stage_losses
@@ -167,6 +167,7 @@ class Imagen(nnx.Module):
         sampler: str | None = None,
         eta: float = 0.0,
         progress: Progress | None = None,
+        on_step: OnStep | None = None,
     ) -> Image | list[Image] | list[PILImage.Image] | list[list[PILImage.Image]]:
         """Images, (b, h, w, c) in [0, 1] or lists of PIL images (reference `sample`).
 

@@ -1,8 +1,8 @@
 """A cascade ready to sample: weights in their sampling dtype on a mesh, and the encoder.
 
     pipeline = Pipeline.load("runs/demo", mesh="auto")
-    embeds = pipeline.encode(["red apple", "pear"])
-    for index, image in pipeline.generate(embeds, seeds=[7, 8], cond_scale=(3.0, 1.0)): ...
+    result = pipeline("a red apple", num_inference_steps=20, guidance_scale=5.0, seed=7)
+    result.images[0].save("apple.png")
 
 Commands are thin over it. What is expensive is read at its first use.
 """
@@ -12,25 +12,46 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float
+from PIL import Image as PILImage
 
 from imagen_jax import checkpoint, nn, text
 from imagen_jax.checkpoint import Choice, Weights
 from imagen_jax.config import ImagenConfig
+from imagen_jax.errors import UserError
 from imagen_jax.imagen import Imagen
+from imagen_jax.pixels import to_pil
+from imagen_jax.sampling import OnStep
 from imagen_jax.sharding import Layout, make_layout
-from imagen_jax.streams import seed_keys
+from imagen_jax.streams import image_seeds, seed_keys
+from imagen_jax.types import AnyArray
+
+STEPS = (20, 15, 10)
+"""Denoising steps of each stage by default; those after the last have as many as it."""
+SAMPLER = "dpm++2m"
+GUIDANCE = 3.0
+"""Of the base by default; the other stages run unguided, at half the work."""
 
 
 class Embeddings(NamedTuple):
-    """Encoded prompts, on the host."""
+    """Encoded prompts, on the host. A row whose mask is False throughout is no text."""
 
     embeds: Float[np.ndarray, "n l d"]
     masks: Bool[np.ndarray, "n l"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a call of a `Pipeline` returns, one entry an image."""
+
+    images: list[PILImage.Image] | list[Float[np.ndarray, "h w c"]]
+    seeds: list[int]
+    """Each alone repeats its image, with the same arguments."""
+    prompts: list[str | None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -103,6 +124,66 @@ class Pipeline:
         """Gives the encoder's memory back; the next use reads it again."""
         self.__dict__.pop("encoder", None)
 
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        negative_prompt: str | Sequence[str] | None = None,
+        num_inference_steps: int | Sequence[int] | None = None,
+        guidance_scale: float | Sequence[float] | None = None,
+        num_images_per_prompt: int = 1,
+        seed: int = 0,
+        seeds: Sequence[int] | None = None,
+        batch_size: int = 8,
+        output_type: Literal["pil", "np"] = "pil",
+        callback_on_step_end: OnStep | None = None,
+        **arguments: Any,
+    ) -> Result:
+        """Images of prompts, in the habits of a diffusers pipeline.
+
+        `num_inference_steps` and `guidance_scale` take one number, or one per U-Net; their defaults
+        are those of `defaults`. A cascade without captions is given no prompt. `seeds` are one an
+        image; otherwise they are derived from `seed` and the image's place. `negative_prompt` is
+        one for all or one per prompt. "pil" images are 8-bit, "np" float arrays in [0, 1].
+        `callback_on_step_end(unet_number, step, steps, estimates)` is called after every step, with
+        the images of the batch as they are estimated by then; raise in it to stop. `arguments` are
+        those of `Imagen.sample`, under its names; `texts`, `cond_scale` and `timesteps` are taken
+        in place of ours too. Raises UserError for unfit input.
+        """
+        prompt = _either("prompt", prompt, "texts", arguments.pop("texts", None))
+        scale = _either(
+            "guidance_scale", guidance_scale, "cond_scale", arguments.pop("cond_scale", None)
+        )
+        steps = _either(
+            "num_inference_steps",
+            num_inference_steps,
+            "timesteps",
+            arguments.pop("timesteps", None),
+        )
+        chosen = {"cond_scale": scale, "timesteps": steps, "on_step": callback_on_step_end}
+        arguments |= {name: value for name, value in chosen.items() if value is not None}
+        prompts = [prompt] if isinstance(prompt, str) or prompt is None else list(prompt)
+        each, count = num_images_per_prompt, len(prompts) * num_images_per_prompt
+        seeds = image_seeds(seed, count) if seeds is None else list(seeds)
+        if len(seeds) != count:
+            raise UserError(f"{len(seeds)} seeds for {count} images.")
+        embeddings = negatives = None
+        if prompt is not None:
+            embeddings = repeated(self.encode(prompts, batch_size=batch_size), each)
+        if negative_prompt is not None:
+            one = isinstance(negative_prompt, str)
+            negative = [negative_prompt] * len(prompts) if one else list(negative_prompt)
+            negatives = repeated(self.encode_negative(negative, batch_size=batch_size), each)
+        drawn = self.generate(
+            embeddings, seeds=seeds, negatives=negatives, batch_size=batch_size, **arguments
+        )
+        images = [to_pil(image) if output_type == "pil" else image for _, image in drawn]
+        return Result(images=images, seeds=seeds, prompts=list(np.repeat(prompts, each)))
+
+    def defaults(self) -> dict[str, Any]:
+        """What `generate` samples with where nothing else is asked for: few steps."""
+        return sampling_defaults(self.config)
+
     def encode(self, prompts: Sequence[str], *, batch_size: int = 8) -> Embeddings:
         """Embeddings of prompts, `batch_size` at a time, as `Imagen.encode_text` gives them."""
         parts = [
@@ -112,28 +193,42 @@ class Pipeline:
         found = (np.concatenate(part)[: len(prompts)] for part in zip(*parts, strict=True))
         return Embeddings(*found)
 
+    def encode_negative(self, prompts: Sequence[str], *, batch_size: int = 8) -> Embeddings:
+        """Embeddings of negative prompts; a blank one is no text."""
+        encode = functools.partial(self.encode, batch_size=batch_size)
+        return Embeddings(*text.encode_or_absent(encode, prompts))
+
     def generate(
         self,
         embeddings: Embeddings | None,
         *,
         seeds: Sequence[int],
+        negatives: Embeddings | None = None,
+        per_image: Mapping[str, AnyArray] | None = None,
         batch_size: int = 8,
+        pad_to: int | None = None,
         progress: Callable[[np.ndarray, int], Any] | None = None,
         **arguments: Any,
-    ) -> Iterator[tuple[int, Float[np.ndarray, "h w c"]]]:
-        """Index and pixels, in [0, 1], of image after image; one a seed.
+    ) -> Iterator[tuple[int, Any]]:
+        """Index and pixels, (h, w, c) in [0, 1], of image after image; one a seed.
 
         An image is a function of its embedding, its seed and the arguments of `Imagen.sample`, not
-        of its batch or of the mesh, to rounding. `embeddings` has one row a seed.
-        `progress(indices, count)` is a context that gives the batch's `Progress`.
+        of its batch or of the mesh, to rounding. `embeddings`, `negatives` and the arrays of
+        `per_image`, by their names there, have one row a seed. Batches are padded to a power of
+        two, at most `batch_size`, so that few sizes are compiled; or to `pad_to` exactly.
+        `progress(indices, count)` is a context that gives the batch's `Progress`. With
+        `return_all_unet_outputs` the pixels are a list, of every stage that ran.
         """
-        size = min(len(seeds), batch_size)
+        arguments = self.defaults() | arguments
+        size = pad_to or padded(min(len(seeds), batch_size), batch_size)
         if self.layout is not None:
             size = self.layout.split_rows(size)
+        arrays = dict(per_image or {})
+        for prefix, part in (("", embeddings), ("negative_", negatives)):
+            if part is not None:
+                arrays |= {f"{prefix}text_embeds": part.embeds, f"{prefix}text_masks": part.masks}
         for rows in batches(len(seeds), size, fill=True):
-            given = dict(arguments, batch_size=len(rows))
-            if embeddings is not None:
-                given["text_embeds"], given["text_masks"] = (part[rows] for part in embeddings)
+            given = arguments | {name: array[rows] for name, array in arrays.items()}
             fresh = np.unique(rows)
             with (
                 contextlib.nullcontext()
@@ -141,10 +236,53 @@ class Pipeline:
                 else progress(fresh, len(seeds)) as listener
             ):
                 images = self.imagen.sample(
-                    key=seed_keys([seeds[row] for row in rows]), progress=listener, **given
+                    key=seed_keys([seeds[row] for row in rows]),
+                    batch_size=len(rows),
+                    progress=listener,
+                    **given,
                 )
-            images = np.asarray(images)
-            yield from zip(fresh.tolist(), images, strict=False)
+            if given.get("return_all_unet_outputs"):
+                stages = [np.asarray(stage) for stage in images]
+                yield from (
+                    (int(i), [stage[row] for stage in stages]) for row, i in enumerate(fresh)
+                )
+            else:
+                yield from zip(fresh.tolist(), np.asarray(images), strict=False)
+
+    def warm_up(self, *, batch_size: int = 1, **arguments: Any) -> None:
+        """Compiles every stage for batches of a size, by drawing one step of each.
+
+        `arguments` are those of `generate` that later calls will be given: guidance on or off, the
+        sampler, inpainting and the like decide which programs there are.
+        """
+        embeddings = self.encode(["-"]) if self.config.condition_on_text else None
+        given = dict(arguments, timesteps=1, batch_size=batch_size, pad_to=batch_size)
+        for _ in self.generate(embeddings, seeds=[0], **given):
+            pass
+
+
+def sampling_defaults(config: ImagenConfig) -> dict[str, Any]:
+    """Arguments of `Imagen.sample` for a good image in few steps; see docs/samplers.md.
+
+    The reference samples with `sampler=None`, `spacing=None` and `timesteps=None` instead.
+    """
+    count = len(config.unets)
+    guided = config.condition_on_text and config.cond_drop_prob > 0
+    return dict(
+        sampler=SAMPLER,
+        timesteps=tuple(STEPS[min(i, len(STEPS) - 1)] for i in range(count)),
+        cond_scale=(GUIDANCE if guided else 1.0,) + (1.0,) * (count - 1),
+    )
+
+
+def repeated(embeddings: Embeddings, times: int) -> Embeddings:
+    """Each row `times` times."""
+    return Embeddings(*(np.repeat(part, times, axis=0) for part in embeddings))
+
+
+def padded(count: int, most: int) -> int:
+    """The next power of two, or `most` if that is less."""
+    return min(1 << (count - 1).bit_length(), most)
 
 
 def batches(count: int, batch_size: int, *, fill: bool = False) -> Iterator[np.ndarray]:
@@ -155,3 +293,9 @@ def batches(count: int, batch_size: int, *, fill: bool = False) -> Iterator[np.n
     size = batch_size if fill else min(count, batch_size)
     for first in range(0, count, size):
         yield np.minimum(np.arange(first, first + size), count - 1)
+
+
+def _either(name: str, value: Any, other_name: str, other: Any) -> Any:
+    if value is not None and other is not None:
+        raise UserError(f"{name} and {other_name} are the same: give one of them.")
+    return other if value is None else value

@@ -38,6 +38,8 @@ SLICES = 20
 
 Progress = Callable[[int, int, int], None]
 """progress(unet_number, steps done, steps in all). Raise in it to stop."""
+OnStep = Callable[[int, int, int, Image], None]
+"""on_step(unet_number, steps done, steps in all, estimates in [0, 1]), after every step."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -246,6 +248,7 @@ def sample_stage(
     numbers: Numbers,
     layout: Layout | None = None,
     progress: Progress | None = None,
+    on_step: OnStep | None = None,
 ) -> Image:
     """Runs one stage: prepares, loops in slices and finishes; images (b, h, w, c) in [0, 1].
 
@@ -258,7 +261,7 @@ def sample_stage(
         state, conditioning, inpaint = start(
             params, given, randomness, grid, program=program, batch_size=batch_size
         )
-        stride = math.ceil(total / SLICES)
+        stride = math.ceil(total / SLICES) if on_step is None else 1
         for first in range(0, total, stride):
             last = min(first + stride, total)
             if progress is not None:
@@ -270,6 +273,9 @@ def sample_stage(
             )  # fmt: skip
             if progress is not None:
                 jax.block_until_ready(state)
+            if on_step is not None:
+                # A copy, since `advance` donates the state.
+                on_step(number, last, total, jnp.copy(program.stage.unnormalize(state.x0)))
         if progress is not None:
             progress(number, total, total)
         return finish(state, inpaint, program=program)

@@ -1,17 +1,18 @@
-"""Output of the sampling commands: PNGs with their settings, a contact sheet, progress bars."""
+"""Output of the sampling commands: images with their recipes, contact sheets, progress bars."""
 
 import contextlib
 import importlib.metadata
 import io
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from etils import epath
-from jaxtyping import Float
-from PIL import Image
+from jaxtyping import Float, UInt8
+from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
@@ -20,19 +21,27 @@ from imagen_jax.errors import UserError
 from imagen_jax.pixels import to_pil
 from imagen_jax.sampling import Progress
 
-CELLS = (128, 256)  # pixels: the smallest and the largest picture of a grid
+CELLS = (128, 256)  # pixels: the smallest and the largest image of a grid
 COLUMNS = 8
 CAPTION = 120  # characters of a prompt that a grid shows
+RECIPE = "imagen_jax"
+"""Name of the PNG chunk with the recipe as JSON."""
+Format = Literal["png", "jpeg", "webp"]
+SAVE_OPTIONS = {"png": {}, "jpeg": {"quality": 95}, "webp": {"lossless": True}}
+Pixels = Float[np.ndarray, "h w c"] | UInt8[np.ndarray, "h w c"]
 
 
-def file_name(index: int, prompt: str | None) -> str:
-    """`007-a-red-apple.png`"""
+def free_path(folder: epath.Path, prompt: str | None, seed: int, format: Format) -> epath.Path:
+    """`a-red-apple-7.png`, or `a-red-apple-7-2.png` if that is taken, and so on."""
     slug = re.sub(r"[\W_]+", "-", (prompt or "").lower()).strip("-")[:40].rstrip("-")
-    return "-".join(filter(None, (f"{index:03d}", slug))) + ".png"
+    stem = "-".join(filter(None, (slug, str(seed))))
+    names = (f"{stem}-{number}" if number > 1 else stem for number in itertools.count(1))
+    paths = (folder / f"{name}.{format}" for name in names)
+    return next(path for path in paths if not path.exists())
 
 
-def check_finite(image: Float[np.ndarray, "h w c"], name: str) -> None:
-    """Raises UserError, in place of a black picture, for values that are not finite."""
+def check_finite(image: Pixels, name: str) -> None:
+    """Raises UserError, in place of a black image, for values that are not finite."""
     bad = np.count_nonzero(~np.isfinite(image))
     if bad:
         raise UserError(
@@ -41,65 +50,112 @@ def check_finite(image: Float[np.ndarray, "h w c"], name: str) -> None:
         )
 
 
-def write_picture(
-    path: epath.Path,
-    image: Float[np.ndarray, "h w c"],
-    *,
-    prompt: str | None,
-    settings: Mapping[str, Any],
+def write_image(
+    path: epath.Path, image: Pixels, recipe: Mapping[str, Any] | None, format: Format = "png"
 ) -> Image.Image:
-    """An 8-bit PNG with the text chunks `prompt` and `imagen_jax`, the settings as JSON.
+    """An 8-bit image file that carries its recipe, unless that is None.
 
-    Returns the picture at most as large as a grid shows it.
+    A PNG has it as JSON in the chunk `imagen_jax`, and as one line in `parameters`, where other
+    programs look for it; JPEG and WebP in the EXIF fields ImageDescription and UserComment.
+    Returns the image at most as large as a grid shows it.
     """
-    info = PngInfo()
-    if prompt is not None:
-        info.add_text("prompt", prompt)
-    info.add_text("imagen_jax", json.dumps({"version": version()} | dict(settings)))
-    picture = to_pil(image)
-    _save(path, picture, pnginfo=info)
+    picture, options = to_pil(image), dict(SAVE_OPTIONS[format])
+    if recipe is not None and format == "png":
+        options["pnginfo"] = info = PngInfo()
+        info.add_itxt("parameters", parameters(recipe))
+        info.add_itxt(RECIPE, json.dumps(recipe, ensure_ascii=False))
+    elif recipe is not None:
+        options["exif"] = exif = Image.Exif()
+        exif[ExifTags.Base.ImageDescription] = json.dumps(recipe)
+        comment = b"UNICODE\0" + parameters(recipe).encode("utf-16-be")
+        exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
+    _save(path, picture, format, **options)
     picture.thumbnail((CELLS[1], CELLS[1]))
     return picture
 
 
-def _save(path: epath.Path, picture: Image.Image, **options: Any) -> None:
-    """A PNG at once, as object stores take it."""
+def parameters(recipe: Mapping[str, Any]) -> str:
+    """The recipe as other programs write it: the prompts, then `Steps: 20, Sampler: ...`.
+
+    Of settings that differ by stage it has the base's; the JSON beside it has all.
+    """
+    lines = [recipe["prompt"] or ""]
+    if recipe.get("negative_prompt"):
+        lines.append(f"Negative prompt: {recipe['negative_prompt']}")
+    height, width = recipe["size"]
+    fields = {
+        "Steps": recipe["timesteps"][0],
+        "Sampler": recipe["sampler"],
+        "CFG scale": recipe["cond_scale"][0],
+        "Seed": recipe["seed"],
+        "Size": f"{width}x{height}",
+        "Model hash": recipe["model_hash"],
+        "Model": recipe["checkpoint"],
+        "Version": f"imagen-jax {recipe['version']}",
+    }
+    return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in fields.items())])
+
+
+def read_recipe(path: epath.Path) -> dict[str, Any]:
+    """The recipe in an image file. Raises UserError if there is none."""
+    try:
+        with Image.open(io.BytesIO(path.read_bytes())) as picture:
+            text = picture.getexif().get(ExifTags.Base.ImageDescription)
+            text = getattr(picture, "text", {}).get(RECIPE, text)
+        return dict(json.loads(text))
+    except (OSError, TypeError, ValueError) as error:
+        why = (
+            error.strerror if getattr(error, "strerror", None) else "no recipe of imagen-jax in it"
+        )
+        raise UserError(f"{path}: {why}.") from error
+
+
+def _save(path: epath.Path, picture: Image.Image, format: Format = "png", **options: Any) -> None:
+    """In one write, as object stores take it. What JPEG has no place for becomes RGB on white."""
+    if format == "jpeg" and picture.mode == "RGBA":
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture).convert("RGB")
     file = io.BytesIO()
-    picture.save(file, "png", **options)
+    picture.save(file, format, **options)
     path.write_bytes(file.getvalue())
 
 
 def write_grid(
     path: epath.Path,
-    pictures: Sequence[Image.Image],
+    images: Sequence[Image.Image],
     prompts: Sequence[str] | None,
     *,
     per_prompt: int = 1,
 ) -> None:
-    """All pictures on a page with the prompts below them.
+    """All images on a page with the prompts below them.
 
-    Several of one prompt stand in rows of their own, the prompt below the first.
+    Several of one prompt have a row of their own, with the prompt below the first.
     """
-    cell = int(np.clip(max(pictures[0].size), *CELLS))
+    cell = int(np.clip(max(images[0].size), *CELLS))
     labels = [p if len(p) <= CAPTION else p[: CAPTION - 1] + "…" for p in prompts or ()]
-    rows = [("", pictures, labels)]
+    rows = [("", images, labels)]
     if labels and per_prompt > 1:
         rows = [
-            ("", pictures[i * per_prompt :][:per_prompt], [label] + [""] * (per_prompt - 1))
+            ("", images[i * per_prompt :][:per_prompt], [label] + [""] * (per_prompt - 1))
             for i, label in enumerate(labels)
         ]
     longest = max(len(row[1]) for row in rows)
     _save(path, labelled_grid(rows, cell=cell, columns=min(COLUMNS, longest)))
 
 
+_seen: set[int] = set()
+"""U-Nets of which this process has drawn a step."""
+
+
 @contextlib.contextmanager
 def progress_bars(indices: np.ndarray, count: int) -> Iterator[Progress]:
     """The `progress` of `Imagen.sample` as one bar a stage, with the time left.
 
-    `indices` are those of the batch's pictures, of `count` in all.
+    `indices` are those of the batch's images, of `count` in all. Until its first steps are done, a
+    stage that is new to this process says that it is compiled, or read from the cache.
     """
     first, last = indices[0] + 1, indices[-1] + 1
-    label = f"picture {last} of {count}" if first == last else f"pictures {first}-{last} of {count}"
+    label = f"image {last} of {count}" if first == last else f"images {first}-{last} of {count}"
     with contextlib.ExitStack() as stack:
         bars: dict[int, tqdm] = {}
 
@@ -107,6 +163,11 @@ def progress_bars(indices: np.ndarray, count: int) -> Iterator[Progress]:
             if unet_number not in bars:
                 bar = tqdm(total=steps, desc=f"{label}, U-Net {unet_number}", leave=False)
                 bars[unet_number] = stack.enter_context(bar)
+                if unet_number not in _seen:
+                    bar.set_postfix_str("compiling")
+            elif done and unet_number not in _seen:
+                _seen.add(unet_number)
+                bars[unet_number].set_postfix_str("")
             bars[unet_number].update(done - bars[unet_number].n)
             if done == steps:
                 bars[unet_number].refresh()  # the last update may come too soon to be shown

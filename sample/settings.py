@@ -11,12 +11,10 @@ import commands
 from imagen_jax import checkpoint, nn, sharding, storage
 from imagen_jax.config import ImagenConfig, NullUnetConfig
 from imagen_jax.diffusion.grids import SPACINGS
+from imagen_jax.diffusion.guidance import SCHEDULES, make_interval
 from imagen_jax.diffusion.samplers import SAMPLERS
 from imagen_jax.errors import UserError
-
-GUIDED = (
-    3.0  # the base's guidance weight by default; the other stages run unguided, at half the work
-)
+from imagen_jax.pipeline import SAMPLER, sampling_defaults
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,23 +33,33 @@ class Settings:
 
     seed: int = 0
     """Seed of the first image. The others' are derived from it and their places; the one in an
-    image's PNG repeats it alone."""
+    image's file repeats it alone."""
     cond_scale: tuple[float, ...] | None = None
     """Guidance weight, one or one per U-Net; 1 is unguided. Default: 3 for the base, 1 for the
     others; 1 for all in a cascade that was trained with cond_drop_prob 0."""
+    negative_prompt: str = ""
+    """What guidance leads away from, in place of no text."""
     steps: tuple[int, ...] | None = None
-    """Denoising steps, one or one per U-Net. Default: the cascade's timesteps."""
-    sampler: Literal[tuple(SAMPLERS)] | None = None
-    """`ancestral` draws noise at every step, `ddim` only at the start (more with --eta); `dpm++2m`,
-    `dpm++3m` and `heun` (two evaluations a step) need few steps, `dpm++2m-sde` draws noise too.
-    Default: the cascade's, ancestral or (elucidated) heun."""
+    """Denoising steps, one or one per U-Net. Default: 20 15 10."""
+    sampler: Literal["cascade", *SAMPLERS] = SAMPLER
+    """`dpm++2m`, `dpm++3m` and `heun` (two evaluations a step) need few steps; `ancestral` and
+    `dpm++2m-sde` draw noise at every step, `ddim` only at the start (more with --eta). `cascade` is
+    the reference's, `ancestral` or (elucidated) `heun`, with the cascade's timesteps."""
     spacing: Literal[SPACINGS] | None = None
     """Noise levels of the steps: `t`, equal steps of time, `log_snr` or `karras`. Default: the
     cascade's, t or (elucidated) karras."""
     eta: float = 0.0
     """Noise of ddim, from 0 (none) to 1 (as much as the ancestral sampler's)."""
+    guidance_interval: tuple[float, float] | None = None
+    """Lowest and highest noise level, sigma / alpha, that is guided; the others cost half. Default:
+    all."""
+    guidance_schedule: Literal[tuple(SCHEDULES)] | None = None
+    """How the guidance weight grows from noise to image. Default: it is constant."""
+    guidance_rescale: float = 0.0
+    """0 to 1: keeps the contrast of the unguided image (0.7 is usual)."""
     lowres_sample_noise_level: float | None = None
-    """Noise put on the picture before it is enlarged, 0 to 1. Default: the cascade's."""
+    """Noise put on an image before it is upsampled, 0 to 1; more invents more detail. Default: the
+    cascade's."""
     batch_size: int = 8
     """Images drawn at once. They do not depend on it: each has a seed of its own."""
     mesh: str | None = None
@@ -66,19 +74,39 @@ class Settings:
         for name, values in counts:
             if values is not None and min(values, default=0) < 1:
                 raise UserError(f"{commands.flag(name)} {' '.join(map(str, values))}: at least 1.")
-        for name, last in (("seed", 2**32 - 1), ("eta", 1), ("lowres_sample_noise_level", 1)):
+        for name, last in [("seed", 2**32 - 1)] + [(name, 1) for name in self.fractions]:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= last:
                 raise UserError(f"{commands.flag(name)} {value} must lie in 0 .. {last}.")
         if self.mesh not in (None, "auto"):
             sharding.parse(self.mesh)
+        if self.guidance_interval is not None:
+            make_interval(self.guidance_interval)
         if self.eta and self.sampler != "ddim":
             raise UserError(f"--eta {self.eta} belongs to --sampler ddim.")
+
+    out: Path | None = None
+    """Folder to write to; no file in it is replaced. Default: samples/COMMAND in the run
+    directory."""
+    format: Literal["png", "jpeg", "webp"] = "png"
+    """Of the image files. JPEG is lossy, the others are not."""
+    json: bool = False
+    """Prints one line of JSON an image, with its file and its recipe, and nothing else on standard
+    output."""
+    metadata: bool = True
+    """Stores in each file how to draw it again: prompt, seed, settings, checkpoint."""
+    save_stages: bool = False
+    """Also writes the smaller images that the earlier U-Nets drew."""
 
     @property
     def counts(self) -> tuple[str, ...]:
         """Names of the fields that count something."""
         return ("batch_size",)
+
+    @property
+    def fractions(self) -> tuple[str, ...]:
+        """Names of the fields from 0 to 1."""
+        return ("eta", "guidance_rescale", "lowres_sample_noise_level")
 
     @property
     def run(self) -> epath.Path:
@@ -108,27 +136,32 @@ class Settings:
         Raises ValueError for numbers that do not fit the cascade.
         """
         last, count = self.last_stage(config), len(config.unets)
-        timesteps = tuple(
-            config.sampling_defaults(number).num_steps for number in range(1, count + 1)
-        )
-        scales = (GUIDED,) + (1.0,) * (count - 1)
+        defaults = sampling_defaults(config)
         if config.cond_drop_prob == 0 or not config.condition_on_text:
-            scales = (1.0,) * count
-            if any(scale != 1 for scale in self.cond_scale or ()):
+            if any(scale != 1 for scale in self.cond_scale or ()) or self.negative_prompt:
+                name = "negative_prompt" if self.negative_prompt else "cond_scale"
                 raise UserError(
-                    f"--cond-scale {' '.join(map(str, self.cond_scale))}: guidance needs a cascade "
-                    "trained with captions and cond_drop_prob above 0."
+                    f"{commands.flag(name)}: guidance needs a cascade trained with captions and "
+                    "cond_drop_prob above 0."
                 )
+        timesteps, sampler = defaults["timesteps"], self.sampler
+        if sampler == "cascade":
+            sampler = config.stage(last).process.sampler
+            numbers = range(1, count + 1)
+            timesteps = tuple(config.sampling_defaults(number).num_steps for number in numbers)
         level = self.lowres_sample_noise_level
         if level is None:
             level = config.lowres_sample_noise_level
         return dict(
             stop_at_unet_number=last,
-            cond_scale=self._per_unet("cond_scale", scales, last),
+            cond_scale=self._per_unet("cond_scale", defaults["cond_scale"], last),
             timesteps=self._per_unet("steps", timesteps, last),
-            sampler=self.sampler or config.stage(last).process.sampler,
+            sampler=sampler,
             spacing=self.spacing,
             eta=self.eta,
+            guidance_interval=self.guidance_interval,
+            guidance_schedule=self.guidance_schedule,
+            guidance_rescale=self.guidance_rescale,
             lowres_sample_noise_level=level,
         )
 

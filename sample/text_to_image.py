@@ -1,167 +1,112 @@
-"""Draws pictures from text with a trained cascade.
+"""Draws images of prompts with a trained cascade.
 
     python -m sample.text_to_image --checkpoint runs/demo --prompt "red heart"
     python -m sample.text_to_image --checkpoint RUN --prompt "a cat" --prompt "a dog" \\
-        --num-images-per-prompt 4 --steps 100 50 --cond-scale 3 1      # one number per U-Net
-    python -m sample.text_to_image --checkpoint RUN --stop-at-unet-number base  # small pictures
+        --num-images-per-prompt 4 --steps 30 20 --cond-scale 3 1       # one number per U-Net
+    python -m sample.text_to_image --checkpoint RUN --prompts-from prompts.txt --json
+    python -m sample.text_to_image --checkpoint RUN --from-image apple-7.png  # that image again
+    python -m sample.text_to_image --checkpoint RUN --stop-at-unet-number base  # small images
     python -m sample.text_to_image --checkpoint RUN --num-images-per-prompt 16  # without captions
 
-Writes one PNG per picture, with prompt and settings in its text chunks, and grid.png with all of
-them. A picture depends on its prompt, the settings and its own seed, which is in its PNG: that seed
-alone repeats it, in any batch and on any mesh. Ctrl-C stops between steps; what is written by then
-stays.
+Writes one file per image, named by prompt and seed, with its recipe inside, and a grid of all. An
+image depends on its prompt, the settings and its own seed: that seed alone repeats it, in any batch
+and on any mesh. Ctrl-C keeps what is written.
 """
 
 import dataclasses
-import sys
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import tyro
-from etils import epath
 
 import commands
-from imagen_jax import checkpoint, storage, text
-from imagen_jax.checkpoint import Weights
-from imagen_jax.config import ImagenConfig
-from imagen_jax.data import read_lines
+from imagen_jax import storage
 from imagen_jax.errors import UserError
-from imagen_jax.pipeline import Embeddings, Pipeline
-from imagen_jax.streams import image_seeds
 from sample import outputs, settings
+from sample.drawing import Drawing, Job, model_hash, read_prompts
+
+REPEATED = (
+    *("cond_scale", "sampler", "spacing", "eta", "lowres_sample_noise_level", "dtype"),
+    *("guidance_interval", "guidance_schedule", "guidance_rescale", "negative_prompt"),
+)
+"""Settings that a recipe holds under their own names."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings(settings.Settings):
-    """Draws pictures from text with a trained cascade."""
+    """Draws images of prompts with a trained cascade."""
 
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """What to draw. Give it again for another prompt."""
     prompts_from: Path | None = None
-    """Text file, one prompt a line, drawn after those of --prompt. Blank lines are passed over."""
+    """Text file, one prompt a line, drawn after those of --prompt; `-` is standard input. Blank
+    lines are passed over."""
     num_images_per_prompt: int = 1
-    """Pictures of each prompt; in all, for a cascade without captions."""
-    out: Path | None = None
-    """Folder to write to; files of the same names are replaced.
-    Default: samples/text_to_image in the run directory."""
+    """Images of each prompt; in all, for a cascade without captions."""
+    from_image: Path | None = None
+    """An image that this command wrote: draws it again, with its prompt, seed and settings; to the
+    bit on the same kind of hardware."""
 
     @property
     def counts(self) -> tuple[str, ...]:
         return (*super().counts, "num_images_per_prompt")
 
-    @property
-    def folder(self) -> epath.Path:
-        return storage.folder(self.out or self.run / "samples" / "text_to_image")
-
-    def prompts(self, config: ImagenConfig) -> list[str] | None:
-        """All prompts, None for a cascade without captions. ValueError for an unfit one."""
-        if not config.condition_on_text:
-            for name in ("prompt", "prompts_from", "t5"):
-                if getattr(self, name):
-                    raise UserError(
-                        f"{commands.flag(name)}: the cascade of {self.run} was trained "
-                        "without captions; --num-images-per-prompt says how many to draw."
-                    )
-            return None
-        prompts = list(self.prompt)
-        for number, prompt in enumerate(prompts, 1):
-            if not prompt.strip():
-                raise UserError(f"prompt {number} of {len(prompts)} is empty: {prompt!r}.")
-            prompts[number - 1] = text.valid(prompt)
-            if prompts[number - 1] != prompt:
-                print(f"note: prompt {number} is not UTF-8; it is read as {prompts[number - 1]!r}.")
-        if self.prompts_from is not None:
-            prompts += read_lines(self.prompts_from)
-            if not prompts:
-                raise UserError(f"{self.prompts_from} holds no prompt.")
-        if not prompts:
-            raise UserError('say what to draw: --prompt "..." or --prompts-from FILE.')
-        return prompts
-
 
 def main() -> None:
     given = tyro.cli(Settings, description=__doc__)
-    commands.use_precision(given.compute_dtype)
-    config = checkpoint.read_config(given.run)
-    options = given.options(config)
-    prompts = given.prompts(config)
-    unet_numbers = given.unet_numbers(config)
-    pipeline = Pipeline.load(
-        given.run,
-        mesh=given.mesh,
-        dtype=given.compute_dtype,
-        weights=given.weights,
-        t5=given.t5,
-        unet_numbers=unet_numbers,
-    )
-    say_choices(pipeline, given.weights)
-    embeddings = None if prompts is None else embed(pipeline, prompts, given.batch_size)
-    record = {
-        "command": "text_to_image",
-        "checkpoint": checkpoint.stage_path(given.run, 1).parent.name,
-        "checkpoint_steps": {f"unet{n}": read.step for n, read in pipeline.choices.items()},
-        "weights": {f"unet{n}": read.weights for n, read in pipeline.choices.items()},
-        "text_encoder_name": None if prompts is None else pipeline.text_encoder_name,
-        "batch_size": given.batch_size,
-        "dtype": str(pipeline.dtype),
-    } | options
-
+    if given.from_image is not None:
+        draw_again(given)
+        return
+    drawing = Drawing.open("text_to_image", given)
+    prompts = read_prompts(given, drawing.config)
     each = given.num_images_per_prompt
-    wanted = [prompt for prompt in prompts or [None] for _ in range(each)]
-    seeds = image_seeds(given.seed, len(wanted))
-    if embeddings is not None:
-        embeddings = Embeddings(*(np.repeat(part, each, axis=0) for part in embeddings))
-    drawn = pipeline.generate(
-        embeddings,
-        seeds=seeds,
-        batch_size=given.batch_size,
-        progress=outputs.progress_bars,
-        **options,
+    drawn = list(drawing.draw(drawing.jobs(prompts, each)))
+    count = f"{len(drawn)} image{'s' * (len(drawn) > 1)}"
+    if len(drawn) > 1:
+        grid = outputs.free_path(drawing.folder, "grid", given.seed, "png")
+        outputs.write_grid(grid, [one.image for one in drawn], prompts, per_prompt=each)
+        drawing.say(f"{count} in {drawing.folder}, side by side in {grid}")
+    else:
+        drawing.say(f"{count}: {drawn[0].path}")
+
+
+def draw_again(given: Settings) -> None:
+    """The image of a recipe, in a batch of the recorded size. Raises UserError for a recipe of
+    another cascade."""
+    if given.prompt or given.prompts_from:
+        raise UserError("--from-image brings its own prompt: leave out --prompt.")
+    recipe = outputs.read_recipe(storage.folder(given.from_image))
+    drawing = Drawing.open("text_to_image", with_recipe(given, recipe))
+    found = model_hash(drawing.pipeline)
+    if recipe["model_hash"] != found:
+        raise UserError(
+            f"{given.from_image} was drawn by {recipe['checkpoint']}, model hash "
+            f"{recipe['model_hash']}; that of {given.run} is {found}."
+        )
+    job = Job(
+        seed=recipe["seed"],
+        prompt=recipe["prompt"],
+        negative_prompt=recipe["negative_prompt"],
     )
-    shown = []
-    given.folder.mkdir(parents=True, exist_ok=True)
-    try:
-        for index, image in drawn:
-            path = given.folder / outputs.file_name(index, wanted[index])
-            made = record | {"index": index, "seed": seeds[index]}
-            outputs.check_finite(image, f"{path.name}, drawn by U-Net {unet_numbers[-1]}")
-            shown.append(outputs.write_picture(path, image, prompt=wanted[index], settings=made))
-    except KeyboardInterrupt:
-        sys.exit(f"stopped: {len(shown)} of {len(wanted)} pictures are in {given.folder}")
-    grid = given.folder / "grid.png"
-    outputs.write_grid(grid, shown, prompts, per_prompt=each)
-    count = f"{len(shown)} picture{'s' * (len(shown) > 1)}"
-    print(f"{count} in {given.folder}, side by side in {grid}")
+    (drawn,) = drawing.draw([job], pad_to=recipe["batch_size"])
+    drawing.say(f"1 image: {drawn.path}")
 
 
-def say_choices(pipeline: Pipeline, weights: Weights) -> None:
-    """Prints which steps are passed over, and where no average is stored."""
-    for number, read in pipeline.choices.items():
-        for note in read.notes:
-            print(f"note: {note}")
-        if read.weights != weights:
-            print(
-                f"note: {pipeline.run} holds no averaged weights (ema) of U-Net {number}: "
-                "its online weights are used."
-            )
-
-
-def embed(pipeline: Pipeline, prompts: list[str], batch_size: int) -> Embeddings:
-    """Embeddings of the prompts. The encoder is loaded for this alone, so that it leaves its memory
-    to the U-Nets; what it cuts is said."""
-    encoder = pipeline.encoder
-    if encoder.is_demo:
-        print(text.DEMO_NOTE)
-    for number, prompt in enumerate(prompts, 1):
-        tokens = len(encoder.tokenizer.encode(prompt).ids)
-        if tokens > pipeline.config.text_len:
-            print(
-                f"note: prompt {number} is cut: it has {tokens} tokens, the cascade reads "
-                f"{pipeline.config.text_len}."
-            )
-    embeddings = pipeline.encode(prompts, batch_size=batch_size)
-    pipeline.release_encoder()
-    return embeddings
+def with_recipe(given: Settings, recipe: dict[str, Any]) -> Settings:
+    """The settings with those of a recipe. Raises UserError for one of another command."""
+    if recipe["command"] != "text_to_image":
+        raise UserError(
+            f"{given.from_image} was made by sample.{recipe['command']}, which also read an image: "
+            "give that command the image and the recipe's settings."
+        )
+    values = {name: recipe[name] for name in REPEATED}
+    values |= {"steps": recipe["timesteps"], "seed": recipe["seed"]}
+    values |= {"stop_at_unet_number": str(recipe["stop_at_unet_number"])}
+    given_tuples = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
+    weights = set(recipe["weights"].values())
+    if len(weights) == 1:
+        given_tuples["weights"] = weights.pop()
+    return dataclasses.replace(given, **given_tuples)
 
 
 if __name__ == "__main__":

@@ -115,7 +115,6 @@ class TextEncoder:
         return embeds, mask
 
 
-@functools.lru_cache(maxsize=8)
 def encode_or_absent(
     encode: Callable[[list[str]], tuple[TextEmbeds, TextMask]], texts: Sequence[str]
 ) -> tuple[TextEmbeds, TextMask]:
@@ -127,6 +126,7 @@ def encode_or_absent(
     return embeds, masks & ~absent[:, None]
 
 
+@functools.lru_cache(maxsize=8)
 def _embed(
     config: T5Config, length: int, layout: Layout | None, rows: NamedSharding | None
 ) -> Callable[[Params, AnyArray], tuple[TextEmbeds, TextMask]]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
 import commands
@@ -70,6 +71,11 @@ def command(monkeypatch):
     return start
 
 
+def named(slug: str, place: int = 0, seed: int = 0) -> str:
+    """The file of the image at a place of a command."""
+    return f"{slug}-{image_seeds(seed, place + 1)[place]}.png"
+
+
 def written(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
@@ -100,24 +106,23 @@ def test_as_a_user_runs_it(run, tmp_path):
     for number in (1, 2):
         note = f"holds no averaged weights (ema) of U-Net {number}: its online weights are used."
         assert done.stdout.count(note) == 1
-    assert "demo encoder" in done.stdout and f"2 pictures in {folder}" in done.stdout
+    assert "demo encoder" in done.stdout and f"2 images in {folder}" in done.stdout
     assert "1-2 of 2, U-Net 1:" in done.stderr and "3/3" in done.stderr
-    names = ["000-a-red-apple.png", "001-zwei-äpfel.png", "grid.png"]
-    assert sorted(written(folder)) == names
+    names = [named("a-red-apple"), named("zwei-äpfel", 1)]
+    assert set(written(folder)) == {*names, "grid-0.png"}
     for index, prompt in enumerate(("A red apple!", "zwei Äpfel")):
         with Image.open(folder / names[index]) as picture:
             assert (picture.size, picture.mode) == ((16, 16), "RGB")
-            assert picture.text["prompt"] == prompt
+            first, last = picture.text["parameters"].split("\n")
+        assert first == prompt and last.startswith("Steps: 3, Sampler: dpm++2m, CFG scale: 3.0, Se")
+        assert "Size: 16x16, Model hash: " in last
         made = recorded(folder / names[index])
-        assert made["seed"] == image_seeds(0, 2)[index] and made["index"] == index
-        assert (
-            made["weights"] == dict(unet1="online", unet2="online")
-            and made["sampler"] == "ancestral"
-        )
+        assert made["seed"] == image_seeds(0, 2)[index] and made["prompt"] == prompt
+        assert made["weights"] == dict(unet1="online", unet2="online")
         assert made["checkpoint_steps"] == {"unet1": 7, "unet2": 7}
         assert made["timesteps"] == [3, 2] and made["cond_scale"] == [3, 1]
         assert made["version"] and made["text_encoder_name"] == "demo"
-    grid = pixels(folder / "grid.png")
+    grid = pixels(folder / "grid-0.png")
     assert grid.shape[1] > 2 * 128 and (grid.min(-1) == 0).any(), "two cells, black letters"
 
 
@@ -125,7 +130,7 @@ def test_the_seed_decides(run, command, tmp_path):
     for seed, folder in ((1, "a"), (1, "again"), (2, "b")):
         command(run, "--prompt", "x", "--seed", seed, *FEW, "--out", tmp_path / folder)
     assert written(tmp_path / "a") == written(tmp_path / "again")
-    difference = pixels(tmp_path / "a" / "000-x.png") - pixels(tmp_path / "b" / "000-x.png")
+    difference = pixels(tmp_path / "a" / "x-1.png") - pixels(tmp_path / "b" / "x-2.png")
     assert np.abs(difference).mean() > 10
 
 
@@ -135,22 +140,22 @@ def test_batches_have_one_shape_and_pictures_noises_of_their_own(run, command, t
     three = ("--prompt", "x", "--num-images-per-prompt", 3, *BASE)
     for size in (2, 3):
         command(run, *three, "--batch-size", size, "--out", tmp_path / str(size))
-        shown = ("pictures 1-2 of 3", "picture 3 of 3") if size == 2 else ("pictures 1-3 of 3",)
+        shown = ("images 1-2 of 3", "image 3 of 3") if size == 2 else ("images 1-3 of 3",)
         bars = capsys.readouterr().err
         assert all(label in bars for label in shown)
     small, large = (
-        [pixels(tmp_path / str(size) / f"00{i}-x.png") for i in range(3)] for size in (2, 3)
+        [pixels(tmp_path / str(size) / named("x", i)) for i in range(3)] for size in (2, 3)
     )
-    assert [*written(tmp_path / "2")] == ["000-x.png", "001-x.png", "002-x.png", "grid.png"]
+    assert set(written(tmp_path / "2")) == {*(named("x", i) for i in range(3)), "grid-0.png"}
     assert all(np.abs(a - b).max() <= 1 for a, b in zip(small, large, strict=True))
-    seed = recorded(tmp_path / "2" / "002-x.png")["seed"]
+    seed = recorded(tmp_path / "2" / named("x", 2))["seed"]
     command(run, "--prompt", "x", "--seed", seed, *BASE, "--out", tmp_path / "alone")
-    assert np.abs(pixels(tmp_path / "alone" / "000-x.png") - small[2]).max() <= 1
+    assert np.abs(pixels(tmp_path / "alone" / f"x-{seed}.png") - small[2]).max() <= 1
     command(run, *three, "--mesh", "2x1", "--out", tmp_path / "mesh")
-    assert np.abs(pixels(tmp_path / "mesh" / "002-x.png") - small[2]).max() <= 1
+    assert np.abs(pixels(tmp_path / "mesh" / named("x", 2)) - small[2]).max() <= 1
     for pair in ((small[0], small[1]), (small[0], small[2]), (small[1], small[2])):
         assert np.abs(pair[0] - pair[1]).mean() > 10
-    with Image.open(tmp_path / "2" / "grid.png") as grid:
+    with Image.open(tmp_path / "2" / "grid-0.png") as grid:
         assert grid.width > 3 * 128, "pictures of one prompt side by side"
 
 
@@ -161,19 +166,19 @@ def test_options_a_stage(run, command, tmp_path, capsys):
         "once": ("--steps", 3, "--cond-scale", 2),
         "all": ("--steps", 3, 5, "--cond-scale", 2, 1),
         "scale": ("--steps", 3, "--cond-scale", 4),
-        "ddim": ("--steps", 3, "--cond-scale", 2, "--sampler", "ddim"),
+        "ancestral": ("--steps", 3, "--cond-scale", 2, "--sampler", "ancestral"),
         "online": ("--steps", 3, "--cond-scale", 2, "--weights", "online"),
     }
     for name, options in changed.items():
         command(run, *base, *options, "--out", tmp_path / name)
     assert "U-Net 2" not in capsys.readouterr().err
-    picture = {name: pixels(tmp_path / name / "000-x.png") for name in changed}
+    picture = {name: pixels(tmp_path / name / "x-0.png") for name in changed}
     assert picture["once"].shape == (8, 8, 3)
     for same in ("all", "online"):  # nothing but `params` is saved here
         np.testing.assert_array_equal(picture[same], picture["once"])
-    for other in ("scale", "ddim"):
+    for other in ("scale", "ancestral"):
         assert np.abs(picture[other] - picture["once"]).mean() > 1
-    made = recorded(tmp_path / "once" / "000-x.png")
+    made = recorded(tmp_path / "once" / "x-0.png")
     assert made["stop_at_unet_number"] == 1 and made["checkpoint_steps"] == {"unet1": 7}
 
 
@@ -189,20 +194,20 @@ def test_what_is_read_is_said_and_recorded(run, command, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "step 9 is not complete (it has no commit marker); step 8 is used." in out
     assert "online" not in out
-    made = recorded(tmp_path / "out" / "000-x.png")
+    made = recorded(tmp_path / "out" / "x-0.png")
     assert (made["checkpoint_steps"], made["weights"]) == ({"unet1": 8}, {"unet1": "ema"})
 
 
 def test_no_picture_is_written_of_values_that_are_not_finite(run, command, tmp_path, monkeypatch):
     def generate(*_, **__):
-        yield 0, np.ones((8, 8, 3), np.float32)
-        yield 1, np.full((8, 8, 3), np.nan, np.float32)
+        yield 0, [np.ones((8, 8, 3), np.float32)]
+        yield 1, [np.full((8, 8, 3), np.nan, np.float32)]
 
     monkeypatch.setattr(Pipeline, "generate", generate)
-    message = "001-x.png, drawn by U-Net 1: 192 of its 192 values are NaN or infinite"
+    message = named("x", 1) + ", drawn by U-Net 1: 192 of its 192 values are NaN or infinite"
     with pytest.raises(UserError, match=message):
         command(run, "--prompt", "x", "--num-images-per-prompt", 2, *BASE, "--out", tmp_path / "o")
-    assert [*written(tmp_path / "o")] == ["000-x.png"]
+    assert [*written(tmp_path / "o")] == ["x-0.png"]
     with pytest.raises(UserError, match="not finite"):
         to_pil(np.full((8, 8, 3), np.inf, np.float32))
 
@@ -213,16 +218,13 @@ def test_prompts_from_a_file_and_a_long_one(run, command, tmp_path, capsys):
     latin = os.fsdecode("é".encode("latin-1"))  # an argument that is not UTF-8
     arguments = ("--prompt", long, "--prompt", latin, "--prompts-from", tmp_path / "prompts.txt")
     command(run, *arguments, *BASE, "--out", tmp_path / "out")
-    assert [name[:7] for name in written(tmp_path / "out")] == [
-        "000-wor",
-        "001.png",
-        "002-one",
-        "003-two",
-        "grid.pn",
-    ]
-    note = capsys.readouterr().out
-    assert "prompt 2 is not UTF-8; it is read as '\N{REPLACEMENT CHARACTER}'" in note
-    assert re.search(r"prompt 1 is cut: it has \d\d tokens, the cascade reads 16", note)
+    seeds = image_seeds(0, 4)
+    long_name = "-".join(["word"] * 8)
+    names = [f"{long_name}-{seeds[0]}", f"{seeds[1]}", f"one-{seeds[2]}", f"two-{seeds[3]}"]
+    assert set(written(tmp_path / "out")) == {f"{name}.png" for name in (*names, "grid-0")}
+    out, err = capsys.readouterr()
+    assert "prompt 2 is not UTF-8; it is read as '\N{REPLACEMENT CHARACTER}'" in err
+    assert re.search(r"cut: it has \d\d tokens, the cascade reads 16. Left out: 'word word", out)
 
 
 def test_without_captions(command, tmp_path):
@@ -230,30 +232,29 @@ def test_without_captions(command, tmp_path):
     run = save_run(tmp_path / "plain", plain, (1,))
     command(run, "--num-images-per-prompt", 2, *BASE)
     folder = run / "samples" / "text_to_image"
-    assert [*written(folder)] == ["000.png", "001.png", "grid.png"]
-    with Image.open(folder / "000.png") as picture:
-        assert "prompt" not in picture.text
+    assert set(written(folder)) == {"0.png", f"{image_seeds(0, 2)[1]}.png", "grid-0.png"}
+    assert recorded(folder / "0.png")["prompt"] is None
     for mistake in (("--prompt", "x"), ("--cond-scale", 3)):
         with pytest.raises(ValueError, match="captions"):
             command(run, *mistake)
 
 
 def test_ctrl_c_keeps_what_is_written(run, command, tmp_path, monkeypatch, request):
-    write = outputs.write_picture
+    write = outputs.write_image
 
     def interrupted(*arguments, **options):
         made = write(*arguments, **options)
         signal.raise_signal(signal.SIGINT)
         return made
 
-    monkeypatch.setattr(outputs, "write_picture", interrupted)
+    monkeypatch.setattr(outputs, "write_image", interrupted)
     # A shell starts background jobs with this signal ignored.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     prompts = ("--prompt", "x", "--prompt", "y", "--batch-size", 1)
-    with pytest.raises(SystemExit, match=r"stopped: \d of 2 pictures are in"):
+    with pytest.raises(SystemExit, match=r"stopped: \d of 2 images are in"):
         command(run, *prompts, *BASE, "--out", tmp_path)
-    assert [*written(tmp_path)] == ["000-x.png"]
+    assert [*written(tmp_path)] == ["x-0.png"]
 
 
 @pytest.mark.parametrize(
@@ -339,3 +340,53 @@ def test_no_run_directory_is_one_line_and_a_status(tmp_path, monkeypatch):
             commands.run(text_to_image.main)
         assert str(caught.value).startswith("error: ") and "no config.json" in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+# ---- recipes
+
+
+def test_from_image_repeats_it_to_the_bit(run, command, tmp_path):
+    """Alone, an image of a batch; and it is refused by another cascade."""
+    chosen = ("--guidance-schedule", "cosine", "--guidance-rescale", 0.5, "--negative-prompt", "y")
+    command(
+        run, "--prompt", "x", "--num-images-per-prompt", 3, *FEW, *chosen, "--seed", 3,
+        "--cond-scale", 4, 1, "--sampler", "dpm++2m-sde", "--out", tmp_path / "a",
+    )  # fmt: skip
+    name = named("x", 2, seed=3)
+    again = ("--from-image", tmp_path / "a" / name, "--out", tmp_path / "b")
+    command(run, *again)
+    assert written(tmp_path / "b") == {name: (tmp_path / "a" / name).read_bytes()}
+    other = save_run(tmp_path / "other", cascade())
+    with pytest.raises(UserError, match=r"was drawn by tiny, model hash \w+; that of .*other is"):
+        command(other, *again)
+    with pytest.raises(UserError, match="brings its own prompt"):
+        command(run, *again, "--prompt", "z")
+    Image.new("RGB", (4, 4)).save(tmp_path / "plain.png")
+    for file, why in (("plain.png", "no recipe of imagen-jax"), ("none.png", "No such file")):
+        with pytest.raises(UserError, match=f"{file}: {why}"):
+            command(run, "--from-image", tmp_path / file)
+
+
+@pytest.mark.parametrize("format", ["jpeg", "webp"])
+def test_other_formats_carry_the_recipe(run, command, tmp_path, format):
+    command(run, "--prompt", "Ein Äpfelchen", *BASE, "--format", format, "--out", tmp_path)
+    (path,) = tmp_path.iterdir()
+    assert path.suffix == f".{format}"
+    recipe = outputs.read_recipe(epath.Path(path))
+    assert recipe["prompt"] == "Ein Äpfelchen" and recipe["size"] == [8, 8]
+    with Image.open(path) as image:
+        comment = image.getexif().get_ifd(0x8769)[0x9286]
+    assert comment.removeprefix(b"UNICODE\0").decode("utf-16-be") == outputs.parameters(recipe)
+
+
+def test_json_and_no_metadata_and_stages(run, command, tmp_path, capsys):
+    flags = ("--json", "--no-metadata", "--save-stages", "--out", tmp_path)
+    for place in ("x-0.png", "x-0-2.png"):  # a file is not replaced
+        command(run, "--prompt", "x", *FEW, *flags)
+        (line,) = capsys.readouterr().out.splitlines()
+        assert json.loads(line)["file"] == str(tmp_path / place)
+    sizes = {"x-0.png": 16, "x-0-2.png": 16, "x-0-unet1.png": 8, "x-0-2-unet1.png": 8}
+    assert set(written(tmp_path)) == set(sizes)
+    for name, size in sizes.items():
+        with Image.open(tmp_path / name) as image:
+            assert image.size == (size, size) and not image.text

@@ -1,0 +1,270 @@
+"""What the sampling commands do alike: load a cascade, encode prompts, draw, write.
+
+settings -> Drawing.open -> encode -> draw(jobs) -> files with their recipes
+"""
+
+import dataclasses
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+from PIL import Image
+
+import commands
+from imagen_jax import checkpoint, storage, text
+from imagen_jax.config import ImagenConfig
+from imagen_jax.data import read_lines
+from imagen_jax.errors import UserError
+from imagen_jax.pipeline import Embeddings, Pipeline, padded
+from imagen_jax.streams import image_seeds
+from imagen_jax.types import AnyArray
+from sample import outputs
+from sample.settings import Settings
+
+Finish = Callable[[int, np.ndarray], np.ndarray]
+"""finish(index, pixels) -> the pixels to write, float in [0, 1] or uint8."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """One image to draw."""
+
+    seed: int
+    prompt: str | None = None
+    negative_prompt: str = ""
+
+
+class Drawn(NamedTuple):
+    """One image that was written."""
+
+    index: int
+    path: epath.Path
+    image: Image.Image
+    """At most as large as a grid shows it."""
+    recipe: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """A loaded cascade with the settings of a command."""
+
+    command: str
+    given: Settings
+    pipeline: Pipeline
+    options: Mapping[str, Any]
+    """Arguments of `Imagen.sample`."""
+    first: int = 1
+    """Number of the first U-Net to run."""
+
+    @classmethod
+    def open(cls, command: str, given: Settings, *, first: int = 1) -> "Drawing":
+        """Checks the settings against the cascade; its weights are read when they are needed.
+
+        Prints which steps are passed over, and where no average is stored. Raises UserError.
+        """
+        commands.use_precision(given.compute_dtype)
+        config = checkpoint.read_config(given.run)
+        options, numbers = given.options(config), given.unet_numbers(config, first)
+        pipeline = Pipeline.load(
+            given.run,
+            mesh=given.mesh,
+            dtype=given.compute_dtype,
+            weights=given.weights,
+            t5=given.t5,
+            unet_numbers=numbers,
+        )
+        drawing = cls(command=command, given=given, pipeline=pipeline, options=options, first=first)
+        for number, read in pipeline.choices.items():
+            for note in read.notes:
+                drawing.say(f"note: {note}")
+            if read.weights != given.weights:
+                drawing.say(
+                    f"note: {given.run} holds no averaged weights (ema) of U-Net {number}: its "
+                    "online weights are used."
+                )
+        return drawing
+
+    @property
+    def config(self) -> ImagenConfig:
+        return self.pipeline.config
+
+    @property
+    def folder(self) -> epath.Path:
+        """Where images go. It is made when the first is written."""
+        return storage.folder(self.given.out or self.given.run / "samples" / self.command)
+
+    def say(self, line: str) -> None:
+        """To standard output, or to standard error where that holds JSON alone."""
+        print(line, file=sys.stderr if self.given.json else sys.stdout, flush=True)
+
+    def jobs(self, prompts: Sequence[str] | None, each: int = 1) -> list[Job]:
+        """`each` images of every prompt, or in all for a cascade without captions."""
+        negative = self.given.negative_prompt
+        wanted = [prompt for prompt in prompts or [None] for _ in range(each)]
+        seeds = image_seeds(self.given.seed, len(wanted))
+        return [
+            Job(seed=seed, prompt=prompt, negative_prompt=negative)
+            for seed, prompt in zip(seeds, wanted, strict=True)
+        ]
+
+    def encode(self, jobs: Sequence[Job]) -> tuple[Embeddings | None, Embeddings | None]:
+        """Embeddings of the prompts and of the negative ones. Each text is encoded once, and the
+        encoder leaves its memory to the U-Nets afterwards; what it cuts is said."""
+        if not self.config.condition_on_text:
+            return None, None
+        if self.pipeline.encoder.is_demo:
+            self.say(text.DEMO_NOTE)
+        prompts = self._encoded([job.prompt for job in jobs], self.pipeline.encode)
+        negatives = None
+        if any(job.negative_prompt for job in jobs):
+            negative = [job.negative_prompt for job in jobs]
+            negatives = self._encoded(negative, self.pipeline.encode_negative)
+        self.pipeline.release_encoder()
+        return prompts, negatives
+
+    def _encoded(self, texts: Sequence[str], encode: Callable) -> Embeddings:
+        distinct = list(dict.fromkeys(texts))
+        tokenizer, length = self.pipeline.encoder.tokenizer, self.config.text_len
+        for prompt in distinct:
+            encoded = tokenizer.encode(prompt)
+            if len(encoded.ids) > length:
+                rest = prompt[encoded.offsets[length][0] :].strip()
+                self.say(
+                    f"note: the prompt {shortened(prompt)!r} is cut: it has {len(encoded.ids)} "
+                    f"tokens, the cascade reads {length}. Left out: {shortened(rest)!r}."
+                )
+        found = encode(distinct, batch_size=self.given.batch_size)
+        rows = [distinct.index(prompt) for prompt in texts]
+        return Embeddings(*(part[rows] for part in found))
+
+    def draw(
+        self,
+        jobs: Sequence[Job],
+        *,
+        images: Mapping[str, AnyArray] | None = None,
+        finish: Finish | None = None,
+        record: Mapping[str, Any] | None = None,
+        pad_to: int | None = None,
+        **arguments: Any,
+    ) -> Iterator[Drawn]:
+        """Draws and writes one image a job.
+
+        `images` are arrays with one row a job, by their names in `Imagen.sample`; `arguments` are
+        others of it. `record` goes into the recipes. Ctrl-C keeps what is written.
+        """
+        prompts, negatives = self.encode(jobs)
+        batch_size, done = self.given.batch_size, 0
+        options = dict(self.options) | arguments
+        pad_to = pad_to or padded(min(len(jobs), batch_size), batch_size)
+        drawn = self.pipeline.generate(
+            prompts,
+            seeds=[job.seed for job in jobs],
+            negatives=negatives,
+            per_image=images,
+            batch_size=batch_size,
+            pad_to=pad_to,
+            progress=outputs.progress_bars,
+            return_all_unet_outputs=True,
+            **options,
+        )
+        shared = self._shared_recipe(options) | {"batch_size": pad_to} | dict(record or {})
+        try:
+            for index, stages in drawn:
+                recipe = shared | dataclasses.asdict(jobs[index])
+                yield self._write(index, stages, recipe, finish)
+                done += 1
+        except KeyboardInterrupt:
+            sys.exit(f"stopped: {done} of {len(jobs)} images are in {self.folder}")
+
+    def _write(
+        self, index: int, stages: list[np.ndarray], recipe: dict[str, Any], finish: Finish | None
+    ) -> Drawn:
+        given, image = self.given, stages[-1]
+        path = outputs.free_path(self.folder, recipe["prompt"], recipe["seed"], given.format)
+        last = self.first + len(stages) - 1
+        outputs.check_finite(image, f"{path.name}, drawn by U-Net {last}")
+        image = image if finish is None else finish(index, image)
+        recipe |= {"size": list(image.shape[:2])}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        kept = recipe if given.metadata else None
+        shown = outputs.write_image(path, image, kept, given.format)
+        if given.save_stages:
+            for number, stage in enumerate(stages[:-1], self.first):
+                smaller = path.with_name(f"{path.stem}-unet{number}{path.suffix}")
+                outputs.write_image(smaller, stage, None, given.format)
+        if given.json:
+            print(json.dumps({"file": str(path)} | recipe, ensure_ascii=False), flush=True)
+        return Drawn(index, path, shown, recipe)
+
+    def _shared_recipe(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        choices = self.pipeline.choices
+        texts = self.config.condition_on_text
+        return {
+            "command": self.command,
+            "version": outputs.version(),
+            "checkpoint": checkpoint.stage_path(self.given.run, 1).parent.name,
+            "model_hash": model_hash(self.pipeline),
+            "checkpoint_steps": {f"unet{n}": read.step for n, read in choices.items()},
+            "weights": {f"unet{n}": read.weights for n, read in choices.items()},
+            "text_encoder_name": self.pipeline.text_encoder_name if texts else None,
+            "dtype": str(self.pipeline.dtype),
+        } | dict(options)
+
+
+def model_hash(pipeline: Pipeline) -> str:
+    """Ten digits that differ from cascade to cascade and from step to step.
+
+    A hash of the configuration and of which saved steps are read, not of the weights: those take
+    seconds to hash.
+    """
+    read = {number: dataclasses.astuple(choice)[:2] for number, choice in pipeline.choices.items()}
+    found = hashlib.sha256(json.dumps([pipeline.config.to_dict(), read]).encode())
+    for number, choice in pipeline.choices.items():
+        step = checkpoint.stage_path(pipeline.run, number) / str(choice.step)
+        written = step / "_CHECKPOINT_METADATA"  # Orbax's: when it was written, to the nanosecond
+        if written.exists():
+            found.update(written.read_bytes())
+    return found.hexdigest()[:10]
+
+
+def read_prompts(given: Any, config: ImagenConfig) -> list[str] | None:
+    """All prompts of a command, None for a cascade without captions.
+
+    `given` has `prompt`, several texts, and perhaps `prompts_from`, a file or `-` for standard
+    input. Raises UserError for an empty prompt, or for any where no caption was learned.
+    """
+    source = getattr(given, "prompts_from", None)
+    if not config.condition_on_text:
+        for name, value in (("prompt", given.prompt), ("prompts_from", source), ("t5", given.t5)):
+            if value:
+                raise UserError(
+                    f"{commands.flag(name)}: the cascade of {given.run} was trained without "
+                    "captions."
+                )
+        return None
+    prompts = list(given.prompt)
+    for number, prompt in enumerate(prompts, 1):
+        if not prompt.strip():
+            raise UserError(f"prompt {number} of {len(prompts)} is empty: {prompt!r}.")
+        prompts[number - 1] = text.valid(prompt)
+        if prompts[number - 1] != prompt:
+            print(
+                f"note: prompt {number} is not UTF-8; it is read as {prompts[number - 1]!r}.",
+                file=sys.stderr,
+            )
+    if source is not None:
+        name = "/dev/stdin" if str(source) == "-" else source
+        prompts += read_lines(name)
+        if not prompts:
+            raise UserError(f"{source} holds no prompt.")
+    if not prompts:
+        raise UserError('say what to draw: --prompt "..." or --prompts-from FILE.')
+    return prompts
+
+
+def shortened(prompt: str, most: int = 60) -> str:
+    return prompt if len(prompt) <= most else prompt[: most - 1] + "…"
