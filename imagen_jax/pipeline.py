@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+import jax
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float
@@ -28,7 +29,6 @@ from imagen_jax.pixels import to_pil
 from imagen_jax.sampling import OnStep
 from imagen_jax.sharding import Layout, make_layout
 from imagen_jax.streams import image_seeds, seed_keys
-from imagen_jax.types import AnyArray
 
 STEPS = (20, 15, 10)
 """Denoising steps of each stage by default; those after the last have as many as it."""
@@ -204,7 +204,7 @@ class Pipeline:
         *,
         seeds: Sequence[int],
         negatives: Embeddings | None = None,
-        per_image: Mapping[str, AnyArray] | None = None,
+        per_image: Mapping[str, Any] | None = None,
         batch_size: int = 8,
         pad_to: int | None = None,
         progress: Callable[[np.ndarray, int], Any] | None = None,
@@ -228,7 +228,7 @@ class Pipeline:
             if part is not None:
                 arrays |= {f"{prefix}text_embeds": part.embeds, f"{prefix}text_masks": part.masks}
         for rows in batches(len(seeds), size, fill=True):
-            given = arguments | {name: array[rows] for name, array in arrays.items()}
+            given = arguments | jax.tree.map(lambda array, rows=rows: array[rows], arrays)
             fresh = np.unique(rows)
             with (
                 contextlib.nullcontext()

@@ -21,7 +21,6 @@ from imagen_jax.data import read_lines
 from imagen_jax.errors import UserError
 from imagen_jax.pipeline import Embeddings, Pipeline, padded
 from imagen_jax.streams import image_seeds
-from imagen_jax.types import AnyArray
 from sample import outputs
 from sample.settings import Settings
 
@@ -145,7 +144,7 @@ class Drawing:
         self,
         jobs: Sequence[Job],
         *,
-        images: Mapping[str, AnyArray] | None = None,
+        images: Mapping[str, Any] | None = None,
         finish: Finish | None = None,
         record: Mapping[str, Any] | None = None,
         pad_to: int | None = None,
@@ -153,8 +152,9 @@ class Drawing:
     ) -> Iterator[Drawn]:
         """Draws and writes one image a job.
 
-        `images` are arrays with one row a job, by their names in `Imagen.sample`; `arguments` are
-        others of it. `record` goes into the recipes. Ctrl-C keeps what is written.
+        `images` are arrays, or tuples of them, with one row a job, by their names in
+        `Imagen.sample`; `arguments` are others of it. `record` goes into the recipes. Ctrl-C keeps
+        what is written.
         """
         prompts, negatives = self.encode(jobs)
         batch_size, done = self.given.batch_size, 0
@@ -179,6 +179,15 @@ class Drawing:
                 done += 1
         except KeyboardInterrupt:
             sys.exit(f"stopped: {done} of {len(jobs)} images are in {self.folder}")
+
+    def report(self, drawn: Sequence[Drawn], prompts: Sequence[str] | None, each: int = 1) -> None:
+        """Says where the images are, and writes a grid of several: `each` to a prompt."""
+        if len(drawn) == 1:
+            self.say(f"1 image: {drawn[0].path}")
+            return
+        grid = outputs.free_path(self.folder, "grid", self.given.seed, "png")
+        outputs.write_grid(grid, [one.image for one in drawn], prompts, per_prompt=each)
+        self.say(f"{len(drawn)} images in {self.folder}, side by side in {grid}")
 
     def _write(
         self, index: int, stages: list[np.ndarray], recipe: dict[str, Any], finish: Finish | None

@@ -7,6 +7,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -38,6 +39,17 @@ def free_path(folder: epath.Path, prompt: str | None, seed: int, format: Format)
     names = (f"{stem}-{number}" if number > 1 else stem for number in itertools.count(1))
     paths = (folder / f"{name}.{format}" for name in names)
     return next(path for path in paths if not path.exists())
+
+
+def read_file(path: Path) -> bytes:
+    """Raises UserError, with the file's name, for one that is missing or empty."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}.") from error
+    if not data:
+        raise UserError(f"{path} is empty.")
+    return data
 
 
 def check_finite(image: Pixels, name: str) -> None:

@@ -60,14 +60,7 @@ def main() -> None:
     drawing = Drawing.open("text_to_image", given)
     prompts = read_prompts(given, drawing.config)
     each = given.num_images_per_prompt
-    drawn = list(drawing.draw(drawing.jobs(prompts, each)))
-    count = f"{len(drawn)} image{'s' * (len(drawn) > 1)}"
-    if len(drawn) > 1:
-        grid = outputs.free_path(drawing.folder, "grid", given.seed, "png")
-        outputs.write_grid(grid, [one.image for one in drawn], prompts, per_prompt=each)
-        drawing.say(f"{count} in {drawing.folder}, side by side in {grid}")
-    else:
-        drawing.say(f"{count}: {drawn[0].path}")
+    drawing.report(list(drawing.draw(drawing.jobs(prompts, each))), prompts, each)
 
 
 def draw_again(given: Settings) -> None:
@@ -88,8 +81,7 @@ def draw_again(given: Settings) -> None:
         prompt=recipe["prompt"],
         negative_prompt=recipe["negative_prompt"],
     )
-    (drawn,) = drawing.draw([job], pad_to=recipe["batch_size"])
-    drawing.say(f"1 image: {drawn.path}")
+    drawing.report(list(drawing.draw([job], pad_to=recipe["batch_size"])), None)
 
 
 def with_recipe(given: Settings, recipe: dict[str, Any]) -> Settings:

@@ -1,11 +1,8 @@
 """Sampling: the whole cascade against imagen-pytorch's `Imagen.sample` with the noises given, to
 1e-3 in [0, 1]; and what the compiled loop promises."""
 
-import contextlib
 import dataclasses
 import functools
-import re
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -20,7 +17,7 @@ from imagen_jax.config import NullUnetConfig
 from imagen_jax.diffusion import samplers
 from imagen_jax.imagen import Imagen
 from imagen_jax.resize import resize
-from tests import cascades
+from tests import cascades, compilations
 from tests.cascades import cascade
 
 RANDOM = np.random.default_rng(0)
@@ -269,18 +266,6 @@ def test_a_cascade_without_its_base():
 
 
 # ---- the compiled loop
-
-
-@contextlib.contextmanager
-def compilations(caplog) -> Iterator[list[str]]:
-    """The programs that are compiled meanwhile, as JAX logs them."""
-    names = []
-    caplog.clear()
-    with jax.log_compiles(), caplog.at_level("WARNING", logger="jax"):
-        yield names
-    for record in caplog.records:
-        if found := re.match(r"Finished XLA compilation of (jit\(\w+\))", record.getMessage()):
-            names.append(found[1])
 
 
 def test_numbers_compile_nothing(caplog):

@@ -12,9 +12,10 @@ from flax import nnx
 
 import imagen_jax
 from imagen_jax import UnetConfig, checkpoint, nn, presets
-from imagen_jax.pipeline import Embeddings, Pipeline
+from imagen_jax.errors import UserError
+from imagen_jax.pipeline import Embeddings, Pipeline, padded, sampling_defaults
 from imagen_jax.streams import RUN, image_seeds, row_keys, stream
-from tests import SMALLEST_UNET
+from tests import SMALLEST_UNET, compilations
 
 STEPS = dict(timesteps=3, cond_scale=(2.0, 1.0))
 SEEDS = [5, 6, 7]
@@ -158,3 +159,72 @@ def test_a_run_refuses_another_encoder(run, tmp_path):
 def test_mistakes(run, given, message):
     with pytest.raises(ValueError, match=message):
         Pipeline.load(run, **given)
+
+
+# ---- calls as in diffusers
+
+
+def test_a_call(run):
+    """One image a prompt and number; its seed alone repeats it; the reference's names do too."""
+    pipeline = Pipeline.load(run)
+    few = dict(num_inference_steps=(3, 2), guidance_scale=(4.0, 1.0))
+    result = pipeline(
+        ["a pear", "a boat"], num_images_per_prompt=2, seed=7, output_type="np", **few
+    )
+    assert result.prompts == ["a pear", "a pear", "a boat", "a boat"]
+    assert result.seeds == image_seeds(7, 4) and len(result.images) == 4
+    named = dict(texts=["a boat"], cond_scale=(4.0, 1.0), timesteps=(3, 2))
+    alone = pipeline(seeds=result.seeds[3:], output_type="np", **named)
+    np.testing.assert_allclose(alone.images[0], result.images[3], atol=1e-4)
+    (image,) = pipeline("a pear", negative_prompt="a boat", seed=7, **few).images
+    assert image.size == (16, 16) and image.mode == "RGB"
+    plain = np.rint(255 * np.clip(result.images[0], 0, 1))
+    assert np.abs(np.asarray(image) - plain).mean() > 1
+    blank = pipeline("a pear", negative_prompt=" ", seed=7, **few).images[0]
+    assert np.abs(np.asarray(blank) - plain).max() <= 1
+    for mistake, message in (
+        (dict(texts=["x"]), "prompt and texts are the same"),
+        (dict(timesteps=2, num_inference_steps=2), "num_inference_steps and timesteps"),
+        (dict(seeds=[1, 2]), "2 seeds for 1 images"),
+    ):
+        with pytest.raises(UserError, match=message):
+            pipeline("a pear", **mistake)
+
+
+def test_the_callback_sees_every_step(run):
+    seen = []
+
+    def callback(unet_number, step, steps, estimates):
+        seen.append((unet_number, step, steps, np.asarray(estimates).shape))
+
+    pipeline = Pipeline.load(run)
+    result = pipeline("a pear", num_inference_steps=(25, 2), callback_on_step_end=callback)
+    first = [(1, step, 25, (1, 8, 8, 3)) for step in range(1, 26)]
+    assert seen == first + [(2, step, 2, (1, 16, 16, 3)) for step in (1, 2)]
+    again = pipeline("a pear", num_inference_steps=(25, 2))
+    difference = np.asarray(again.images[0]).astype(int) - np.asarray(result.images[0])
+    assert np.abs(difference).max() <= 1
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pipeline("a pear", num_inference_steps=2, callback_on_step_end=stop)
+
+
+def test_few_steps_are_the_default():
+    found = sampling_defaults(presets.imagen())
+    assert found["timesteps"] == (20, 15, 10) and found["cond_scale"] == (3.0, 1.0, 1.0)
+    plain = dataclasses.replace(presets.imagen(), cond_drop_prob=0.0)
+    assert sampling_defaults(plain)["cond_scale"] == (1.0, 1.0, 1.0)
+
+
+def test_batches_have_few_sizes_and_warm_up_compiles_them(run, caplog):
+    assert [padded(count, 8) for count in (1, 2, 3, 5, 8)] == [1, 2, 4, 8, 8]
+    assert [padded(count, 6) for count in (3, 5, 6)] == [4, 6, 6]
+    pipeline = Pipeline.load(run)
+    pipeline.warm_up(batch_size=4, sampler="ddim")
+    with compilations(caplog) as names:
+        prompts = ["a pear", "a boat", "a red apple"]
+        pipeline(prompts, num_inference_steps=(7, 5), guidance_scale=(2.0, 1.0), sampler="ddim")
+    assert not {"jit(start)", "jit(advance)", "jit(finish)"} & set(names)

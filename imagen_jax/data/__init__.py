@@ -11,7 +11,7 @@ labelled grids of images.
 """
 
 from imagen_jax.data.grid import labelled_grid
-from imagen_jax.data.images import check, decode
+from imagen_jax.data.images import TooSmall, check, decode, read
 from imagen_jax.data.pipeline import Batches, check_caption, make_batches, pad_embeds
 from imagen_jax.data.records import Record, Source
 from imagen_jax.data.sources import NEW_COMBINATIONS, demo_captions, open_source
@@ -22,6 +22,7 @@ __all__ = [
     "Batches",
     "Record",
     "Source",
+    "TooSmall",
     "check",
     "check_caption",
     "decode",
@@ -31,6 +32,7 @@ __all__ = [
     "make_batches",
     "open_source",
     "pad_embeds",
+    "read",
     "read_lines",
     "shown",
 ]

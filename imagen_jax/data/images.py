@@ -37,6 +37,10 @@ _DAMAGED = (
 )
 
 
+class TooSmall(UserError):
+    """An image that would have to be upsampled."""
+
+
 def decode(
     image: bytes | np.ndarray, *, image_size: int | Size, channels: int = 3
 ) -> UInt8[np.ndarray, "h w c"]:
@@ -52,6 +56,15 @@ def decode(
         picture = _from_pixels(image) if isinstance(image, np.ndarray) else _open(image, size)
         _check_size(picture.size, size)
         return _cover(_to_mode(picture, MODES[channels]), size).reshape(*size, channels)
+
+
+def read(image: bytes, *, channels: int = 3) -> UInt8[np.ndarray, "h w c"]:
+    """An encoded file at its own size, as `decode` does it otherwise."""
+    with _one_line_for_damage():
+        picture = Image.open(io.BytesIO(image))
+        picture.load()
+        picture = _to_mode(ImageOps.exif_transpose(picture), MODES[channels])
+        return np.asarray(picture).reshape(picture.height, picture.width, channels)
 
 
 def check(image: bytes | np.ndarray, *, image_size: int | Size) -> None:
@@ -76,7 +89,7 @@ def _smaller(stored: tuple[int, int], size: Size) -> bool:
 def _check_size(stored: tuple[int, int], size: Size) -> None:
     if _smaller(stored, size):
         wanted, given = "{}x{}".format(*size), "{}x{}".format(*stored[::-1])
-        raise UserError(f"smaller than {wanted} pixels (height x width): {given}")
+        raise TooSmall(f"smaller than {wanted} pixels (height x width): {given}")
 
 
 def _from_pixels(pixels: np.ndarray) -> Image.Image:

@@ -10,7 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from etils import epath
@@ -18,57 +17,18 @@ from PIL import Image
 
 import commands
 import imagen_jax
-from imagen_jax import checkpoint, nn, presets
-from imagen_jax.config import ImagenConfig, NullUnetConfig, UnetConfig
+from imagen_jax import checkpoint, nn
+from imagen_jax.config import NullUnetConfig
 from imagen_jax.errors import UserError
 from imagen_jax.pipeline import Pipeline
 from imagen_jax.pixels import to_pil
 from imagen_jax.streams import image_seeds
 from sample import outputs, text_to_image
-from tests import SMALLEST_UNET
+from tests.sample.conftest import cascade, pixels, recorded, save_run
 
 ROOT = Path(__file__).parents[2]
 FEW = ("--steps", "3", "2")
 BASE = ("--stop-at-unet-number", "base", "--steps", "3")
-
-
-def cascade() -> ImagenConfig:
-    """`presets.tiny` with its networks down to what compiles in a few seconds."""
-    config = presets.tiny()
-    unet = UnetConfig(**SMALLEST_UNET, cond_dim=8, max_text_len=16)
-    return dataclasses.replace(config, unets=(unet, unet))
-
-
-def save_run(run: Path, config: ImagenConfig, numbers: tuple[int, ...] = (1, 2)) -> Path:
-    rng = np.random.default_rng(0)
-
-    def network(number: int):
-        unet = config.unets[number - 1]
-        if number not in numbers:
-            return nn.NullUnet()
-        shapes = nn.abstract(unet)[1]
-        draw = lambda x: jax.numpy.asarray(0.1 * rng.normal(size=x.shape), x.dtype)  # noqa: E731
-        return nn.bind(unet, jax.tree.map(draw, shapes))
-
-    unets = [network(number) for number in range(1, len(config.unets) + 1)]
-    imagen_jax.save(run, imagen_jax.Imagen(config, unets=unets), step=7)
-    return run
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    return save_run(tmp_path_factory.mktemp("runs") / "tiny", cascade())
-
-
-@pytest.fixture
-def command(monkeypatch):
-    """Runs the command in this process: `command(run, *arguments)`."""
-
-    def start(run: Path, *arguments: object) -> None:
-        monkeypatch.setattr(sys, "argv", ["", "--checkpoint", *map(str, (run, *arguments))])
-        text_to_image.main()
-
-    return start
 
 
 def named(slug: str, place: int = 0, seed: int = 0) -> str:
@@ -78,16 +38,6 @@ def named(slug: str, place: int = 0, seed: int = 0) -> str:
 
 def written(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-
-
-def pixels(path: Path) -> np.ndarray:
-    with Image.open(path) as picture:
-        return np.asarray(picture).astype(int)
-
-
-def recorded(path: Path) -> dict:
-    with Image.open(path) as picture:
-        return json.loads(picture.text["imagen_jax"])
 
 
 def test_as_a_user_runs_it(run, tmp_path):

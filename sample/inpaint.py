@@ -1,0 +1,154 @@
+"""Draws a part of an image again, led by a prompt; the rest keeps the file's pixels to the bit.
+
+    python -m sample.inpaint --checkpoint RUN --image photo.png --mask mask.png --prompt "a hat"
+
+The mask is an image of the same size: white is drawn again, black is kept. The cascade works on the
+largest cut of its own aspect ratio that holds the white part, scaled to its size; what it draws is
+scaled back into the file's pixels. Every step is repeated, going back in between, so that the new
+part fits the old (RePaint, Lugmayr et al. 2022): `--resample-times`.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tyro
+from PIL import Image
+
+import commands
+from imagen_jax import data
+from imagen_jax.errors import UserError
+from imagen_jax.pixels import to_pil, to_uint8
+from imagen_jax.types import Size
+from sample import outputs, settings
+from sample.drawing import Drawing, read_prompts
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(settings.Settings):
+    """Draws a part of an image again, led by a prompt."""
+
+    image: Path
+    """The image."""
+    mask: Path
+    """Image of the same size: white is drawn again, black is kept."""
+    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """What the image shows afterwards. Give it again for another prompt."""
+    num_images_per_prompt: int = 1
+    """Images of each prompt; in all, for a cascade without captions."""
+    resample_times: int = 5
+    """How often each step is repeated; the time grows with it."""
+
+    @property
+    def counts(self) -> tuple[str, ...]:
+        return (*super().counts, "num_images_per_prompt", "resample_times")
+
+
+class Box(NamedTuple):
+    """A cut of an image, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+    def of(self, pixels: np.ndarray) -> np.ndarray:
+        return pixels[self.top : self.top + self.height, self.left : self.left + self.width]
+
+
+def main() -> None:
+    given = tyro.cli(Settings, description=__doc__)
+    drawing = Drawing.open("inpaint", given)
+    stage = drawing.config.stage(drawing.options["stop_at_unet_number"])
+    image, again = read_image_and_mask(given.image, given.mask, stage.channels)
+    box = find_box(again, stage.size)
+    known = scaled(box.of(image), stage.size)
+    kept = ~scaled_mask(box.of(again), stage.size)
+    prompts = read_prompts(given, drawing.config)
+    jobs = drawing.jobs(prompts, given.num_images_per_prompt)
+    rows = {
+        "inpaint_images": np.repeat(known[None], len(jobs), axis=0),
+        "inpaint_masks": np.repeat(kept[None], len(jobs), axis=0),
+    }
+
+    def finish(_: int, drawn: np.ndarray) -> np.ndarray:
+        return composed(image, again, box, drawn)
+
+    drawn = drawing.draw(
+        jobs,
+        images=rows,
+        finish=finish,
+        record={"image": given.image.name, "mask": given.mask.name},
+        inpaint_resample_times=given.resample_times,
+    )
+    drawing.report(list(drawn), prompts, given.num_images_per_prompt)
+
+
+def read_image_and_mask(image: Path, mask: Path, channels: int) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 (h, w, c), and bool (h, w), True where it is to be drawn again.
+
+    Raises UserError for files that are not images of one size, or a mask without white.
+    """
+    pixels = read(image, channels)
+    again = read(mask, 1)[..., 0] >= 128
+    if again.shape != pixels.shape[:2]:
+        found, wanted = ("{} x {}".format(*a.shape) for a in (again, pixels))
+        raise UserError(f"{mask} is {found} pixels (height x width), {image} is {wanted}.")
+    if not again.any():
+        raise UserError(f"{mask} is black: there is nothing to draw again.")
+    return pixels, again
+
+
+def read(path: Path, channels: int) -> np.ndarray:
+    try:
+        return data.read(outputs.read_file(path), channels=channels)
+    except UserError as error:
+        message = str(error)
+        raise UserError(message if str(path) in message else f"{path}: {message}") from error
+
+
+def find_box(again: np.ndarray, size: Size) -> Box:
+    """The largest cut of the aspect ratio of `size` that holds all of `again`, near its middle.
+
+    Raises UserError if `again` reaches further than such a cut does.
+    """
+    height, width = again.shape
+    scale = min(height / size[0], width / size[1])
+    extent = min(height, round(size[0] * scale)), min(width, round(size[1] * scale))
+    corner = []
+    for axis in (0, 1):
+        (places,) = np.nonzero(again.any(axis=1 - axis))
+        first, last = int(places[0]), int(places[-1]) + 1
+        if last - first > extent[axis]:
+            raise UserError(
+                f"the mask's white part is {last - first} pixels {('high', 'wide')[axis]}; the "
+                f"largest cut of {size[0]} : {size[1]} (height : width) has {extent[axis]}."
+            )
+        middle = (first + last - extent[axis]) // 2
+        corner.append(min(max(middle, 0), again.shape[axis] - extent[axis]))
+    return Box(*corner, *extent)
+
+
+def scaled(pixels: np.ndarray, size: Size) -> np.ndarray:
+    """uint8 (h, w, c) at another size, antialiased."""
+    picture = to_pil(pixels).resize(size[::-1], Image.Resampling.LANCZOS)
+    return np.asarray(picture).reshape(*size, pixels.shape[-1])
+
+
+def scaled_mask(again: np.ndarray, size: Size) -> np.ndarray:
+    """True for every pixel that has any True below it."""
+    picture = Image.fromarray(again.astype(np.float32))
+    return np.asarray(picture.resize(size[::-1], Image.Resampling.BOX)) > 0
+
+
+def composed(image: np.ndarray, again: np.ndarray, box: Box, drawn: np.ndarray) -> np.ndarray:
+    """The image as uint8, with what was drawn where `again` is True."""
+    found = image.copy()
+    fitted = scaled(to_uint8(drawn), (box.height, box.width))
+    box.of(found)[box.of(again)] = fitted[box.of(again)]
+    return found
+
+
+if __name__ == "__main__":
+    commands.run(main)
