@@ -1,11 +1,6 @@
 """Tests mirror the package; `tests.parity` serves those that compare with imagen-pytorch."""
 
-import contextlib
-import re
-from collections.abc import Iterator
 from importlib.metadata import version
-
-import jax
 
 # `jax.jit(f, compiler_options=RUN_ONCE)`: for programs that run once or twice on tiny arrays XLA
 # need not optimise. It compiles a U-Net's gradient in a third of the time; steps are 4 x slower.
@@ -27,15 +22,3 @@ SMALLEST_UNET = dict(
     use_global_context_attn=False,
 )
 """Fields of the smallest U-Net that listens to everything: for tests of what stands around it."""
-
-
-@contextlib.contextmanager
-def compilations(caplog) -> Iterator[list[str]]:
-    """The programs that are compiled meanwhile, as JAX logs them."""
-    names = []
-    caplog.clear()
-    with jax.log_compiles(), caplog.at_level("WARNING", logger="jax"):
-        yield names
-    for record in caplog.records:
-        if found := re.match(r"Finished XLA compilation of (jit\(\w+\))", record.getMessage()):
-            names.append(found[1])

@@ -17,8 +17,9 @@ from imagen_jax.config import NullUnetConfig
 from imagen_jax.diffusion import samplers
 from imagen_jax.imagen import Imagen
 from imagen_jax.resize import resize
-from tests import cascades, compilations
+from tests import cascades
 from tests.cascades import cascade
+from tests.compilations import compilations
 
 RANDOM = np.random.default_rng(0)
 BATCH = 2

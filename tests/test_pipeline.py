@@ -15,7 +15,8 @@ from imagen_jax import UnetConfig, checkpoint, nn, presets
 from imagen_jax.errors import UserError
 from imagen_jax.pipeline import Embeddings, Pipeline, padded, sampling_defaults
 from imagen_jax.streams import RUN, image_seeds, row_keys, stream
-from tests import SMALLEST_UNET, compilations
+from tests import SMALLEST_UNET
+from tests.compilations import compilations
 
 STEPS = dict(timesteps=3, cond_scale=(2.0, 1.0))
 SEEDS = [5, 6, 7]
