@@ -1,6 +1,6 @@
 """The demo behind `make demo`: a small cascade learns 64 captioned pictures and draws them.
 
-Trains both stages on the CPU, samples every caption it was shown and, in a row of their own, a few
+Trains both stages on the CPU, samples every caption it was shown and, in a separate row, a few
 new combinations, and writes everything beside the real pictures as runs/demo/demo.png. Stopped by
 Ctrl-C, it resumes when started again.
 """
@@ -39,7 +39,7 @@ def main() -> None:
     began = time.monotonic()
     for number, steps in ((1, args.base_steps), (2, args.super_res_steps)):
         if not loop.run(settings(args.workdir, number, steps), number):
-            print("`make demo` goes on from there.")
+            print("`make demo` resumes from there.")
             return
     captions = demo_captions()
     drawn = draw(args.workdir, [*captions, *NEW_COMBINATIONS])

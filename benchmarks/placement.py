@@ -59,9 +59,9 @@ def measure(stage: str, threshold: int) -> dict[str, Any]:
     from train.settings import Optimization, Settings
 
     sharding.ROWS_FROM = threshold
-    whole = presets.PRESETS["imagen"]()
-    unets = tuple(dataclasses.replace(unet, num_resnet_blocks=1) for unet in whole.unets)
-    config = dataclasses.replace(whole, unets=unets, random_crop_sizes=(None, None, CROP))
+    full = presets.PRESETS["imagen"]()
+    unets = tuple(dataclasses.replace(unet, num_resnet_blocks=1) for unet in full.unets)
+    config = dataclasses.replace(full, unets=unets, random_crop_sizes=(None, None, CROP))
     data, _ = sharding.parse(MESH)
     settings = Settings(
         batch_size=PICTURES * data, dtype="bfloat16", remat="nothing_saveable", mesh=MESH

@@ -7,7 +7,7 @@ Both stages draw the training captions, guided as the demo guides them. A sample
 its own has one limit per image, given its initial noise: the solution of the probability flow, here
 `dpm++3m` with 1,000 steps. The table shows the root mean square distance to it, in levels of 255,
 and for all samplers the share of images that are nearest to the picture of their own caption. The
-second stage enlarges the solution of the first. Evaluations of the network are counted, so `heun`
+second stage upsamples the solution of the first. Evaluations of the network are counted, so `heun`
 has half as many steps.
 """
 

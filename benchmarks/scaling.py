@@ -6,7 +6,7 @@ Compiles the train step of a small U-Net for 1, 2, 4 and 8 devices, eight pictur
 memory and collectives from the compiled program; nothing runs. Ideal is: the state (parameters,
 average, moments) split evenly, temporaries of a device as on one alone, and to send what FSDP must:
 every parameter gathered for the forward pass and for the backward pass, its gradient scattered
-once. float32; a CPU sums gradients whole where a TPU scatters the sums, at twice the bytes. Arrays
+once. float32; a CPU all-reduces gradients where a TPU scatters the sums, at twice the bytes. Arrays
 of 4096 elements and more are split here, as nearly all of a paper-sized network are by the rule.
 """
 

@@ -16,7 +16,7 @@ def keep_memory() -> None:
 
     glibc gives a program's buffers back after each step, and the kernel maps and clears them again
     at the next: a third of a training step (benchmarks/README.md). Call it before JAX starts its
-    threads, each of which would take an arena of its own, whose large blocks are always given back.
+    threads, each of which would take its own arena, whose large blocks are always given back.
     """
     accelerated = entry_points(group="jax_plugins") or find_spec("libtpu")
     if sys.platform != "linux" or (accelerated and jax.config.jax_platforms != "cpu"):

@@ -22,7 +22,7 @@ from imagen_jax.errors import UserError
 
 _FAILED = "imagen_jax/failed"  # key of the first failure
 _GRACE = 1.0  # seconds
-_ending = threading.Event()  # this process is printing an error of its own
+_ending = threading.Event()  # this process is printing its own error
 _HEARTBEAT = 30  # seconds without a sign of life after which a killed process is given up
 
 

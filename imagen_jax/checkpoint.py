@@ -104,7 +104,7 @@ def write_config(
     origin: Mapping[str, Any] | None = None,
     text_encoder: Identity | None = None,
 ) -> None:
-    """Writes `config.json`, adding `training` (`{"unet1": settings}`) to what stands there.
+    """Writes `config.json`, adding `training` (`{"unet1": settings}`) to what is there.
 
     A run directory holds one cascade. Raises ValueError, and writes nothing, if it holds another.
     """

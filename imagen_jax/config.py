@@ -24,7 +24,7 @@ from imagen_jax.stage import LowRes, SamplingDefaults, Stage, show
 from imagen_jax.types import Size, pair
 from imagen_jax.unet_config import NullUnetConfig, ResizeMode, UnetConfig
 
-Real = int | float  # the reference's config class has whole numbers where both make sense
+Real = int | float  # the reference's config class has integers where both make sense
 T = TypeVar("T")
 
 T5_WIDTHS = {

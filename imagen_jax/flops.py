@@ -47,8 +47,8 @@ PEAKS = {
 def count(fn: Callable, *args: Any) -> int:
     """Floating-point operations of `fn(*args)`; arguments may be ShapeDtypeStructs.
 
-    Loops must have a length known at tracing. A conditional counts as its dearest branch. Raises
-    ValueError for a loop that runs until something happens.
+    Loops must have a length known at tracing. A conditional counts as its most expensive branch.
+    Raises ValueError for a loop that runs until something happens.
     """
     return count_traced(jax.make_jaxpr(fn)(*args).jaxpr)
 
@@ -107,7 +107,7 @@ def _of_product(equation: JaxprEqn) -> int:
 def _of_convolution(equation: JaxprEqn) -> int:
     """Two for each number of the result, input channel of its group and tap of the kernel.
 
-    Taps that lie on padding, or between the pixels of a dilated input, are no arithmetic.
+    Taps that lie on padding, or between the pixels of a dilated input, are not arithmetic.
     """
     numbers, params = equation.params["dimension_numbers"], equation.params
     lhs, rhs = (x.aval.shape for x in equation.invars)

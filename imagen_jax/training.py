@@ -153,7 +153,7 @@ def complete_draws(
 ) -> Draws:
     """`draws` with everything that the stage needs and they leave open drawn from `key`.
 
-    Every draw has a stream of its own, so that giving one leaves the others as they were. All have
+    Every draw has its own stream, so that giving one leaves the others as they were. All have
     one row per image, except the coin. Raises ValueError if something is missing without a key,
     and for a draw of another shape.
     """

@@ -1,4 +1,4 @@
-"""What every sampling command can be told, as frozen data, checked against the cascade it runs."""
+"""The settings that all sampling commands share, as frozen data, checked against the cascade."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -61,7 +61,7 @@ class Settings:
     """Noise put on an image before it is upsampled, 0 to 1; more invents more detail. Default: the
     cascade's."""
     batch_size: int = 8
-    """Images drawn at once. They do not depend on it: each has a seed of its own."""
+    """Images drawn at once. They do not depend on it: each has its own seed."""
     mesh: str | None = None
     """DATAxMODEL devices, as 8x1, or `auto` for all: images are split over the first, channels over
     the second, weights over both. Default: one device."""
@@ -186,8 +186,8 @@ class Settings:
         for number in numbers:
             if isinstance(config.unets[number - 1], NullUnetConfig):
                 raise UserError(
-                    f"U-Net {number} of {self.run} is a NullUnet: this cascade enlarges "
-                    "pictures and draws none from text."
+                    f"U-Net {number} of {self.run} is a NullUnet: this cascade upsamples "
+                    "images and draws none from text."
                 )
             if checkpoint.latest_step(self.run, number) is None:
                 raise UserError(_untrained(self.run, number, first))

@@ -73,7 +73,7 @@ _ENVIRONMENT = dict(
 def devices(topology: str) -> Sequence[jax.Device]:
     """The devices of `v5e:16x16`, `cpu:8` (emulated) or `local` (those of this machine).
 
-    Call it before anything else touches a device: for all but `local` JAX is told to run on the
+    Call it before anything else touches a device: for all but `local` JAX is set to run on the
     CPU. Raises ValueError for a topology that is not known or cannot be compiled for here.
     """
     if topology == "local":

@@ -90,7 +90,7 @@ def compiled(
     planned: programs.Planned,
     layout: Layout,
     chip: chips.Chip | None,
-    told: dict[str, Any],
+    given: dict[str, Any],
     keep: Path | None = None,
 ) -> dict[str, Any]:
     """Compiles, prints the report, and returns its numbers as JSON holds them."""
@@ -100,7 +100,7 @@ def compiled(
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        show(refused(error, planned, layout, chip, told))
+        show(refused(error, planned, layout, chip, given))
         return numbers_of(planned) | {"fits": False, "error": first_line(error)}
     seconds = time.perf_counter() - began
     print(f"compiled in {seconds:.0f} s\n")
@@ -110,7 +110,7 @@ def compiled(
     moved = report.moved(hlo.collectives(text, layout.mesh.size))
     memory = report.Memory.of(executable)
     bound = None if chip is None else bound_of(planned, layout, chip, memory, moved)
-    show(findings(planned, moved, memory, bound, chip, told))
+    show(findings(planned, moved, memory, bound, chip, given))
     numbers = numbers_of(planned) | {
         "fits": None if chip is None else memory.total <= chip.hbm,
         "compile_seconds": round(seconds, 1),
@@ -159,13 +159,13 @@ def findings(
     memory: report.Memory,
     bound: report.Bound | None,
     chip: chips.Chip | None,
-    told: dict[str, Any],
+    given: dict[str, Any],
 ) -> Iterator[str]:
     """The report of a program that compiled."""
     parts = planned.argument_bytes()
     yield from report.describe_memory(memory, parts, chip)
     if chip is not None and memory.total > chip.hbm:
-        yield from report.advice(memory, parts, chip, told)
+        yield from report.advice(memory, parts, chip, given)
     yield ""
     yield from report.describe_moved(moved, planned.per)
     yield ""
@@ -184,7 +184,7 @@ def refused(
     planned: programs.Planned,
     layout: Layout,
     chip: chips.Chip | None,
-    told: dict[str, Any],
+    given: dict[str, Any],
 ) -> Iterator[str]:
     """What the compiler said, what is known without it, and what would help."""
     parts = planned.argument_bytes()
@@ -196,16 +196,16 @@ def refused(
     for size, what in programs.activations(planned, layout)[:LARGEST]:
         yield f"  {report.size(size):>12}   {what}"
     if chip is not None:
-        yield from report.advice(None, parts, chip, told)
+        yield from report.advice(None, parts, chip, given)
 
 
 def flags(plan: Plan, settings: Settings, layout: Layout) -> dict[str, Any]:
     """The flags that decide over memory."""
-    told = {"mesh": layout.mesh.devices.shape, "rows": settings.rows, "dtype": settings.dtype}
+    given = {"mesh": layout.mesh.devices.shape, "rows": settings.rows, "dtype": settings.dtype}
     if not (plan.sample or plan.text):
         for name in ("remat", "accumulate", "optimizer", "moments"):
-            told[name] = getattr(settings, name)
-    return told
+            given[name] = getattr(settings, name)
+    return given
 
 
 def show(lines: Iterator[str]) -> None:

@@ -107,8 +107,8 @@ def operations(count: int | float) -> str:
 
 def describe_memory(memory: Memory, parts: dict[str, int], chip: Chip | None) -> Iterator[str]:
     yield "memory of a device" + (f", which has {size(chip.hbm)}" if chip else "")
-    told = ", ".join(f"{name} {size(count)}" for name, count in parts.items())
-    yield f"  arguments    {size(memory.arguments):>12}   {told}"
+    listed = ", ".join(f"{name} {size(count)}" for name, count in parts.items())
+    yield f"  arguments    {size(memory.arguments):>12}   {listed}"
     yield f"  outputs      {size(memory.outputs):>12}   {size(memory.aliased)} in their place"
     yield f"  temporaries  {size(memory.temporaries):>12}"
     yield f"  program      {size(memory.code):>12}"

@@ -1,1 +1,1 @@
-"""Training: `python -m train.base` and `python -m train.super_res`, and what stands behind them."""
+"""Training: `python -m train.base` and `python -m train.super_res`, and their parts."""

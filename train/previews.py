@@ -1,4 +1,4 @@
-"""What a run is judged by while it goes on: the loss on fixed noise, and a grid of samples.
+"""Evaluation during training: the loss on fixed noise, and a grid of samples.
 
 Both are of the averaged weights, and the same for the same weights: an interrupted one is done
 again by the run that resumes.
@@ -85,7 +85,7 @@ class Previews:
     def write_samples(self, params: Params, step: int, progress: Progress) -> None:
         """RUN/samples/unetN-STEP.png: samples for the first captions, above the real pictures.
 
-        Super-resolution enlarges the real pictures, shrunk.
+        Super-resolution starts from the real images, downsampled.
         """
         feed = self.feed
         records, pictures = zip(*itertools.islice(feed.usable(feed.train), SHOWN), strict=True)

@@ -57,7 +57,7 @@ class Data:
     limit: int | None = None
     """Train on the first so many pictures only."""
     heldout_fraction: float = 0.02
-    """Share of the pictures kept for evaluation (the bundled set has a split of its own)."""
+    """Share of the pictures kept for evaluation (the bundled set has its own split)."""
     no_captions: bool = False
     """Train an unconditional cascade, captions unread."""
     flip: bool = False
@@ -139,9 +139,9 @@ class Watching:
     sample_every: int = 1000
     """Steps between sample grids from the averaged weights. 0: none."""
     sample_steps: int = 50
-    """Denoising steps of such a grid."""
+    """Denoising steps of these grids."""
     cond_scale: float = 3.0
-    """Guidance weight of such a grid."""
+    """Guidance weight of these grids."""
     save_every: int = 1000
     """Steps between checkpoints."""
     keep: int | None = 3
@@ -229,7 +229,7 @@ class Settings(Watching, Devices, Optimization, Data, Run):
         lines = []
         for kind in SECTIONS:
             values = vars(self.section(kind)).items()
-            told = [
+            fields = [
                 name if value is True else f"{name} {value}"
                 for name, value in values
                 if value is not None
@@ -237,7 +237,7 @@ class Settings(Watching, Devices, Optimization, Data, Run):
                 and not (name == "preset" and self.config is not None)
             ]
             lines += textwrap.wrap(
-                f"{kind.__name__.lower() + ':':<14}{', '.join(told)}",
+                f"{kind.__name__.lower() + ':':<14}{', '.join(fields)}",
                 width=100,
                 subsequent_indent=" " * 14,
                 break_on_hyphens=False,

@@ -15,7 +15,7 @@ from imagen_jax.types import Params
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainState:
-    step: Any  # int32; a pytree is rebuilt with whatever stands for its leaves
+    step: Any  # int32; a pytree is also rebuilt with other leaves, such as shardings
     params: Any
     ema: Any
     opt_state: Any

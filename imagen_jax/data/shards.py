@@ -86,7 +86,7 @@ def _check_names(paths: Sequence[Path]) -> None:
 
 
 def _index(path: Path, left_out: dict[str, str]) -> dict[str, _Members]:
-    """stem -> where its members are. Members that are no files of a record go to `left_out`.
+    """stem -> where its members are. Members that do not belong to a record go to `left_out`.
 
     Raises UserError naming a shard that is compressed, or does not end as a tar does.
     """

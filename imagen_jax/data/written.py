@@ -45,7 +45,7 @@ def read_lines(path: str | os.PathLike) -> list[str]:
     """The lines of a text file, trimmed, without the empty ones.
 
     Lines end with LF, CRLF or CR: the separators that Unicode has besides are text. A byte-order
-    mark is no part of the first line. Raises UserError naming the file, and the line that is not
+    mark is not part of the first line. Raises UserError naming the file, and the line that is not
     UTF-8.
     """
     try:

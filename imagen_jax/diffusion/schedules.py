@@ -5,7 +5,7 @@ Everything else about the forward process follows from l = log(alpha^2 / sigma^2
     x_t = alpha x_0 + sigma eps,   alpha^2 = sigmoid(l),   sigma^2 = sigmoid(-l)
 
 The two schedules are the reference's, evaluated in float32 in the reference's order of operations:
-near both ends the cosine amplifies a rounding a thousandfold, the network is told l itself, and so
+near both ends the cosine amplifies a rounding a thousandfold, the network is given l itself, and so
 the rounding is part of what a trained checkpoint has seen.
 """
 

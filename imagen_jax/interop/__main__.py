@@ -43,7 +43,7 @@ class FromTorch:
     verify: bool = False
     """Prove the result before it takes its place: see `verify`."""
     overwrite: bool = False
-    """Replace a run directory that stands there."""
+    """Replace an existing run directory."""
 
     def run(self) -> None:
         source = imagen_pytorch.read(self.checkpoint, self.config)
@@ -86,7 +86,7 @@ class ToTorch:
     verify: bool = False
     """Read the file back and prove it before it takes its place: see `verify`."""
     overwrite: bool = False
-    """Replace a file that stands there."""
+    """Replace an existing file."""
 
     def run(self) -> None:
         run = opened(self.checkpoint)
@@ -117,7 +117,7 @@ class ToSafetensors:
     weights: Weights = "ema"
     """The averaged weights (the online ones, with a note, where there are none) or the online."""
     overwrite: bool = False
-    """Replace a file that stands there."""
+    """Replace an existing file."""
 
     def run(self) -> None:
         run = opened(self.checkpoint)
@@ -140,7 +140,7 @@ class FromSafetensors:
     out: Annotated[Positional[Path], arg(metavar="OUT_DIR")]
     """The run directory to write."""
     overwrite: bool = False
-    """Replace a run directory that stands there."""
+    """Replace an existing run directory."""
 
     def run(self) -> None:
         contents = safetensors_file.read(self.file)
@@ -217,7 +217,7 @@ def chosen(run: RunDir, weights: Literal["ema", "online", "both"]) -> list[Weigh
 
 
 def write_torch(path: Path, run: RunDir, kept: list[Weights]) -> None:
-    """The weights of a run as a trainer's file; one set stands for both where only one is kept."""
+    """The weights of a run as a trainer's file; where only one set is kept, it is used for both."""
     numbers = range(1, len(run.config.unets) + 1)
     model = "online" if "online" in kept else "ema"
     online = [run.params_or_null(number, model) for number in numbers]

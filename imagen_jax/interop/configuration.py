@@ -53,7 +53,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def is_complete(params: Mapping[str, Any]) -> bool:
-    """Whether this describes whole networks: the config classes' required fields are there."""
+    """Whether this describes complete networks: the config classes' required fields are there."""
     unets = params.get("unets")
     unets = [unets] if isinstance(unets, Mapping) else unets
     return (

@@ -83,11 +83,11 @@ def read(path: str | os.PathLike, config: str | os.PathLike | None = None) -> Ch
     """A file of imagen-pytorch; its tensors stay in the file until they are used.
 
     `config` is a JSON file, for a checkpoint without configuration. Raises ValueError for a file
-    that is none of those above, or that needs code to be executed, and if fields are left open.
+    that is not one of those above, or that needs code to be executed, and if fields are left open.
     """
     data = read_torch_file(path)
     if not isinstance(data, dict) or not data:
-        raise UserError(f"{path} is no checkpoint of imagen-pytorch: it holds no dictionary.")
+        raise UserError(f"{path} is not a checkpoint of imagen-pytorch: it holds no dictionary.")
     data, notes = wrappers.remove(data)
     if any(STATE.fullmatch(name) for name in data):
         notes.append("the optimiser's state is not converted: training starts with a fresh one.")
@@ -265,7 +265,7 @@ def _split(state: Any, prefix: str, path: Any) -> list[StateDict]:
 
 
 def _alone(state: Any, config: dict[str, Any]) -> tuple[list[StateDict], list[dict[str, Any]]]:
-    """One U-Net as a cascade: one that enlarges comes after a `NullUnet`."""
+    """One U-Net as a cascade: a super-resolution U-Net follows a `NullUnet`."""
     state = _tensors(state, "the file")
     if "to_lowres_time_cond.0.weight" not in state:
         return [state], [config]
@@ -329,7 +329,7 @@ def _tensors(state: Any, path: Any) -> StateDict:
         raise UserError(f"{path}: a dictionary of tensors was expected, found {type(state)}.")
     for name, array in state.items():
         if not isinstance(name, str) or not isinstance(array, np.ndarray):
-            raise UserError(f"{path}: {name!r} is no tensor; this is no state dict.")
+            raise UserError(f"{path}: {name!r} is not a tensor; this is not a state dict.")
     return dict(state)
 
 

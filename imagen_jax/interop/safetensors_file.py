@@ -75,22 +75,22 @@ def read(path: str | os.PathLike) -> Contents:
     if metadata.get("format") != "imagen-jax":
         raise UserError(f"{path} was not written by imagen-jax: its metadata hold no cascade.")
     try:
-        told = {
+        fields = {
             name: json.loads(metadata[name]) for name in ("config", "steps", "weights", "origin")
         }
     except (KeyError, ValueError) as error:
         raise UserError(f"{path}: its metadata are damaged: {error}") from error
-    if told["weights"] not in ("ema", "online"):
-        raise UserError(f"{path}: its metadata are damaged: weights {told['weights']!r}")
-    config = ImagenConfig.from_dict(told["config"])
-    steps = {int(number): step for number, step in told["steps"].items()}
+    if fields["weights"] not in ("ema", "online"):
+        raise UserError(f"{path}: its metadata are damaged: weights {fields['weights']!r}")
+    config = ImagenConfig.from_dict(fields["config"])
+    steps = {int(number): step for number, step in fields["steps"].items()}
     tensors = _views(path)
     return Contents(
         config=config,
         params=_params(config, tensors, steps),
         steps=steps,
-        weights=told["weights"],
-        origin=told["origin"],
+        weights=fields["weights"],
+        origin=fields["origin"],
     )
 
 

@@ -1,13 +1,13 @@
 """The names of a U-Net's parameters, in imagen-pytorch's state dict and here: one table, both ways.
 
 An entry is (their name, our name, how the array changes), or a table of such entries under a
-common prefix. `#` stands for a number, the same on both sides. Their `Linear` and 1 x 1 `Conv2d`
+common prefix. `#` is a number, the same on both sides. Their `Linear` and 1 x 1 `Conv2d`
 hold (c_out, c_in[, 1, 1]), our kernels (c_in, c_out); their `Conv2d` (c_out, c_in, h, w), ours
 (h, w, c_in, c_out), depth-wise ones included. Pixel shuffles keep their channel order, (c, i, j)
 in both, and heads their place; keys stay before values.
 
 Their feed-forward under a linear attention is made of convolutions where ours stays linear, so
-that only its attention tells the two apart: `linear_layers` below stands for such `layers`.
+that only its attention tells the two apart: `linear_layers` below replaces such `layers`.
 """
 
 from collections.abc import Callable

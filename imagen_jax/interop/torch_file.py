@@ -39,7 +39,7 @@ def read_torch_file(path: str | os.PathLike) -> Any:
     if is_zip:
         _check_archive(path, size)
     try:
-        # Files from before torch 1.6 are no zip archives and cannot be mapped.
+        # Files from before torch 1.6 are not zip archives and cannot be mapped.
         data = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # pickle, zip and torch raise a dozen kinds for a bad file
         raise UserError(
@@ -77,7 +77,7 @@ def _check_archive(path: Path, size: int) -> None:
     for entry in entries:
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > size:
             raise UserError(
-                f"{path} is no file of torch.save, or damaged: its entry {entry.filename} claims "
+                f"{path} is not a torch.save file, or is damaged: its {entry.filename} claims "
                 f"{entry.file_size:,} bytes out of {entry.compress_size:,} in a file of {size:,}."
             )
 
@@ -86,7 +86,7 @@ def _to_numpy(data: Any, torch: Any, path: Path) -> Any:
     if isinstance(data, torch.Tensor):
         kind = f"{path}: a tensor of shape {tuple(data.shape)} and type {data.dtype}"
         if data.layout != torch.strided or data.device.type != "cpu" or data.is_quantized:
-            raise UserError(f"{kind} is no plain array: it is sparse, quantized or without data.")
+            raise UserError(f"{kind} is not a plain array: it is sparse, quantized or empty.")
         if data.numel() * data.element_size() > data.untyped_storage().nbytes():
             raise UserError(f"{kind} claims more bytes than are stored of it.")
         data = data.detach()

@@ -52,7 +52,7 @@ def attend(
         out = _biased(q, k, v, bias, scale=scale)
     elif k.shape[2] == 1 and not splits(n):
         out = _one_key_head(q, k, v, scale=scale)
-    else:  # heads that are split over devices must stay an axis of their own
+    else:  # heads that are split over devices must stay a separate axis
         out = jax.nn.dot_product_attention(q, k, v, scale=scale)
     return constrain(out.reshape(b, p, -1), f"{rows} c", h=h)
 
@@ -109,7 +109,7 @@ def _splash(
     q: Queries, k: KeysOrValues, v: KeysOrValues, *, scale: float, interpret: bool = False
 ) -> Queries:
     """All heads' queries as those of one head, as in `_one_key_head`; keys are filled up to whole
-    blocks, the filling in a segment of its own."""
+    blocks, the filling in a separate segment."""
     p, n, m = *q.shape[1:3], k.shape[1]
     if p * n % LANES:
         return _one_key_head(q, k, v, scale=scale)

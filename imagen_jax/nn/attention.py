@@ -129,7 +129,7 @@ class Attention(nnx.Module):
 
 
 class CrossAttention(nnx.Module):
-    """Pixels attend to the conditioning tokens, every head with keys of its own.
+    """Pixels attend to the conditioning tokens, each head with its own keys.
 
     `linear_attn` replaces the softmax over tokens by one over channels and one over tokens, so
     that keys and values contract first (reference `LinearCrossAttention`, in which the gains of

@@ -1,4 +1,4 @@
-"""The levels of the U-Net, one a resolution: what stands in each, on the way down and up."""
+"""The levels of the U-Net, one per resolution: the blocks of each, on the way down and up."""
 
 import functools
 

@@ -383,14 +383,14 @@ class Unet(nnx.Module):
 
 
 class NullUnet(nnx.Module):
-    """Holds the base's place in a cascade that only enlarges; it can do nothing (`NullUnet`)."""
+    """`NullUnet`, the base of a cascade of super-resolution stages. It cannot be called."""
 
     def __init__(self, *, rngs: nnx.Rngs | None = None):
         self.dummy_parameter = nnx.Param(jnp.zeros((1,)))
 
 
 def _join(parts: list[Array]) -> Array:
-    """Channels side by side, whole: split ones would have to be dealt to the devices anew."""
+    """Channels side by side, unsharded: sharded ones would have to be redistributed."""
     return jnp.concatenate([constrain(part, "b h w _") for part in parts], axis=-1)
 
 

@@ -178,7 +178,7 @@ def load_encoder(
     """
     dtype = jnp.dtype(dtype)
     if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-        raise UserError(f"dtype = {dtype} is none of float32, bfloat16, float16.")
+        raise UserError(f"dtype = {dtype} is not one of float32, bfloat16, float16.")
     if str(name_or_folder) == DEMO:
         params, sha256 = _demo_params(dtype, layout)
         return TextEncoder(

@@ -88,7 +88,7 @@ def digest(tensor: np.ndarray) -> bytes | None:
 def weights_hash(digests: Mapping[tuple[Any, ...], bytes]) -> str:
     """One hash of the `digest`s of all parameters, whatever their order. Keys are their paths."""
     named = sorted(("/".join(map(str, path)), value) for path, value in digests.items())
-    whole = hashlib.sha256()
+    every = hashlib.sha256()
     for name, value in named:
-        whole.update(name.encode() + b"\0" + value)
-    return whole.hexdigest()
+        every.update(name.encode() + b"\0" + value)
+    return every.hexdigest()

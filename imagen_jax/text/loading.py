@@ -80,8 +80,8 @@ def find_folder(name_or_folder: str | Path) -> Path:
                 return folder
     except (OSError, ValueError) as error:
         raise UserError(
-            f"text encoder {name!r} is no folder here, is not in the Hugging Face cache and could "
-            f"not be downloaded: {first_line(error)}"
+            f"text encoder {name!r} is not a folder here, is not in the Hugging Face cache and "
+            f"could not be downloaded: {first_line(error)}"
         ) from error
     raise UserError(f"text encoder {name!r} has neither safetensors nor .bin weights on the hub.")
 
@@ -225,7 +225,7 @@ def _tensors(file: Path) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
             for name in tensors.keys():
                 yield name, lambda name=name: tensors.get_tensor(name)
     except SafetensorError as error:
-        raise UserError(f"{file} is no readable safetensors file: {error}") from error
+        raise UserError(f"{file} is not a readable safetensors file: {error}") from error
 
 
 def _translate(name: str) -> tuple[str | None, bool]:
@@ -242,4 +242,4 @@ def _read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist.") from error
     except ValueError as error:
-        raise UserError(f"{path} is no JSON: {error}") from error
+        raise UserError(f"{path} is not JSON: {error}") from error

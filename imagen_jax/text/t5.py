@@ -56,7 +56,7 @@ class T5Config:
                 raise UserError(f"T5Config.{field.name} = {value!r} must be a positive integer.")
         if self.feed_forward_proj not in FEED_FORWARDS:
             raise UserError(
-                f"T5Config.feed_forward_proj = {self.feed_forward_proj!r} is none of "
+                f"T5Config.feed_forward_proj = {self.feed_forward_proj!r} is not one of "
                 f"{', '.join(map(repr, FEED_FORWARDS))}."
             )
         buckets = self.relative_attention_num_buckets
@@ -72,7 +72,7 @@ class T5Config:
         """From a parsed `config.json`; what concerns the decoder or training is left aside."""
         kind = data.get("model_type", "t5")
         if kind not in ("t5", "mt5"):
-            raise UserError(f"model_type = {kind!r} is no T5 (one of 't5', 'mt5').")
+            raise UserError(f"model_type = {kind!r} is not a T5 (one of 't5', 'mt5').")
         names = [field.name for field in dataclasses.fields(cls)]
         return cls(**{name: data[name] for name in names if name in data})
 

@@ -1,6 +1,6 @@
 """Captions to token ids, with the 32,100 pieces of T5's vocabulary.
 
-The vocabulary is shipped (`assets/`), so that no download stands before the first picture. The
+The vocabulary is shipped (`assets/`), so that the first image needs no download. The
 `tokenizers` library reads it in milliseconds, where importing all of transformers takes seconds.
 """
 
@@ -40,7 +40,7 @@ def load_tokenizer(folder: str | Path | None = None) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
-        raise UserError(f"{path} is no tokenizer that can be read: {error}") from error
+        raise UserError(f"{path} is not a readable tokenizer: {error}") from error
     return _plain(tokenizer)
 
 

@@ -208,10 +208,10 @@ def test_a_large_model_is_never_in_memory_twice(tmp_path):
     ("files", "named"),
     [
         ({}, "config.json does not exist"),
-        ({"config.json": "{"}, "config.json is no JSON"),
+        ({"config.json": "{"}, "config.json is not JSON"),
         ({"config.json": '{"model_type": "bert"}'}, "config.json: model_type = 'bert'"),
         ({"config.json": "{}"}, "no T5 weights"),
-        ({"config.json": "{}", "model.safetensors": "junk"}, "model.safetensors is no readable"),
+        ({"config.json": "{}", "model.safetensors": "junk"}, "model.safetensors is not a readable"),
         ({"config.json": "{}", "pytorch_model.bin": "junk"}, "could not be read as weights"),
         (
             {
@@ -220,7 +220,7 @@ def test_a_large_model_is_never_in_memory_twice(tmp_path):
             },
             "absent.safetensors",
         ),
-        ({"config.json": "{}", "tokenizer.json": "{}"}, "tokenizer.json is no tokenizer"),
+        ({"config.json": "{}", "tokenizer.json": "{}"}, "tokenizer.json is not a readable"),
         ({"config.json": '{"vocab_size": 99}'}, "32100 pieces.*vocab_size = 99"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
