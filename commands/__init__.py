@@ -106,6 +106,11 @@ def keep_writers_logs() -> list[str]:
     return kept.texts
 
 
+def bar_interval() -> float:
+    """Seconds between updates of a progress bar: many on a terminal, few in a log file."""
+    return 0.1 if sys.stderr.isatty() else 10.0
+
+
 def flag(name: str) -> str:
     """The command-line flag of a field: `batch_size` -> `--batch-size`."""
     return f"--{name.replace('_', '-')}"

@@ -17,6 +17,7 @@ from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
+import commands
 from imagen_jax.data import labelled_grid
 from imagen_jax.errors import UserError
 from imagen_jax.pixels import to_pil
@@ -173,7 +174,13 @@ def progress_bars(indices: np.ndarray, count: int) -> Iterator[Progress]:
 
         def progress(unet_number: int, done: int, steps: int) -> None:
             if unet_number not in bars:
-                bar = tqdm(total=steps, desc=f"{label}, U-Net {unet_number}", leave=False)
+                bar = tqdm(
+                    total=steps,
+                    desc=f"{label}, U-Net {unet_number}",
+                    unit="step",
+                    leave=False,
+                    mininterval=commands.bar_interval(),
+                )
                 bars[unet_number] = stack.enter_context(bar)
                 if unet_number not in _seen:
                     bar.set_postfix_str("compiling")

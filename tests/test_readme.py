@@ -27,8 +27,8 @@ def test_the_pipeline_of_the_readme(tmp_path, monkeypatch):
     config = dataclasses.replace(presets.tiny(), unets=(unet, unet))
     imagen_jax.save("runs/demo", imagen_jax.Imagen(config, rngs=nnx.Rngs(0)))
     names = run(PIPELINE)
-    assert names["index"] == 1 and names["image"].shape == (16, 16, 3)
-    assert 0 <= names["image"].min() and names["image"].max() <= 1
+    assert names["result"].images[0].size == (16, 16) and names["result"].seeds == [7]
+    assert Path("apple.png").exists()
 
 
 def test_the_loop_of_the_readme():

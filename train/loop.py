@@ -16,6 +16,7 @@ import json
 import jax
 from tqdm import tqdm
 
+import commands
 from imagen_jax import checkpoint, distributed, flops
 from imagen_jax.config import ImagenConfig, NullUnetConfig
 from imagen_jax.errors import UserError
@@ -167,6 +168,7 @@ class Trainer:
             desc=f"U-Net {self.feed.stage.unet_number}",
             unit="step",
             dynamic_ncols=True,
+            mininterval=commands.bar_interval(),
             disable=not distributed.talks(),
         )
 
