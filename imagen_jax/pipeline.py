@@ -32,7 +32,7 @@ from imagen_jax.streams import image_seeds, seed_keys
 
 STEPS = (20, 15, 10)
 """Denoising steps of each stage by default; those after the last have as many as it."""
-SAMPLER = "dpm++2m"
+SAMPLER, SPACING = "dpm++2m", "log_snr"
 GUIDANCE = 3.0
 """Of the base by default; the other stages run unguided, at half the work."""
 
@@ -270,6 +270,7 @@ def sampling_defaults(config: ImagenConfig) -> dict[str, Any]:
     guided = config.condition_on_text and config.cond_drop_prob > 0
     return dict(
         sampler=SAMPLER,
+        spacing=SPACING if config.elucidated is None else None,
         timesteps=tuple(STEPS[min(i, len(STEPS) - 1)] for i in range(count)),
         cond_scale=(GUIDANCE if guided else 1.0,) + (1.0,) * (count - 1),
     )

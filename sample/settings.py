@@ -46,8 +46,8 @@ class Settings:
     `dpm++2m-sde` draw noise at every step, `ddim` only at the start (more with --eta). `cascade` is
     the reference's, `ancestral` or (elucidated) `heun`, with the cascade's timesteps."""
     spacing: Literal[SPACINGS] | None = None
-    """Noise levels of the steps: `t`, equal steps of time, `log_snr` or `karras`. Default: the
-    cascade's, t or (elucidated) karras."""
+    """Noise levels of the steps: `t`, equal steps of time, `log_snr` or `karras`. Default: log_snr,
+    or karras for elucidated cascades; t with `--sampler cascade`."""
     eta: float = 0.0
     """Noise of ddim, from 0 (none) to 1 (as much as the ancestral sampler's)."""
     guidance_interval: tuple[float, float] | None = None
@@ -145,7 +145,9 @@ class Settings:
                     "cond_drop_prob above 0."
                 )
         timesteps, sampler = defaults["timesteps"], self.sampler
+        spacing = self.spacing or defaults["spacing"]
         if sampler == "cascade":
+            spacing = self.spacing
             sampler = config.stage(last).process.sampler
             numbers = range(1, count + 1)
             timesteps = tuple(config.sampling_defaults(number).num_steps for number in numbers)
@@ -157,7 +159,7 @@ class Settings:
             cond_scale=self._per_unet("cond_scale", defaults["cond_scale"], last),
             timesteps=self._per_unet("steps", timesteps, last),
             sampler=sampler,
-            spacing=self.spacing,
+            spacing=spacing,
             eta=self.eta,
             guidance_interval=self.guidance_interval,
             guidance_schedule=self.guidance_schedule,

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 import imagen_jax
-from imagen_jax import UnetConfig, checkpoint, nn, presets
+from imagen_jax import ElucidatedConfig, UnetConfig, checkpoint, nn, presets
 from imagen_jax.errors import UserError
 from imagen_jax.pipeline import Embeddings, Pipeline, padded, sampling_defaults
 from imagen_jax.streams import RUN, image_seeds, row_keys, stream
@@ -80,12 +80,12 @@ def test_weights_are_kept_in_the_sampling_dtype_with_the_same_results(run, embed
     assert params["mid_block1"]["block1"]["project"]["kernel"].dtype == jnp.bfloat16
     assert params["mid_block1"]["block1"]["norm"]["gamma"].dtype == jnp.float32
     assert params["time"]["fourier"]["weights"].dtype == jnp.float32
-    got = images(once, embeddings, [0, 1, 2])
+    got = images(once, embeddings, [0, 1, 2], pad_to=3)
     want = each_step.sample(
         key=jax.vmap(jax.random.key)(jnp.array(SEEDS)),
         text_embeds=embeddings.embeds,
         text_masks=embeddings.masks,
-        **STEPS,
+        **sampling_defaults(each_step.config) | STEPS,
     )
     np.testing.assert_array_equal(got, want)
 
@@ -216,6 +216,9 @@ def test_the_callback_sees_every_step(run):
 def test_few_steps_are_the_default():
     found = sampling_defaults(presets.imagen())
     assert found["timesteps"] == (20, 15, 10) and found["cond_scale"] == (3.0, 1.0, 1.0)
+    assert (found["sampler"], found["spacing"]) == ("dpm++2m", "log_snr")
+    edm = dataclasses.replace(presets.imagen(), elucidated=ElucidatedConfig())
+    assert sampling_defaults(edm)["spacing"] is None  # that of Karras et al.
     plain = dataclasses.replace(presets.imagen(), cond_drop_prob=0.0)
     assert sampling_defaults(plain)["cond_scale"] == (1.0, 1.0, 1.0)
 

@@ -26,7 +26,7 @@ def files(folder, height, width, white):
 @pytest.mark.parametrize("height, width", [(16, 16), (40, 70), (23, 9)])
 def test_the_rest_keeps_its_pixels(run, command, tmp_path, height, width):
     """In files of the cascade's size, larger ones of another aspect, and smaller ones."""
-    white = (height // 4, height // 2, width // 3, width - 2)
+    white = (height // 4, height // 2, width // 2, width - 2)
     arguments, again = files(tmp_path, height, width, white)
     command(run, *arguments, *STEPS, "--out", tmp_path / "out", name="inpaint")
     path = tmp_path / "out" / "x-0.png"
