@@ -1,21 +1,21 @@
-"""A run directory: the configuration, and the parameters of each U-Net, through Orbax.
+"""Run directories: the configuration, and the parameters of each U-Net, stored by Orbax.
 
-    RUN/config.json          {"imagen": ImagenConfig, "training": {"unet1": ..., ...}}, "origin"
-                             where the weights were converted (interop.imagen_pytorch), and
-                             "text_encoder", the name and hash of the one it was trained with
+    RUN/config.json          {"imagen": ImagenConfig, "training": {"unet1": ..., ...}}, "origin" if
+                             the weights were converted (interop.imagen_pytorch), and
+                             "text_encoder", the name and hash of the one used in training
     RUN/unet1/STEP/params    online parameters
-    RUN/unet1/STEP/ema       their running average, where training keeps one
-    RUN/unet1/STEP/opt_state, meta    what `--resume` needs besides
+    RUN/unet1/STEP/ema       their running average, if training keeps one
+    RUN/unet1/STEP/opt_state, meta    what else `--resume` needs
     RUN/unet1/STEP/complete.json      the commit marker
     RUN/metrics.jsonl, RUN/samples/   written by training
 
-RUN is a directory or the URL of one in an object store (`storage`).
+RUN is a directory, or a URL in an object store (`storage`).
 
-The commit marker is written last, by process 0, after Orbax has finished: a step without it is not
-complete. It lists the files that are empty on purpose, so that any other empty file marks what a
-power cut has left of a step. Earlier versions wrote no marker: their steps, which are older than
-every marked one, count as complete where Orbax has committed them. `choose` says what a loader
-takes and what it passes over; `--resume` also passes over steps that cannot be read (`Damaged`).
+Process 0 writes the commit marker last, after Orbax has finished: a step without it is incomplete.
+The marker lists the files that are empty on purpose, so any other empty file means that a power cut
+damaged the step. Earlier versions wrote no marker: their steps, which are older than every marked
+one, count as complete if Orbax committed them. `choose` selects the step that a loader reads and
+reports the ones it skips; `--resume` also skips steps that cannot be read (`Damaged`).
 """
 
 import dataclasses
@@ -45,44 +45,44 @@ from imagen_jax.types import Params
 Weights = Literal["ema", "online"]
 ITEMS: dict[Weights, str] = {"online": "params", "ema": "ema"}
 MARKER = "complete.json"
-CONCURRENT_GB = 1  # arrays on their way to the disk or from it, where memory is bounded
+CONCURRENT_GB = 1  # arrays being read or written at once, where memory is bounded
 
 
 class Damaged(UserError):
-    """A step is there, and cannot be read."""
+    """A step exists but cannot be read."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What a loader reads of one U-Net."""
+    """The step and weights that a loader reads for one U-Net."""
 
     step: int
-    weights: Weights  # "online" also where the average was asked for and none is stored
-    notes: tuple[str, ...] = ()  # a line each: which steps were passed over and why
+    weights: Weights  # "online" also if the average was requested but none is stored
+    notes: tuple[str, ...] = ()  # one line per skipped step, with the reason
 
 
 class PassedOver(UserWarning):
-    """A newer step is there, and is not complete; or what was read has no commit marker."""
+    """A newer step exists but is incomplete, or the step that was read has no commit marker."""
 
 
 def stage_path(run: str | os.PathLike, unet_number: int) -> epath.Path:
-    """Absolute, as Orbax wants it."""
+    """The directory of a U-Net's steps: absolute, as Orbax requires."""
     run = storage.folder(run)
     return (run if storage.is_remote(run) else run.resolve()) / f"unet{unet_number}"
 
 
 def read_config(run: str | os.PathLike) -> ImagenConfig:
-    """The cascade of a run directory. Raises ValueError if there is none."""
+    """The cascade of a run directory. Raises UserError if there is none."""
     return ImagenConfig.from_dict(_read_json(run)["imagen"])
 
 
 def read_origin(run: str | os.PathLike) -> dict[str, Any] | None:
-    """What converted weights remember of the file they came from."""
+    """What was recorded of the file that the weights were converted from, or None."""
     return _read_json(run).get("origin")
 
 
 def read_text_encoder(run: str | os.PathLike) -> Identity | None:
-    """The text encoder that a run was trained with; None without a record, or without a run."""
+    """The text encoder that a run was trained with; None if there is no record, or no run."""
     if not (storage.folder(run) / "config.json").exists():
         return None
     found = _read_json(run).get("text_encoder")
@@ -90,7 +90,7 @@ def read_text_encoder(run: str | os.PathLike) -> Identity | None:
 
 
 def read_training(run: str | os.PathLike, unet_number: int) -> dict[str, Any] | None:
-    """The settings that a U-Net was last trained with, None if it was not trained here."""
+    """The settings that a U-Net was last trained with; None if it was not trained here."""
     if not (storage.folder(run) / "config.json").exists():
         return None
     return _read_json(run).get("training", {}).get(f"unet{unet_number}")
@@ -104,9 +104,9 @@ def write_config(
     origin: Mapping[str, Any] | None = None,
     text_encoder: Identity | None = None,
 ) -> None:
-    """Writes `config.json`, adding `training` (`{"unet1": settings}`) to what is there.
+    """Writes `config.json`, adding `training` (`{"unet1": settings}`) to an existing file.
 
-    A run directory holds one cascade. Raises ValueError, and writes nothing, if it holds another.
+    A run directory holds one cascade. Raises UserError, and writes nothing, if it holds another.
     """
     path = storage.folder(run) / "config.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -124,7 +124,7 @@ def write_config(
 
 
 def check_config(run: str | os.PathLike, config: ImagenConfig) -> None:
-    """Raises ValueError if the run directory holds another cascade; it need not exist."""
+    """Raises UserError if the run directory exists and holds another cascade."""
     path = storage.folder(run) / "config.json"
     difference = first_difference(read_config(run), config) if path.exists() else None
     if difference:
@@ -132,15 +132,15 @@ def check_config(run: str | os.PathLike, config: ImagenConfig) -> None:
 
 
 class Writer:
-    """Writes the steps of one U-Net, newest last, through Orbax. Use it as a context: it ends when
-    all is on disk. Every process of a run opens one and makes the same calls.
+    """Writes the steps of one U-Net in ascending order, through Orbax. A context manager, which
+    exits once everything is on disk. Every process of a run opens one and makes the same calls.
 
-    Opening it clears away what an interrupted save left behind, so readers use `choose` and
-    `restore` instead. `keep` is how many of the newest steps stay.
+    Opening it removes the remains of interrupted saves, so readers use `choose` and `restore`
+    instead. The newest `keep` steps are kept.
 
-    With `bounded_memory` a step is written at once, one file an array, few at a time: arrays may be
-    views of a file. Orbax's usual database keeps all in memory until its end (2.0 against 1.1 times
-    the arrays, measured).
+    With `bounded_memory`, saving is synchronous and writes one file per array, a few at a time;
+    arrays may be views of a file. Orbax's default format holds everything in memory until the end
+    (measured: 2.0 times the size of the arrays, against 1.1).
     """
 
     def __init__(
@@ -163,7 +163,7 @@ class Writer:
         self.manager = ocp.CheckpointManager(self.path, options=options, item_handlers=handlers)
 
     def save(self, step: int, trees: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
-        """Starts to write a step, once the one before is complete; returns when the arrays are
+        """Starts writing a step, once the previous one is complete. Returns when the arrays are
         copied, not when they are on disk.
 
         Raises UserError, and writes nothing, if the directory holds this step or a later one.
@@ -178,17 +178,17 @@ class Writer:
         self.unmarked = step
 
     def poll(self) -> None:
-        """Writes the commit marker of a step that Orbax has finished. Call it often."""
+        """Writes the commit marker if Orbax has finished the step. Call it often."""
         if self.unmarked is not None and not self.manager.is_saving_in_progress():
             self._mark()
 
     def wait(self) -> None:
-        """Until all is on disk. Raises what went wrong with it."""
+        """Waits until everything is on disk. Raises any error of the save."""
         self.manager.wait_until_finished()
         self._mark()
 
     def _mark(self) -> None:
-        """By process 0 alone, and only where Orbax has given the step its name."""
+        """Writes the commit marker, on process 0 only, once the step has its final name."""
         step = self.unmarked
         if step is None or step not in ocp.utils.checkpoint_steps(self.path):
             return
@@ -218,7 +218,7 @@ def write(
     steps: Mapping[int, int],
     origin: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes a configuration and one step of each U-Net, with bounded memory.
+    """Writes a configuration and one step of each U-Net with bounded memory.
 
     Raises UserError if `run` holds another cascade, or this step or a later one of a U-Net.
     """
@@ -230,35 +230,35 @@ def write(
 
 
 def _empty_files(step: epath.Path) -> list[str]:
-    """By their paths in the step. (An object store does not lose what it has accepted.)"""
+    """Relative paths of the empty files. (An object store does not lose what it has accepted.)"""
     sizes = {os.path.relpath(file, step): file.stat().length for file in storage.files(step)}
     return sorted(name for name, size in sizes.items() if not size)
 
 
 def steps(run: str | os.PathLike, unet_number: int) -> list[int]:
-    """The steps of a U-Net in a run, the newest first, incomplete ones among them."""
+    """The steps of a U-Net in a run, newest first, including incomplete ones."""
     path = stage_path(run, unet_number)
     return sorted(ocp.utils.checkpoint_steps(path), reverse=True) if path.is_dir() else []
 
 
 def latest_step(run: str | os.PathLike, unet_number: int) -> int | None:
-    """The newest complete step of a U-Net in a run, None if there is none."""
+    """The newest complete step of a U-Net in a run; None if there is none."""
     choice = choose(run, unet_number)
     return choice and choice.step
 
 
 def incomplete(run: str | os.PathLike, unet_number: int) -> dict[int, str]:
-    """The steps that are not complete, the newest first, and what each lacks."""
+    """The incomplete steps, newest first, each with the reason."""
     return {step: reason for step, reason in _surveyed(run, unet_number) if reason}
 
 
 def _surveyed(run: str | os.PathLike, unet_number: int) -> Iterator[tuple[int, str | None]]:
-    """Step after step, the newest first, and what it lacks; a training run may be deleting the
-    oldest meanwhile."""
+    """Yields every step, newest first, and why it is incomplete, or None. Lazy, because a training
+    run may be deleting the oldest steps meanwhile."""
     path, found = stage_path(run, unet_number), steps(run, unet_number)
     marked = {step for step in found if (path / str(step) / MARKER).exists()}
     for step in found:
-        earlier = step < min(marked, default=step + 1)  # a step of an earlier version
+        earlier = step < min(marked, default=step + 1)  # written by an earlier version
         if step not in marked and not earlier:
             yield step, "it has no commit marker"
         else:
@@ -267,7 +267,7 @@ def _surveyed(run: str | os.PathLike, unet_number: int) -> Iterator[tuple[int, s
 
 
 def _lost_files(step: epath.Path) -> list[str]:
-    """Files that are empty and were not when the step was committed."""
+    """Files that are empty now but were not when the step was committed."""
     if storage.is_remote(step):
         return []
     empty = _empty_files(step)
@@ -278,9 +278,9 @@ def _lost_files(step: epath.Path) -> list[str]:
 
 
 def choose(run: str | os.PathLike, unet_number: int, weights: Weights = "ema") -> Choice | None:
-    """What to read of a U-Net: its newest complete step; None if it has none.
+    """Chooses the newest complete step of a U-Net; None if there is none.
 
-    "ema" becomes "online" where no average was kept (`save`).
+    "ema" becomes "online" if the step has no average (`save`).
     """
     path, passed = stage_path(run, unet_number), {}
     for step, reason in _surveyed(run, unet_number):
@@ -315,10 +315,10 @@ def restore(
     *,
     as_numpy: bool = False,
 ) -> Any:
-    """One tree of a step, placed as the `ShapeDtypeStruct`s of `target` say; or as NumPy arrays of
-    the dtypes that are stored, read with bounded memory.
+    """Reads one tree of a step, placed by the shardings of `target`'s `ShapeDtypeStruct`s; with
+    `as_numpy`, as NumPy arrays in the stored dtypes, with bounded memory.
 
-    Raises `Damaged` if the step has no such tree, one of other shapes, or one that cannot be read.
+    Raises `Damaged` if the tree is missing, has other shapes or cannot be read.
     """
     path = _item_path(run, unet_number, step, item)
     with ocp.Checkpointer(_reader()) if as_numpy else ocp.StandardCheckpointer() as checkpointer:
@@ -335,7 +335,7 @@ def restore(
 
 
 def stored_shapes(run: str | os.PathLike, unet_number: int, step: int, item: str) -> Any:
-    """The tree of a step with an object for each array that has its `shape`. Raises `Damaged`."""
+    """The tree of a step with, for each array, an object that has its `shape`. Raises `Damaged`."""
     path = _item_path(run, unet_number, step, item)
     with ocp.Checkpointer(_reader()) as checkpointer:
         try:
@@ -356,7 +356,7 @@ def _reader() -> ocp.PyTreeCheckpointHandler:
 
 
 def read_meta(run: str | os.PathLike, unet_number: int, step: int) -> dict[str, Any]:
-    """What training wrote beside the arrays of a step. Raises `Damaged`."""
+    """The metadata that training stored with a step. Raises `Damaged`."""
     path = stage_path(run, unet_number) / str(step) / "meta"
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
         try:
@@ -373,10 +373,10 @@ def load_params(
     layout: Layout | None = None,
     dtype: DTypeLike = jnp.float32,
 ) -> Params:
-    """One U-Net's parameters, where `layout` places them, by default on one device.
+    """Loads one U-Net's parameters, placed by `layout`; by default on one device.
 
-    `dtype` other than float32 is that of a network which is not trained (`nn.stored_dtypes`).
-    Raises UserError, which names the array, for values that are not finite; `Damaged`.
+    A `dtype` other than float32 is for networks that are not trained (`nn.stored_dtypes`).
+    Raises `Damaged`, and a UserError that names the array if values are not finite.
     """
     config = read_config(run).unets[unet_number - 1]
     shapes = nn.stored_shapes(nn.abstract(config)[1], dtype)
@@ -389,8 +389,8 @@ def load_params(
 
 
 def check_finite(tree: Any, where: str) -> None:
-    """Raises UserError for the first array of a tree with values that are not finite. Of arrays
-    that lie on many machines, every process looks at its own part."""
+    """Raises UserError for the first array of a tree with NaN or infinity. Of arrays that are
+    distributed over machines, every process checks its own part."""
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         parts = [leaf]
         if isinstance(leaf, jax.Array):
@@ -412,16 +412,17 @@ def load(
     unet_numbers: Sequence[int] | None = None,
     choices: Mapping[int, Choice] | None = None,
 ) -> Imagen:
-    """The cascade of a run directory, with the newest weights of its U-Nets.
+    """Loads the cascade of a run directory, with the newest weights of its U-Nets.
 
-    The networks compute in `dtype`. Parameters are read in `param_dtype`: float32 to train them,
-    `dtype` to sample alone, with the same results. `mesh`, as "8x1" or "auto", distributes them
-    over devices, each of which reads its part.
-    `unet_numbers` chooses which to load. A U-Net that is not loaded, or was never trained, is a
-    `NullUnet`, which `Imagen.sample` refuses.
-    `weights` "ema" means the online ones where no average was kept; a newer step that is not
-    complete is passed over with a warning (`PassedOver`). `choices` (`choose_all`) are what to read
-    instead, without one. Raises UserError if `run` holds no cascade, or weights are not finite.
+    The networks compute in `dtype`. Parameters are read in `param_dtype`: float32 for training;
+    for sampling only, `dtype` gives the same results. `mesh`, e.g. "8x1" or "auto", distributes
+    them over devices, each of which reads its part.
+    `unet_numbers` selects the U-Nets to load. Those not loaded, or never trained, are `NullUnet`s,
+    which `Imagen.sample` rejects.
+    `weights` "ema" falls back to the online ones if no average is stored. Newer steps that are
+    incomplete are skipped with a warning (`PassedOver`). `choices` (of `choose_all`) replace this
+    selection, without warnings. Raises UserError if `run` holds no cascade, or weights are not
+    finite.
     """
     config = read_config(run)
     layout = make_layout(mesh) if isinstance(mesh, str) else mesh
@@ -452,7 +453,7 @@ def choose_all(
 
 
 def save(run: str | os.PathLike, imagen: Imagen, *, step: int = 0) -> None:
-    """Writes configuration and parameters; `load` gives them back.
+    """Writes configuration and parameters, for `load`.
 
     Raises UserError if `run` holds another cascade, or this step or a later one of a U-Net.
     """

@@ -1,7 +1,7 @@
-"""Where networks and theory meet: a network with its conditioning, as a callable of (x, level).
+"""Connects networks and theory: a network with its conditioning, as a callable of (x, level).
 
-Training and sampling call the network through this closure alone. The noise process decides what x
-and the level are; the network is given the level's `conditioning`.
+Training and sampling call the network only through this callable. The noise process defines x and
+the level; the network is given the level's `conditioning`.
 """
 
 from typing import Any, NamedTuple
@@ -19,13 +19,13 @@ from imagen_jax.types import PRNGKey
 class Conditioning(NamedTuple):
     """Conditioning inputs of a stage's network that do not depend on the noise level of x.
 
-    All have one row per row of x. `text` is what the network's `encode_text` returns.
+    All have as many rows as x. `text` is the result of the network's `encode_text`.
     """
 
     text: Any = None
     lowres: Array | None = None
     lowres_time: Array | None = None
-    """(b,) what the network is given for the noise level of `lowres`."""
+    """(b,) the network's input for the noise level of `lowres`."""
     cond_images: Array | None = None
 
 

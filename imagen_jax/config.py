@@ -1,11 +1,11 @@
-"""What a cascade is, as frozen data: JSON in, JSON out, every mistake named at construction.
+"""The configuration of a cascade: frozen, convertible to and from JSON, checked at construction.
 
 Field names and defaults are the arguments of imagen-pytorch 2.1.0: those of its `Imagen` here, of
-its `Unet` in unet_config.py. So a user of it recognises everything, and a configuration converts
-one to one. A field that the reference takes per U-Net (`timesteps`, ...) keeps the form it was
-given in, one value or a tuple; `ImagenConfig.stage` resolves it.
+its `Unet` in unet_config.py. Its users recognise everything, and configurations convert one to one.
+A field that the reference takes per U-Net (`timesteps`, ...) keeps the form in which it was given,
+one value or a tuple; `ImagenConfig.stage` resolves it.
 
-Sizes are (height, width), in that order everywhere; one integer means a square.
+Sizes are always (height, width); one integer means a square.
 """
 
 import dataclasses
@@ -40,16 +40,16 @@ T5_WIDTHS = {
     "t5-3b": 1024,
     "t5-11b": 1024,
 }
-"""Width of the embeddings of the encoders that are known by name."""
+"""Name of a known text encoder -> the width of its embeddings."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ElucidatedConfig(Config):
     """Hyper-parameters of the reference's `ElucidatedImagen` (Karras et al., 2022).
 
-    One value, or one per U-Net. `lowres_conditioning` is ours: what super-resolution is given for
-    the noise of the low-resolution image in sampling. `log_snr` is what training gave; `time` is
-    what the reference gives there by mistake, to repeat its images.
+    One value, or one per U-Net. `lowres_conditioning` is not in the reference: it selects the
+    input of super-resolution, in sampling, for the noise of the low-resolution image. `log_snr` is
+    the same as in training; `time` repeats a mistake of the reference, to reproduce its images.
     """
 
     num_sample_steps: int | tuple[int, ...] = 32
@@ -76,12 +76,12 @@ class ElucidatedConfig(Config):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImagenConfig(Config):
-    """A cascade. Fields are those of the reference's `Imagen`, the video ones left out.
+    """A cascade. Fields are those of the reference's `Imagen`, without the video ones.
 
-    `elucidated` is ours: the hyper-parameters of an `ElucidatedImagen`, None for an `Imagen`.
-    The U-Nets are adapted as the reference does: the first has no low-resolution input, all
-    others have one, and text width and channels are the cascade's. `unets` and `image_sizes` are
-    tuples once constructed. Sizes are an integer or (h, w) for each U-Net, all of one aspect.
+    `elucidated` is added: the hyper-parameters of an `ElucidatedImagen`, None for an `Imagen`.
+    The U-Nets are adapted as in the reference: the first has no low-resolution input, all others
+    have one, and all get the cascade's text width and channels. After construction, `unets` and
+    `image_sizes` are tuples. Each U-Net's size is an integer or (h, w), all of one aspect ratio.
     """
 
     unets: UnetConfig | NullUnetConfig | tuple[UnetConfig | NullUnetConfig, ...]
@@ -170,7 +170,7 @@ class ImagenConfig(Config):
                 raise UserError(f"{name} = {getattr(self, name)} must lie in [{lo}, {hi}].")
         if self.elucidated is not None:
             for i in range(len(self.unets)):
-                self._process(i).grid(1)  # refuses an empty range of noise
+                self._process(i).grid(1)  # rejects an empty range of noise
         if min(self.per_stage("timesteps")) < 1:
             raise UserError(f"timesteps = {self.timesteps} must be positive.")
         number = self.only_train_unet_number
@@ -213,17 +213,17 @@ class ImagenConfig(Config):
         )
 
     def per_stage(self, name: str) -> tuple[Any, ...]:
-        """The field `name` with one entry per U-Net."""
+        """The field `name` as a tuple with one entry per U-Net."""
         value = getattr(self, name)
         if name != "noise_schedules":
             return value if isinstance(value, tuple) else (value,) * len(self.unets)
-        # The reference pads with 'cosine' to two and with 'linear' from there on.
+        # The reference pads with 'cosine' up to two entries, and with 'linear' after that.
         given = value if isinstance(value, tuple) else (value,)
         padded = given + ("cosine",) * (2 - len(given))
         return (padded + ("linear",) * len(self.unets))[: len(self.unets)]
 
     def stage(self, unet_number: int) -> Stage:
-        """Everything static that training or sampling U-Net `unet_number` (from 1) depends on."""
+        """All static data that training or sampling U-Net `unet_number` (from 1) depends on."""
         i = self._index(unet_number)
         crop = self.per_stage("random_crop_sizes")[i]
         return Stage(
@@ -243,17 +243,17 @@ class ImagenConfig(Config):
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """The cascade, stage by stage."""
+        """The stages of the cascade."""
         return tuple(self.stage(number) for number in range(1, len(self.unets) + 1))
 
     @property
     def text_len(self) -> int:
-        """Tokens of an encoded caption that at least one U-Net reads; the others are cut."""
+        """The number of a caption's tokens that at least one U-Net reads; the rest are cut off."""
         lengths = [unet.text_len for unet in self.unets if isinstance(unet, UnetConfig)]
         return max(lengths, default=0)
 
     def sampling_defaults(self, unet_number: int) -> SamplingDefaults:
-        """The numbers that sampling U-Net `unet_number` takes unless others are given."""
+        """The default numbers for sampling U-Net `unet_number` (from 1)."""
         i, own = self._index(unet_number), self.elucidated
         steps, options = self.per_stage("timesteps")[i], Options()
         if own is not None:
@@ -314,7 +314,7 @@ _EDM = [field.name for field in dataclasses.fields(EDM)]
 
 
 def _sizes(sizes: int | Size | tuple[int | Size, ...], count: int) -> tuple[int | Size, ...]:
-    """One entry per U-Net; a square as one integer. For one U-Net, (h, w) may come alone."""
+    """One entry per U-Net, a square as an integer. A single U-Net also accepts a bare (h, w)."""
     if isinstance(sizes, int):
         sizes = (sizes,)
     if count == 1 and len(sizes) == 2 and all(isinstance(side, int) for side in sizes):

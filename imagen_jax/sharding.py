@@ -1,26 +1,26 @@
-"""Where every array lives: the mesh, and one rule for all that is placed on it.
+"""The placement of arrays: the mesh, and one rule for everything that is placed on it.
 
-The only file of the project that names mesh axes.
+No other file of the project names mesh axes.
 
 A mesh is DATA x MODEL. The batch is split over `data`. A parameter, its average and its moments are
 split over both axes: over `data` to save memory (FSDP: gathered only while a layer runs), over
-`model` because each device computes a part of the channels or heads. With model = 2, along a block:
+`model` because each device computes some of the channels or heads. With model = 2, along a block:
 
     x       channels split    at rest, and saved for the backward pass
     x       gathered          all-gather
-    expand  (c, h/2)          "column": the kernel's outputs are split, so are the channels of h
+    expand  (c, h/2)          "column": the kernel's outputs are split, and so the channels of h
     reduce  (h/2, c)          "row": its inputs are split, its outputs are partial sums
     y       channels split    reduce-scatter; added to x
 
-Large feature maps have their rows split over `model` instead: convolutions exchange what lies at
-the edges, and each device gathers the weights, which are few there (see `ROWS_FROM`).
+Large feature maps have their rows split over `model` instead: convolutions exchange the rows at
+the edges, and each device gathers the weights, which are small there (see `ROWS_FROM`).
 
-Networks do not refer to the mesh: they name the axes of an activation, one word per axis, as in
+Networks do not refer to the mesh. They name the axes of an activation, one word per axis, as in
 `constrain(x, "b h w c")`, which is the identity without a mesh. `AXES` maps names to mesh axes:
 
     b        batch                                     split over `data`
     h, w     rows and columns of a feature map         h split over `model` in large maps
-    p        all h * w pixels, flattened               split where h is; needs `h=`
+    p        all h * w pixels, flattened               split if h is; needs `h=`
     c        channels                                  split over `model`
     n        heads                                     split over `model`
     f, m, l  frames, tokens                            never split
@@ -28,10 +28,10 @@ Networks do not refer to the mesh: they name the axes of an activation, one word
     _        any axis, gathered                        never split
     ...      last word only: all other axes, gathered
 
-`c` and `_` tell an activation at rest from one that every device needs complete: `"b h w c"` has
-its channels split, `"b h w _"` has them gathered. A mesh axis splits one axis of an array, the
-first that names it, splits evenly and, if h or p, belongs to a large map. Hence large maps keep
-their rows split in both forms, and all other axes gathered.
+`c` and `_` distinguish an activation at rest from one that every device needs complete:
+`"b h w c"` has its channels split, `"b h w _"` has them gathered. A mesh axis splits at most one
+axis of an array: the first that maps to it, divides evenly and, for h or p, belongs to a large map.
+So large maps keep their rows split in both forms, and all other axes gathered.
 """
 
 import contextlib
@@ -55,21 +55,21 @@ P = jax.P
 DATA, MODEL = "data", "model"
 
 MIN_SIZE = 2**18
-"""Arrays of fewer elements are replicated: gathering them would cost more than keeping them."""
+"""Arrays with fewer elements are replicated: gathering them costs more than storing them."""
 
 ROWS_FROM = 32
-"""Feature maps of so many rows are split by rows over `model`, smaller ones by channels.
+"""Feature maps with at least this many rows are split by rows over `model`, others by channels.
 
-Measured: for each of the paper-sized stages a step sends least, and keeps least on its way, from 32
-up (`benchmarks/placement.py`, numbers in benchmarks/README.md).
+Measured: with 32, a step of each paper-sized stage communicates least and uses the least temporary
+memory (`benchmarks/placement.py`, numbers in benchmarks/README.md).
 """
 
 AXES = dict.fromkeys("fwmldk_") | {"b": DATA, "h": MODEL, "p": MODEL, "c": MODEL, "n": MODEL}
-"""The axes that activations have, and which mesh axis may split each; see above."""
+"""The axes of activations, and the mesh axis that may split each; see above."""
 
-# Kernels whose outputs, or whose inputs, are split over `model`. Keys and values fused in one
-# kernel are split by rows: split by columns, the keys would lie on one half of the devices and the
-# values on the other. Kernels not named here are split along the larger of the two.
+# Kernels whose outputs, or inputs, are split over `model`. Kernels that fuse keys and values are
+# split by rows: split by columns, one half of the devices would hold the keys and the other the
+# values. Kernels not named here are split along the larger of the two axes.
 _COLUMN = {"block1", "res_conv", "to_q", "expand", "squeeze", "q", "k", "v", "wi", "wi_0", "wi_1"}
 _ROW = {"block2", "to_kv", "to_context", "to_out", "contract", "excite", "time_mlp", "o", "wo"}
 
@@ -82,14 +82,14 @@ class Layout:
     min_size: int = MIN_SIZE
 
     def place(self, tree: PyTree) -> PyTree:
-        """A sharding for every leaf of parameters, or of a tree of the same structure (averages,
-        moments), by its path and shape."""
+        """The sharding of every leaf, by its path and shape, for parameters or a tree of the same
+        structure (averages, moments)."""
         return jax.tree_util.tree_map_with_path(
             lambda path, x: self.named(self.spec(_names(path), x.shape)), tree
         )
 
     def spec(self, names: Sequence[str], shape: tuple[int, ...]) -> jax.P:
-        """The rule. `names` lead to the leaf, as ("downs", "0", "block1", "project", "kernel")."""
+        """The rule, for the leaf at the path `names`: ("downs", "block1", "project", "kernel")."""
         if len(shape) < 2 or math.prod(shape) < self.min_size:
             return P()
         owner = _owner(names)
@@ -104,14 +104,14 @@ class Layout:
         return P(*axes)
 
     def describe(self) -> str:
-        """As `8 x NVIDIA H100, mesh 8x1, 1 process`."""
+        """A summary, e.g. `8 x NVIDIA H100, mesh 8x1, 1 process`."""
         kind, processes = self.mesh.devices.flat[0].device_kind, jax.process_count()
         shape = "x".join(map(str, self.mesh.devices.shape))
         plural = "es" * (processes > 1)
         return f"{self.mesh.size} x {kind}, mesh {shape}, {processes} process{plural}"
 
     def largest(self, number: int) -> Array:
-        """The largest of the numbers that the processes pass. All processes must call this."""
+        """The largest of the numbers passed by the processes, all of which must call this."""
         every = self.named(P(self.mesh.axis_names))
         numbers = jax.make_array_from_callback(
             (self.mesh.size,), every, lambda index: np.full(1, number, np.int32)
@@ -119,13 +119,13 @@ class Layout:
         return _compiled(jnp.max, self.replicated)(numbers)
 
     def put(self, path: Sequence[Any], x: np.ndarray) -> Array:
-        """One leaf, placed where `place` would. Each device gets its part of the process's copy."""
+        """Places one leaf as `place` would. Each device gets its part of the process's copy."""
         names = [str(name) for name in path if not isinstance(name, int)]
         sharding = self.named(self.spec(names, x.shape))
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
     def targets(self, tree: PyTree) -> PyTree:
-        """The shapes of a tree with their shardings, as a checkpoint is restored to."""
+        """The ShapeDtypeStructs of a tree with their shardings: the target of a restore."""
         return jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
             tree,
@@ -138,11 +138,11 @@ class Layout:
         return self.named(P(DATA))
 
     def rows(self, count: int) -> NamedSharding:
-        """`batch`, or `replicated` if so many rows do not split evenly."""
+        """`batch`, or `replicated` if `count` rows do not split evenly."""
         return self.replicated if count % self.mesh.shape[DATA] else self.batch
 
     def split_rows(self, count: int) -> int:
-        """The smallest number of rows from `count` up that splits evenly over `data`."""
+        """`count` rounded up to a number of rows that splits evenly over `data`."""
         return -(-count // self.mesh.shape[DATA]) * self.mesh.shape[DATA]
 
     @property
@@ -158,7 +158,7 @@ class Layout:
         return sorted({row for (rows,) in held for row in range(batch_size)[rows]})
 
     def to_batch(self, own: PyTree, batch_size: int) -> PyTree:
-        """Global arrays from the `own_rows` that each process has as NumPy arrays."""
+        """Assembles global arrays from the `own_rows` of each process, as NumPy arrays."""
         place = {row: i for i, row in enumerate(self.own_rows(batch_size))}
 
         def assemble(x: np.ndarray) -> Array:
@@ -171,11 +171,11 @@ class Layout:
         return jax.tree.map(assemble, own)
 
     def replicate(self, tree: PyTree) -> PyTree:
-        """The same arrays, replicated. Every process must pass equal ones."""
+        """Replicates arrays. Every process must pass equal ones."""
         return _compiled(_same, self.replicated)(tree)
 
     def on_mesh(self, fn: Callable) -> Callable:
-        """`fn`, traced for this mesh: `constrain` takes effect in it."""
+        """Wraps `fn` so that it is traced for this mesh, and `constrain` takes effect in it."""
 
         @functools.wraps(fn)
         def traced(*args):
@@ -185,7 +185,7 @@ class Layout:
         return traced
 
     def fetch(self, tree: PyTree) -> PyTree:
-        """As NumPy arrays, on every process."""
+        """Returns NumPy arrays, on every process."""
         return jax.device_get(self.replicate(tree))
 
     def key(self, seed: int) -> Array:
@@ -193,13 +193,13 @@ class Layout:
         return _compiled(jax.random.key, self.replicated)(np.uint32(seed))
 
     def use(self) -> contextlib.AbstractContextManager:
-        """A context in which functions are traced for this mesh, so that `constrain` takes effect.
-        Compiled functions that are called in it are compiled for it."""
+        """A context in which functions are traced and compiled for this mesh, so that `constrain`
+        takes effect."""
         return jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh)
 
 
 def single(device: jax.Device | None = None) -> Layout:
-    """One device."""
+    """The layout of a single device."""
     return Layout(_mesh((1, 1), [device or jax.devices()[0]]))
 
 
@@ -210,11 +210,12 @@ def make_layout(
     min_size: int = MIN_SIZE,
     devices: Sequence[jax.Device] | None = None,
 ) -> Layout:
-    """`DATAxMODEL` as a mesh over the devices of all processes, or over those given.
+    """A `DATAxMODEL` mesh over the devices of all processes, or over `devices`.
 
-    One factor may be -1: whatever is left. `auto` is all devices on the data axis: a model axis is
-    never guessed. One process may use fewer devices than it has. Raises UserError if there are too
-    few, or if `rows`, the images that a step takes at once, do not split over the data axis.
+    One factor may be -1, for all remaining devices. `auto` puts all devices on the data axis: a
+    model axis must be requested. A single process may use fewer devices than it has. Raises
+    UserError if there are too few, or if `rows`, the images per step, do not split evenly over the
+    data axis.
     """
     devices = jax.devices() if devices is None else devices
     count = len(devices)
@@ -233,13 +234,13 @@ def make_layout(
 
 
 def _nearest(rows: int, devices: int) -> str:
-    """The multiples of `devices` on either side of `rows`, for a message."""
+    """The nearest multiples of `devices` below and above `rows`, for a message."""
     below = rows - rows % devices
     return f"{below} or {below + devices}" if below else f"{devices}"
 
 
 def mesh_shape(text: str, *, count: int) -> tuple[int, int]:
-    """The shape that `text` asks for where there are `count` devices; see `make_layout`."""
+    """The shape that `text` specifies for `count` devices; see `make_layout`."""
     if text == "auto":
         return count, 1
     data, model = parse(text)
@@ -252,7 +253,7 @@ def mesh_shape(text: str, *, count: int) -> tuple[int, int]:
 
 
 def parse(text: str) -> tuple[int, int]:
-    """`8x1` -> (8, 1); -1 stays. Raises ValueError for anything else."""
+    """`8x1` -> (8, 1); -1 stays. Raises UserError for anything else."""
     found = re.fullmatch(r"(-1|[1-9]\d*)x(-1|[1-9]\d*)", text)
     sizes = tuple(map(int, found.groups())) if found else (-1, -1)
     if sizes == (-1, -1):
@@ -263,11 +264,11 @@ def parse(text: str) -> tuple[int, int]:
 
 
 def constrain(x: Array, axes: str, *, h: int | None = None) -> Array:
-    """Specifies how an activation is placed on the mesh in use, by the names of its axes (above).
+    """Specifies how an activation is placed on the current mesh, by the names of its axes (above).
 
-    `p`, flattened pixels, needs the rows `h` of the feature map: p alone does not tell 64 x 16
-    from 16 x 64, and both forms of one map must be split alike. Raises ValueError if the names do
-    not fit the array.
+    `p`, flattened pixels, needs the rows `h` of the feature map: p alone does not distinguish
+    64 x 16 from 16 x 64, and both forms of a map must be split the same way. Raises UserError if
+    the names do not fit the array.
     """
     spec = _spec(axes, x.shape, h)
     return x if spec is None else jax.lax.with_sharding_constraint(x, spec)
@@ -276,8 +277,8 @@ def constrain(x: Array, axes: str, *, h: int | None = None) -> Array:
 def per_device(
     fn: Callable[..., Array], *arrays: Array, axes: Sequence[str], h: int | None = None
 ) -> Array:
-    """fn(*arrays), each device with its own part of them, for kernels that the compiler cannot
-    split. `axes` name those of each array as in `constrain`; the result is split as the first."""
+    """Computes fn(*arrays), each device on its part, for kernels that the compiler cannot split.
+    `axes` are those of each array, as in `constrain`; the result is split like the first."""
     specs = tuple(_spec(names, x.shape, h) for names, x in zip(axes, arrays, strict=True))
     if specs[0] is None:
         return fn(*arrays)
@@ -285,7 +286,7 @@ def per_device(
 
 
 def _spec(axes: str, shape: tuple[int, ...], h: int | None) -> jax.P | None:
-    """Which mesh axis splits each axis of an activation; None where there is one device."""
+    """The mesh axis that splits each axis of an activation; None on a single device."""
     names = _axes(axes, shape, h)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -300,7 +301,7 @@ def _spec(axes: str, shape: tuple[int, ...], h: int | None) -> jax.P | None:
 
 
 def _axes(axes: str, shape: tuple[int, ...], h: int | None) -> list[str]:
-    """The names, one per axis of the array."""
+    """The names in `axes`, one per axis of the array."""
     names = axes.split()
     if names[-1:] == ["..."]:
         names[-1:] = "_" * (len(shape) - len(names) + 1)
@@ -317,19 +318,19 @@ def _axes(axes: str, shape: tuple[int, ...], h: int | None) -> list[str]:
 
 
 def splits(size: int) -> bool:
-    """Whether `model` has several devices, and an axis of this size splits evenly over them."""
+    """Whether `model` has several devices and an axis of this size splits evenly over them."""
     return model_parallel() and size % jax.sharding.get_abstract_mesh().shape[MODEL] == 0
 
 
 def model_parallel() -> bool:
-    """Whether the mesh in use has several devices along `model`, so that activations may be split
+    """Whether the current mesh has several devices along `model`, so that activations may be split
     over it."""
     return jax.sharding.get_abstract_mesh().shape.get(MODEL, 1) > 1
 
 
 @contextlib.contextmanager
 def traced_for(name: str) -> Iterator[None]:
-    """`platform` within: to count the arithmetic of the plain forms, for one."""
+    """A context in which `platform` returns `name`, e.g. to count the FLOPs of the plain forms."""
     token = _traced_for.set(name)
     try:
         yield
@@ -341,7 +342,7 @@ _traced_for: ContextVar[str | None] = ContextVar("traced_for", default=None)
 
 
 def platform() -> str:
-    """What the function being traced will run on: `cpu`, `tpu`, or a GPU's name."""
+    """The platform that the function being traced will run on: `cpu`, `tpu`, or a GPU's name."""
     if (name := _traced_for.get()) is not None:
         return name
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
@@ -349,7 +350,7 @@ def platform() -> str:
 
 
 def _mesh(shape: tuple[int, int], devices: Sequence[jax.Device]) -> Mesh:
-    # Auto stated explicitly: the default, Explicit, rejects convolutions on split kernels.
+    # Not the default, Explicit, which rejects convolutions with split kernels.
     types = (AxisType.Auto,) * 2
     return jax.make_mesh(shape, (DATA, MODEL), axis_types=types, devices=devices)
 
@@ -364,12 +365,12 @@ def _same(x: PyTree) -> PyTree:
 
 
 def _owner(names: Sequence[str]) -> str:
-    """The module whose kernel this is; of a convolution block's, the block."""
+    """The module that owns the kernel; for the kernel of a convolution block, the block."""
     *_, block, module, _ = ("", "", *names)
     return block if module == "project" else module
 
 
 def _names(path: tuple[Any, ...]) -> list[str]:
-    """The words of a path: numbers are places in lists."""
+    """The names in a path, without the indices of lists."""
     names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
     return [name for name in names if not name.isdecimal()]

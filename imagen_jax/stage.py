@@ -1,9 +1,9 @@
-"""One stage of a cascade, as static data: network, noise process, size, what surrounds them.
+"""One stage of a cascade as static data: network, noise process, size, pre- and post-processing.
 
-A stage is frozen and hashable: its fields, and nothing else of the cascade, decide its compiled
-programs. Numbers that programs take as arguments are in `SamplingDefaults`.
+A stage is frozen and hashable: its compiled programs depend on its fields and on nothing else of
+the cascade. Numbers that programs take as arguments are in `SamplingDefaults`.
 
-A stage's images are [0, 1] outside and [-1, 1] inside (`auto_normalize_img`).
+Images are in [0, 1] outside a stage and in [-1, 1] inside it (`auto_normalize_img`).
 """
 
 import dataclasses
@@ -20,20 +20,20 @@ from imagen_jax.unet_config import NullUnetConfig, UnetConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LowRes:
-    """The image of the stage before, as a super-resolution stage is conditioned on it."""
+    """The conditioning of a super-resolution stage on the image of the previous stage."""
 
     size: Size
     process: Process
-    """Puts noise on it in training, and decides what the network is given for its level."""
+    """Adds noise to it in training, and defines the network's input for the noise level."""
     sampling_process: Process
-    """The same in sampling."""
+    """The same, in sampling."""
     per_sample: bool
-    """In training: a noise level for each image, instead of one for the batch."""
+    """In training: one noise level per image, instead of one for the batch."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One stage of an `ImagenConfig`, its per-U-Net tuples resolved."""
+    """One stage of an `ImagenConfig`, with its per-U-Net tuples resolved."""
 
     unet_number: int
     network: UnetConfig | NullUnetConfig
@@ -51,21 +51,21 @@ class Stage:
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
-        """(h, w, c): what the stage generates, without the batch."""
+        """(h, w, c) of a generated image."""
         return (*self.size, self.channels)
 
     @property
     def trained_size(self) -> Size:
-        """(h, w) that the network is trained on."""
+        """(h, w) of the images that the network is trained on."""
         return self.crop or self.size
 
     @property
     def value_range(self) -> tuple[float, float]:
-        """Of images outside the stage."""
+        """The range of images outside the stage."""
         return (0.0 if self.auto_normalize_img else -1.0, 1.0)
 
     def normalize(self, images: Array) -> Array:
-        """[0, 1] -> [-1, 1], where the configuration asks for it."""
+        """[0, 1] -> [-1, 1] if the configuration says so."""
         return images * 2 - 1 if self.auto_normalize_img else images
 
     def unnormalize(self, images: Array) -> Array:
@@ -84,11 +84,11 @@ class SamplingDefaults:
 
 
 def to_float(images: AnyArray) -> Array:
-    """uint8 becomes [0, 1]; floats stay."""
+    """uint8 to float in [0, 1]; floats are returned unchanged."""
     images = jnp.asarray(images)
     return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
 
 
 def show(size: Size) -> str:
-    """A size for a person: `64 x 96` pixels, height first."""
+    """A size as text, height first: `64 x 96`."""
     return f"{size[0]} x {size[1]}"

@@ -2,7 +2,7 @@
 
     images -> the stage's size, normalised -> crop -> noise level, noise -> network -> loss
 
-Randomness comes from one key, a named stream for each purpose, or is given as `Draws`.
+Random numbers come from one key, with a named stream for each purpose, or are given as `Draws`.
 """
 
 import dataclasses
@@ -26,22 +26,22 @@ from imagen_jax.types import AnyArray, PRNGKey, Size, TextEmbeds, TextMask
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Draws:
-    """The random draws of a training loss, each given here or, where None, drawn from the key.
+    """The random draws of a training loss. A field that is None is drawn from the key.
 
     Sampling takes one NHWC sequence of noises per stage instead (`Imagen.sample`). The fields are
-    arrays, whose shapes `complete_draws` checks; their annotations are open because a pytree is
-    rebuilt with whatever replaces its leaves.
+    arrays, whose shapes `complete_draws` checks. They are annotated as Any because JAX rebuilds a
+    pytree with arbitrary objects as leaves.
     """
 
     times: Any = None
-    """(b,) what decides the noise levels (`Process.draw`): diffusion times in [0, 1], or standard
+    """(b,) determines the noise levels (`Process.draw`): diffusion times in [0, 1], or standard
     normal numbers in an elucidated cascade."""
     noise: Any = None
-    """(b, h, w, c) of the image before cropping, as the reference draws it, or of the crop."""
+    """(b, h, w, c) for the image before cropping, as in the reference, or for the crop."""
     lowres_times: Any = None
     """(b,) times of the low-resolution augmentation, in [0, 1]."""
     lowres_noise: Any = None
-    """(b, h, w, c) of the low-resolution image, after cropping."""
+    """(b, h, w, c) for the low-resolution image, after cropping."""
     keep_mask: Any = None
     """(b,) bool, False where the text is dropped."""
     crop: Any = None
@@ -51,7 +51,7 @@ class Draws:
 
 
 class Inputs(NamedTuple):
-    """What the loss of a batch is taken on, in [-1, 1], cropped."""
+    """Inputs of the loss for a batch: cropped, images in [-1, 1]."""
 
     x0: Array
     noise: Array
@@ -70,14 +70,13 @@ def stage_losses(
     text_masks: TextMask | None = None,
     cond_images: AnyArray | None = None,
 ) -> tuple[Float[Array, "b"], Float[Array, "b"]]:
-    """Each image's weighted loss, and the log-SNR it was taken at.
+    """Returns each image's weighted loss, and the log-SNR at which it was computed.
 
-    `images` are (b, h, w, c) of the stage's aspect ratio, in [0, 1] or uint8, and at least as large
-    as the stage. Source: the reference's `Imagen.forward` and `p_losses`, with two differences.
-    Self-conditioning leaves the target alone (there it replaces x_0 by the prediction), and
-    conditions on x_0 whatever the objective. `cond_images` are cropped with the image. Where the
-    stage crops, noise that is drawn from the key is drawn for the crop; given noise may be of
-    either size.
+    `images` are (b, h, w, c), in [0, 1] or uint8, with the stage's aspect ratio and at least its
+    size. Source: the reference's `Imagen.forward` and `p_losses`, with two differences:
+    self-conditioning does not change the target (there it replaces x_0 by the prediction), and it
+    conditions on x_0 for every objective. `cond_images` are cropped with the image. If the stage
+    crops, noise drawn from the key has the size of the crop; given noise may have either size.
     """
     images = jnp.asarray(images)
     check_images(stage, images)
@@ -112,10 +111,9 @@ def stage_losses(
 def prepare(
     stage: Stage, images: AnyArray, draws: Draws, cond_images: AnyArray | None = None
 ) -> Inputs:
-    """Images in [0, 1] or uint8 as the network sees them: resized, cropped, normalised; no noise on
-    them yet.
+    """Resizes, crops and normalises images in [0, 1] or uint8 for the network; adds no noise.
 
-    Cropped as early as can be: bytes before they become floats, and `nearest` selects bytes.
+    Crops as early as possible: uint8 before conversion to float, and `nearest` resizes uint8.
     """
 
     def crop(x: Array) -> Array:
@@ -139,7 +137,7 @@ def prepare(
 
 
 def _resized(stage: Stage, images: AnyArray, size: Size, *, clamp: bool = False) -> Array:
-    """Images at a size, floats clipped to the range of images; bytes stay bytes where pixels are
+    """Resizes images; `clamp` clips floats to the range of images. uint8 stays uint8 if pixels are
     only selected."""
     images = jnp.asarray(images)
     if images.dtype == jnp.uint8 and (stage.resize_mode == "nearest" or images.shape[1:3] == size):
@@ -151,11 +149,11 @@ def _resized(stage: Stage, images: AnyArray, size: Size, *, clamp: bool = False)
 def complete_draws(
     stage: Stage, batch_size: int, key: PRNGKey | None, draws: Draws | None
 ) -> Draws:
-    """`draws` with everything that the stage needs and they leave open drawn from `key`.
+    """Completes `draws`: draws from `key` whatever the stage needs and `draws` lacks.
 
-    Every draw has its own stream, so that giving one leaves the others as they were. All have
-    one row per image, except the coin. Raises ValueError if something is missing without a key,
-    and for a draw of another shape.
+    Every draw has its own stream, so that giving one does not change the others. All have one row
+    per image, except `self_cond`. Raises UserError if a draw is missing and there is no key, or if
+    one has the wrong shape.
     """
     draws, drawn = Draws() if draws is None else draws, {}
     for name, (shape, draw) in _wanted(stage, batch_size).items():
@@ -170,12 +168,12 @@ def complete_draws(
 
 
 def _given_shape(stage: Stage, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The other shape that a given draw may have: noise of the image before cropping."""
+    """The other valid shape of a given draw: noise may be for the image before cropping."""
     return (shape[0], *stage.sample_shape) if name == "noise" else shape
 
 
 def _wanted(stage: Stage, b: int) -> dict[str, tuple[tuple[int, ...], Any]]:
-    """Name of each draw that the stage needs -> its shape, and how it is drawn from a key."""
+    """Name of each draw that the stage needs -> its shape, and a function that draws it."""
     shown = (b, *stage.trained_size, stage.channels)
     wanted = {
         "times": ((b,), lambda k: stage.process.draw(k, b)),
@@ -202,7 +200,7 @@ def _wanted(stage: Stage, b: int) -> dict[str, tuple[tuple[int, ...], Any]]:
 def _on_its_own_prediction(
     stage: Stage, predict: Condition, inputs: Inputs, level: Level, coin: AnyArray
 ):
-    """`predict` with x_0 as it estimates it itself where the coin says so, else with zeros."""
+    """`predict` conditioned on its own estimate of x_0 if `coin` is true, else on zeros."""
     x = q_sample(inputs.x0, level, inputs.noise)
 
     def own() -> Array:
@@ -214,12 +212,12 @@ def _on_its_own_prediction(
 
 
 def default_text_mask(text_embeds: TextEmbeds, text_masks: TextMask | None) -> TextMask:
-    """True where an embedding is not all zero, unless a mask is given."""
+    """The given mask; by default True where an embedding is not all zero."""
     return jnp.any(text_embeds != 0, axis=-1) if text_masks is None else jnp.asarray(text_masks)
 
 
 def check_images(stage: Stage, images: Array, name: str = "images") -> None:
-    """Raises ValueError for images that the stage cannot be trained on."""
+    """Raises UserError for images that the stage cannot be trained on."""
     check_aspect(stage, images.shape, name)
     if images.shape[-1] != stage.channels:
         raise UserError(f"{name} have {images.shape[-1]} channels, the cascade {stage.channels}.")
@@ -231,7 +229,7 @@ def check_images(stage: Stage, images: Array, name: str = "images") -> None:
 
 
 def check_aspect(stage: Stage, shape: tuple[int, ...], name: str, *, ndim: int = 4) -> None:
-    """Raises ValueError for arrays (b, h, w, ...) that resizing would squash."""
+    """Raises UserError for arrays (b, h, w, ...) that resizing would distort."""
     wanted = "(b, h, w, c)" if ndim == 4 else "(b, h, w)"
     if len(shape) != ndim:
         raise UserError(f"{name} must be {wanted}; got {shape}.")
@@ -242,7 +240,7 @@ def check_aspect(stage: Stage, shape: tuple[int, ...], name: str, *, ndim: int =
 
 
 def shrink(stage: Stage, images: Array) -> Array:
-    """Images in [0, 1] at the size of the stage before."""
+    """Images in [0, 1], resized to the size of the previous stage."""
     return _resized(stage, images, stage.lowres.size, clamp=True)
 
 

@@ -1,7 +1,7 @@
-"""What a U-Net is, as frozen data: the arguments of imagen-pytorch 2.1.0's `Unet`.
+"""The configuration of a U-Net, as frozen data: the arguments of imagen-pytorch 2.1.0's `Unet`.
 
-A field that the reference takes per level (`layer_attns`, ...) keeps the form it was given in, one
-value or a tuple; `UnetConfig.levels` resolves it.
+A field that the reference takes per level (`layer_attns`, ...) keeps the form in which it was
+given, one value or a tuple; `UnetConfig.levels` resolves it.
 """
 
 import dataclasses
@@ -14,16 +14,16 @@ from imagen_jax.fields import Config
 ResizeMode = Literal["nearest", "bilinear", "bicubic", "area"]
 
 TEXT_LENGTH = 256
-"""Tokens that captions are encoded at (imagen-pytorch's t5.py, MAX_LENGTH)."""
+"""The length, in tokens, at which captions are encoded (imagen-pytorch's t5.py, MAX_LENGTH)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UnetConfig(Config):
     """One U-Net. Fields are those of the reference's `Unet`; tuples run from fine to coarse.
 
-    `norm` is the only field of ours: `"rms"` is the reference from 2.0 on, `"group"` (8 groups)
-    its versions 1.22 to 1.26. `num_image_tokens`, `out_dim`, `layer_attns_add_text_cond` and
-    `dropout` are accepted and without effect, as in the reference.
+    `norm` is the only added field: `"rms"` is the reference from 2.0 on, `"group"` (8 groups) its
+    versions 1.22 to 1.26. `num_image_tokens`, `out_dim`, `layer_attns_add_text_cond` and `dropout`
+    are accepted but have no effect, as in the reference.
     """
 
     dim: int
@@ -105,7 +105,7 @@ class UnetConfig(Config):
             raise UserError("cond_on_text needs text_embed_dim.")
         if not self.memory_efficient and self.dim_mults[0] != 1:
             raise UserError(
-                f"dim_mults = {self.dim_mults} must begin with 1 unless memory_efficient: the last "
+                f"dim_mults = {self.dim_mults} must start with 1 unless memory_efficient: the last "
                 f"level up is dim = {self.dim} wide."
             )
         if self.first_dim != self.dim:
@@ -118,9 +118,7 @@ class UnetConfig(Config):
             if getattr(self, name) % 2 == 0:
                 raise UserError(f"{name} = {getattr(self, name)} must be odd.")
         if self.norm == "group" and any(width % 8 for width in self.dims):
-            raise UserError(
-                f"norm='group' has 8 groups; the widths {self.dims} are not multiples of 8."
-            )
+            raise UserError(f"norm='group' has 8 groups: the widths {self.dims} must be multiples.")
         for name, stride, used in (
             ("init_cross_embed_kernel_sizes", 1, self.init_cross_embed),
             ("cross_embed_downsample_kernel_sizes", 2, self.cross_embed_downsample),
@@ -131,7 +129,7 @@ class UnetConfig(Config):
 
     @property
     def text_len(self) -> int:
-        """Tokens of an encoded caption that this U-Net reads: its `encode_text` cuts the others."""
+        """The number of tokens that this U-Net reads; its `encode_text` cuts off the rest."""
         return min(TEXT_LENGTH, self.max_text_len)
 
     @property
@@ -141,7 +139,7 @@ class UnetConfig(Config):
 
     @property
     def dims(self) -> tuple[int, ...]:
-        """Channels at each resolution, the initial convolution's first."""
+        """Channels at each resolution, starting with the output of the initial convolution."""
         return (self.first_dim, *(self.dim * mult for mult in self.dim_mults))
 
     @property
@@ -151,7 +149,7 @@ class UnetConfig(Config):
 
     @property
     def time_cond_dim(self) -> int:
-        """Width of the conditioning vector (twice as wide with a low-resolution time)."""
+        """Width of the conditioning vector (doubled with a low-resolution time)."""
         return self.dim * 4 * (2 if self.lowres_cond else 1)
 
     @property
@@ -160,18 +158,18 @@ class UnetConfig(Config):
 
     @property
     def downsampling(self) -> int:
-        """The factor between the picture's side and the bottleneck's: pictures need a multiple."""
+        """The factor from the bottleneck's sides to the image's, which must be multiples of it."""
         return 2 ** (len(self.dim_mults) - (0 if self.memory_efficient else 1))
 
     def levels(self, name: str) -> tuple[Any, ...]:
-        """The field `name` with one entry per level."""
+        """The field `name` as a tuple with one entry per level."""
         value = getattr(self, name)
         return value if isinstance(value, tuple) else (value,) * len(self.dim_mults)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NullUnetConfig(Config):
-    """The reference's `NullUnet`, in the base's place of a cascade of super-resolution stages."""
+    """A placeholder for the base of a cascade that only upsamples (reference `NullUnet`)."""
 
     is_null: Literal[True] = True
 

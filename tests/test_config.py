@@ -142,7 +142,7 @@ def test_sizes_are_height_and_width():
         (dict(max_text_len=0), "max_text_len = 0"),
         (dict(max_text_len=600), "max_text_len = 600 must lie in 1 .. 512"),
         (dict(text_embed_dim=None), "cond_on_text needs text_embed_dim"),
-        (dict(dim_mults=(2, 4)), "dim_mults = (2, 4) must begin with 1"),
+        (dict(dim_mults=(2, 4)), "dim_mults = (2, 4) must start with 1"),
         (dict(init_dim=9, memory_efficient=True), "memory_efficient needs init_dim = 9"),
         (dict(init_conv_kernel_size=4), "init_conv_kernel_size = 4 must be odd"),
         (dict(dim=9, norm="group"), "norm='group' has 8 groups"),

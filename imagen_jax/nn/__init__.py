@@ -1,4 +1,4 @@
-"""The networks. They know no diffusion: a noisy picture and a number in, a prediction out."""
+"""The networks. They know nothing of diffusion: noisy image and number in, prediction out."""
 
 from imagen_jax.nn.build import (
     NETWORKS,

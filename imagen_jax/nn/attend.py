@@ -1,12 +1,12 @@
-"""Softmax attention, by the means of the device that it is traced for.
+"""Softmax attention, in the form that suits the device it is traced for.
 
-    plain   XLA's two products, the logits between them in memory, in float32: everywhere
+    plain   two XLA products, with the float32 logits between them in memory: everywhere
     cudnn   cuDNN's fused attention: NVIDIA from Ampere on, bfloat16 and float16
     splash  Pallas' splash attention: TPUs, bfloat16, one key head
 
-The fused ones never write the logits: b * n * p * m float32s, 0.5 GB for one 64 x 64 feature map
-with 8 heads. They take over where there are at least FUSED_FROM queries and keys; below, logits are
-not much larger than the queries. They have no additive bias: T5 has one, in float32.
+The fused forms never write the logits: b * n * p * m float32s, 0.5 GB for one 64 x 64 feature map
+with 8 heads. They are used from FUSED_FROM queries and keys up; below that, logits are not much
+larger than the queries. They do not support an additive bias, which T5 has, in float32.
 """
 
 import functools
@@ -20,10 +20,10 @@ from jaxtyping import Array, Float
 from imagen_jax.sharding import constrain, per_device, platform, splits
 
 SCALE = 8.0
-"""Of the U-Net's logits, whose queries and keys have unit length."""
+"""The factor of the U-Net's logits, whose queries and keys have unit length."""
 
 FUSED_FROM = 256
-LANES = 128  # of a TPU: blocks are multiples of it
+LANES = 128  # of a TPU: block sizes are multiples of it
 
 Queries = Float[Array, "b p n k"]
 KeysOrValues = Float[Array, "b m n2 k"]
@@ -38,9 +38,9 @@ def attend(
     bias: Float[Array, "#b n p m"] | None = None,
     h: int | None = None,
 ) -> Float[Array, "b p nk"]:
-    """softmax(scale q k^T + bias) v, heads merged; one key head may serve all query heads.
+    """softmax(scale q k^T + bias) v with heads merged; all query heads may share one key head.
 
-    The queries are pixels of `h` rows, or tokens (None). Softmax is in float32 in every form.
+    The queries are pixels of `h` rows, or tokens (None). Every form computes softmax in float32.
     """
     b, p, n, _ = q.shape
     rows = "b m" if h is None else "b p"
@@ -58,15 +58,15 @@ def attend(
 
 
 def _biased(q: Queries, k: KeysOrValues, v: KeysOrValues, bias: Array, *, scale: float) -> Queries:
-    """As many key heads as query heads. JAX's function has no float16 on a CPU."""
+    """Takes as many key heads as query heads. JAX's function does not support float16 on a CPU."""
     logits = jnp.einsum("bpnk,bmnk->bnpm", q, k, preferred_element_type=jnp.float32)
     weights = jax.nn.softmax(logits * scale + bias, axis=-1).astype(v.dtype)
     return jnp.einsum("bnpm,bmnk->bpnk", weights, v)
 
 
 def _one_key_head(q: Queries, k: KeysOrValues, v: KeysOrValues, *, scale: float) -> Queries:
-    """With one key head a head's query is a query like any other: n heads of p queries are p * n
-    queries, and both products are of matrices, without transposes to and from heads."""
+    """With one key head, n heads of p queries are simply p * n queries of one head, and both
+    products are matrix products, without transposes to and from heads."""
     flat, k, v = rearrange(q, "b p n k -> b (p n) k"), k[:, :, 0], v[:, :, 0]
     logits = jnp.einsum("bqk,bmk->bqm", flat, k, preferred_element_type=jnp.float32)
     weights = jax.nn.softmax(logits * scale, axis=-1).astype(v.dtype)
@@ -74,7 +74,7 @@ def _one_key_head(q: Queries, k: KeysOrValues, v: KeysOrValues, *, scale: float)
 
 
 def _fused(q: Queries, k: KeysOrValues):
-    """The fused form of these shapes on the device in question, or None."""
+    """The fused form for these shapes on the current platform, or None."""
     where, (p, m, width) = platform(), (q.shape[1], k.shape[1], q.shape[3])
     if min(p, m) < FUSED_FROM:
         return None
@@ -88,13 +88,13 @@ def _fused(q: Queries, k: KeysOrValues):
 
 @functools.cache
 def _has_cudnn_attention() -> bool:
-    """Whether the GPU is NVIDIA's, Ampere or newer."""
+    """Whether the GPU is from NVIDIA, Ampere or newer."""
     capability = str(getattr(jax.devices()[0], "compute_capability", ""))  # AMD's is a name
     return capability.replace(".", "").isdecimal() and float(capability) >= 8.0
 
 
 def _cudnn(q: Queries, k: KeysOrValues, v: KeysOrValues, *, scale: float) -> Queries:
-    """JAX refuses an odd number of keys where there are gradients: a masked one is added."""
+    """Pads an odd number of keys with a masked one: JAX rejects odd numbers with gradients."""
     b, m = k.shape[:2]
     lengths = None
     if m % 2:
@@ -108,8 +108,8 @@ def _cudnn(q: Queries, k: KeysOrValues, v: KeysOrValues, *, scale: float) -> Que
 def _splash(
     q: Queries, k: KeysOrValues, v: KeysOrValues, *, scale: float, interpret: bool = False
 ) -> Queries:
-    """All heads' queries as those of one head, as in `_one_key_head`; keys are filled up to whole
-    blocks, the filling in a separate segment."""
+    """Treats the queries of all heads as those of one, as in `_one_key_head`; pads the keys to full
+    blocks, with the padding in a separate segment."""
     p, n, m = *q.shape[1:3], k.shape[1]
     if p * n % LANES:
         return _one_key_head(q, k, v, scale=scale)
@@ -133,7 +133,7 @@ def _splash(
 
 
 def _block_sizes(queries: int, keys: int):
-    """The largest blocks that divide them: up to 512 queries by 1024 keys."""
+    """The largest blocks that divide the sizes evenly, up to 512 queries by 1024 keys."""
     from jax.experimental.pallas.ops.tpu.splash_attention import BlockSizes
 
     block_q, block_kv = (

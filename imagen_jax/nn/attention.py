@@ -4,12 +4,12 @@ Softmax attention is the reference's: queries and keys of unit length with learn
 times 8, softmax in float32 (lucidrains' answer to overflow in half precision).
 
 Keys and values of conditioning tokens come in two parts. Time tokens change at every sampling
-step and are projected in the layer. Text tokens do not: `project_context` yields their keys and
-values once, and the layer takes them as given. Keys are a set, so the parts are simply
-concatenated.
+step and are projected in the layer. Text tokens do not: `project_context` computes their keys and
+values once, and the layer takes them as an input. The order of keys does not matter, so the parts
+are simply concatenated.
 
-Pixels are a feature map of `h` rows, flattened. Layers take `h` because `constrain` shards pixels
-as it shards the feature map.
+Pixels are a flattened feature map of `h` rows. Layers take `h` because `constrain` shards pixels
+the way it shards the feature map.
 """
 
 from typing import NamedTuple
@@ -40,10 +40,10 @@ class KeyValue(NamedTuple):
 def split_heads(
     x: Float[Array, "b p nk"], heads: int, *, h: int | None = None
 ) -> Float[Array, "b p n k"]:
-    """Channels as heads, of the pixels of `h` rows or of tokens (None).
+    """Splits channels into heads, for pixels of `h` rows or for tokens (None).
 
-    Where the heads do not split evenly over the devices, all of them are gathered first: the
-    partitioner gets a reshape of a sharded axis to (2, ...) wrong.
+    If the heads do not split evenly over the devices, they are gathered first: the partitioner
+    gets a reshape of a sharded axis to (2, ...) wrong.
     """
     axes = "b m" if h is None else "b p"
     x = constrain(x, f"{axes} c" if splits(heads) else f"{axes} _", h=h)
@@ -51,8 +51,9 @@ def split_heads(
 
 
 def split_kv(kv: Float[Array, "b m nk2"], heads: int) -> KeyValue:
-    """Separates fused keys and values by a split: the partitioner gets a reshape of a sharded axis
-    to (2, heads) wrong. No device can do without a key, so `m` is never sharded, pixels or not."""
+    """Separates fused keys and values by a split, as the partitioner gets a reshape of a sharded
+    axis to (2, heads) wrong. Every device needs all keys, so `m` is never sharded, even for pixels.
+    """
     kv = jnp.split(constrain(kv, "b m _"), 2, axis=-1)
     k, v = (rearrange(a, "b m (n k) -> b m n k", n=heads) for a in kv)
     return KeyValue(constrain(k, "b m n k"), constrain(v, "b m n k"))
@@ -64,14 +65,14 @@ def join(parts: list[KeyValue]) -> KeyValue:
 
 
 def null_key_value(null_kv: Array, like: Array, heads: int) -> KeyValue:
-    """The learned key and value that attention can fall back on, the same for every head."""
+    """The learned key and value that attention can fall back on, shared by all heads."""
     b, k = like.shape[0], null_kv.shape[-1]
     pair = null_kv.astype(like.dtype)
     return KeyValue(*(jnp.broadcast_to(a, (b, 1, heads, k)) for a in (pair[0], pair[1])))
 
 
 class QKNorm(nnx.Module):
-    """Gains of unit-length queries and keys, per channel of a head."""
+    """Scales queries and keys to unit length, with a gain per channel of a head."""
 
     def __init__(self, dim_head: int, *, rngs: nnx.Rngs):
         self.q_scale = nnx.Param(jnp.ones((dim_head,)))
@@ -82,7 +83,7 @@ class QKNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Self-attention with one key head for all query heads; context joins the keys."""
+    """Self-attention with one key head for all query heads; context is added to the keys."""
 
     def __init__(
         self,
@@ -129,11 +130,11 @@ class Attention(nnx.Module):
 
 
 class CrossAttention(nnx.Module):
-    """Pixels attend to the conditioning tokens, each head with its own keys.
+    """Pixels attend to the conditioning tokens; every head has its own keys.
 
     `linear_attn` replaces the softmax over tokens by one over channels and one over tokens, so
-    that keys and values contract first (reference `LinearCrossAttention`, in which the gains of
-    queries and keys exist and are not used).
+    that keys and values contract first (reference `LinearCrossAttention`, which has the gains of
+    queries and keys but does not use them).
     """
 
     def __init__(
@@ -197,7 +198,7 @@ def linear_attend(
 class LinearAttention(nnx.Module):
     """Linear self-attention with depth-wise convolved queries, keys and values.
 
-    Its inputs drop out at the reference's fixed 5 % when a key is given.
+    With a key, its inputs are dropped at the reference's fixed rate of 5 %.
     """
 
     DROPOUT = 0.05

@@ -33,7 +33,7 @@ class ConvBlock(nnx.Module):
 
 
 class GlobalContext(nnx.Module):
-    """A gate per channel from an attention-weighted mean over all pixels (Cao et al., 2019)."""
+    """A gate per channel, from an attention-weighted mean over all pixels (Cao et al., 2019)."""
 
     def __init__(self, dim: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         hidden = max(3, dim // 2)
@@ -50,7 +50,7 @@ class GlobalContext(nnx.Module):
 
 
 class ResnetBlock(nnx.Module):
-    """Two convolution blocks; cross-attention between them, time and text scale the second."""
+    """Two convolution blocks, cross-attention between them; time and text modulate the second."""
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class ResnetBlock(nnx.Module):
         if self.cross_attn is not None:
             pixels = rearrange(h, "b h w c -> b (h w) c")
             h = h + self.cross_attn(pixels, tokens, text, h=h.shape[1]).reshape(h.shape)
-        # Gathered before the split: half of an axis that is sharded is on half of the devices.
+        # Gathered before the split: half of a sharded axis lies on only half of the devices.
         halves = jnp.split(constrain(self.time_mlp(nnx.silu(t)), "b _"), 2, axis=-1)
         scale, shift = (constrain(half, "b c")[:, None, None, :] for half in halves)
         h = self.block2(h, (scale, shift))

@@ -1,5 +1,5 @@
-"""A network as a function of its parameters: they travel as pure dicts, and the module is bound to
-them where it is called. One table says which network a configuration describes."""
+"""Networks as functions of their parameters: parameters are pure dicts, and a module is bound to
+them where it is called. `NETWORKS` maps the type of a configuration to its network."""
 
 import functools
 from collections.abc import Callable
@@ -28,13 +28,13 @@ from imagen_jax.unet_config import UnetConfig
 
 @runtime_checkable
 class Network(Protocol):
-    """What a stage asks of its network. It knows no diffusion."""
+    """The interface of a stage's network, which is independent of the diffusion."""
 
     def encode_text(
         self, text_embeds: TextEmbeds, text_mask: TextMask | None = None, *, keep_mask: KeepMask
     ) -> Any:
-        """What the text contributes at every noise level, in a form of the network's own; rows
-        where `keep_mask` is False are without text."""
+        """Everything the text contributes at any noise level, in a form private to the network;
+        rows with `keep_mask` False get no text."""
 
     def __call__(
         self,
@@ -51,7 +51,7 @@ class Network(Protocol):
 
 
 NETWORKS: dict[type, Callable[..., nnx.Module]] = {UnetConfig: Unet}
-"""Type of a configuration -> the network it describes: `Module(config, *, dtype, remat, rngs)`."""
+"""Type of a configuration -> its network: `Module(config, *, dtype, remat, rngs)`."""
 
 
 def build(
@@ -61,7 +61,7 @@ def build(
     remat: str | None = None,
     rngs: nnx.Rngs,
 ) -> nnx.Module:
-    """The network of a configuration, freshly initialised."""
+    """A newly initialised network of this configuration."""
     return NETWORKS[type(config)](config, dtype=dtype, remat=remat, rngs=rngs)
 
 
@@ -69,22 +69,23 @@ def build(
 def abstract(
     config: UnetConfig, dtype: DTypeLike = jnp.float32, remat: str | None = None
 ) -> tuple[nnx.GraphDef, Params]:
-    """(graph, parameters as ShapeDtypeStructs in a pure dict) of a network, nothing allocated."""
+    """(graph, a pure dict of ShapeDtypeStructs) of a network, without allocating its parameters."""
     module = nnx.eval_shape(lambda: build(config, dtype=dtype, remat=remat, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(module)
     return graph, nnx.to_pure_dict(state)
 
 
 def init_params(config: UnetConfig, key: PRNGKey) -> Params:
-    """Fresh parameters as a pure dict. `init_fn` compiles it."""
+    """New parameters as a pure dict. `init_fn` compiles this function."""
     return params_of(build(config, rngs=nnx.Rngs(params=key)))
 
 
 @functools.lru_cache(maxsize=8)
 def init_fn(config: UnetConfig, layout: Layout | None = None) -> Callable[[PRNGKey], Params]:
-    """key -> fresh parameters, compiled; each created where `layout` places it, never unsharded.
+    """A compiled function: key -> new parameters, created where `layout` places them, never
+    unsharded.
 
-    It runs once, so on a CPU XLA need not optimise it: half the time to compile, the same numbers.
+    It runs once, so on a CPU XLA does not optimise it: half the compile time, the same numbers.
     """
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     placed = None if layout is None else layout.place(abstract(config)[1])
@@ -96,7 +97,7 @@ def init_fn(config: UnetConfig, layout: Layout | None = None) -> Callable[[PRNGK
 def bind(
     config: UnetConfig, params: Params, *, dtype: DTypeLike = jnp.float32, remat: str | None = None
 ) -> Any:
-    """The network of these parameters, as a callable; cheap, also inside a traced function."""
+    """The network with these parameters, as a callable; cheap, also inside a traced function."""
     return nnx.merge(abstract(config, dtype, remat)[0], params)
 
 
@@ -106,21 +107,22 @@ def params_of(network: nnx.Module) -> Params:
 
 
 def compute_dtype(name: DTypeLike | None = None) -> DTypeLike:
-    """What networks compute in: by default bfloat16 on accelerators and float32 on a CPU."""
+    """The dtype that networks compute in: by default bfloat16 on accelerators, float32 on a CPU."""
     if name is None:
         name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return jnp.dtype(name)
 
 
 def stored_dtypes(params: Params, dtype: DTypeLike) -> Params:
-    """The dtype of each parameter where a network computes in `dtype` and is not trained.
+    """The dtype to store each parameter in, for a network that computes in `dtype` and is not
+    trained.
 
-    Kernels, biases and embeddings are cast to `dtype` wherever they are used, so they can be kept
-    in it: once, instead of at every denoising step, with the same results to the bit. Gains of
-    norms and the frequencies of the noise level are used in float32.
+    Kernels, biases and embeddings are cast to `dtype` wherever they are used, so they can be stored
+    in it: one cast instead of one per denoising step, with bitwise the same results. Gains of norms
+    and the frequencies of the noise level are used in float32.
     """
 
-    def of(tree: dict) -> dict:  # places in lists are keys too
+    def of(tree: dict) -> dict:  # indices of lists are keys too
         layer = "kernel" in tree
         return {
             name: of(x)
@@ -135,7 +137,7 @@ def stored_dtypes(params: Params, dtype: DTypeLike) -> Params:
 
 
 def stored_shapes(shapes: Params, dtype: DTypeLike) -> Params:
-    """The shapes of parameters in their `stored_dtypes`."""
+    """The ShapeDtypeStructs of parameters in their `stored_dtypes`."""
     return jax.tree.map(
         lambda x, to: jax.ShapeDtypeStruct(x.shape, to), shapes, stored_dtypes(shapes, dtype)
     )

@@ -1,4 +1,4 @@
-"""Noise level and text as vectors and tokens."""
+"""Embeddings of the noise level and the text: vectors and tokens."""
 
 from flax import nnx
 from jax.typing import DTypeLike
@@ -11,7 +11,7 @@ from imagen_jax.unet_config import UnetConfig
 
 
 class TimeEmbedding(nnx.Module):
-    """A log-SNR as a conditioning vector and as tokens."""
+    """Embeds a log-SNR as a conditioning vector and as tokens."""
 
     def __init__(self, config: UnetConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         features, width = config.learned_sinu_pos_emb_dim, config.time_cond_dim
@@ -30,7 +30,7 @@ class TimeEmbedding(nnx.Module):
 
 
 class TextEmbedding(nnx.Module):
-    """The mean of the text tokens as a conditioning vector (`to_text_non_attn_cond`)."""
+    """Embeds the mean of the text tokens as a conditioning vector (`to_text_non_attn_cond`)."""
 
     def __init__(self, c_in: int, c_out: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.norm = affine_layer_norm(c_in, dtype=dtype, rngs=rngs)

@@ -1,7 +1,7 @@
-"""Primitives of the U-Net: PyTorch's initialisation, the reference's norms and resamplings.
+"""Primitives of the U-Net: PyTorch's initialisation, the reference's norms and resampling layers.
 
-Parameters are float32; `dtype` is what a layer computes in. Norms take their statistics in
-float32 and cast back.
+Parameters are float32; a layer computes in `dtype`. Norms compute their statistics in float32 and
+cast back.
 """
 
 import math
@@ -17,11 +17,11 @@ from imagen_jax.sharding import constrain, model_parallel, platform, splits
 from imagen_jax.types import AnyArray, PRNGKey
 
 torch_kernel_init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-"""U(-1/sqrt(fan_in), 1/sqrt(fan_in)), what `torch.nn.Linear` and `Conv2d` start from."""
+"""U(-1/sqrt(fan_in), 1/sqrt(fan_in)), the initialisation of `torch.nn.Linear` and `Conv2d`."""
 
 
 def torch_bias_init(fan_in: int):
-    """The bias of a PyTorch layer starts within the bound of its kernel."""
+    """The initialiser of a PyTorch layer's bias: uniform, with the same bound as the kernel."""
     bound = 1 / math.sqrt(fan_in)
 
     def init(key, shape, dtype=jnp.float32, out_sharding=None):
@@ -58,7 +58,7 @@ def conv(
     dtype: DTypeLike,
     rngs: nnx.Rngs,
 ) -> nnx.Conv:
-    """`torch.nn.Conv2d` with (size - stride) // 2 zeros around: same size, or half at stride 2."""
+    """`torch.nn.Conv2d`, zero-padded by (size - stride) // 2: same size, or half at stride 2."""
     pad = (size - stride) // 2
     return (Pointwise if size == 1 else nnx.Conv)(
         c_in,
@@ -76,18 +76,18 @@ def conv(
 
 
 class Linear(nnx.Linear):
-    """A linear layer as one product of two matrices: so the gradient of its kernel is one too, and
-    nothing is transposed for it (on a CPU a tenth of a training step)."""
+    """A linear layer as a product of two matrices. The gradient of its kernel is then one as well,
+    without a transpose (on a CPU, a tenth of a training step)."""
 
     def __call__(self, x: Float[Array, "*s c_in"]) -> Float[Array, "*s c_out"]:
         return _product(x, self.kernel[...], self.bias, self.dtype)
 
 
 class Pointwise(nnx.Conv):
-    """A 1 x 1 convolution, as the matrix product it is.
+    """A 1 x 1 convolution, computed as a matrix product.
 
-    XLA's convolution comes to the same on a TPU; on a CPU the gradient of its kernel is several
-    times slower.
+    On a TPU XLA's convolution does the same; on a CPU the gradient of its kernel is several times
+    slower.
     """
 
     def __call__(self, x: Float[Array, "b h w c_in"]) -> Float[Array, "b h w c_out"]:
@@ -101,18 +101,18 @@ def _product(
     dtype: DTypeLike,
 ) -> Float[Array, "*s c_out"]:
     shape, x = x.shape, x.astype(dtype)
-    # With a model axis, rows may be split over it, and merging them with axes before them (the
-    # frames of a video) would gather them. A layer does not know its axes: none are merged then.
+    # With a model axis, rows may be split over it, and merging them with the axes before them (the
+    # frames of a video) would gather them. A layer does not know its axes, so it merges none then.
     flat = x if model_parallel() else x.reshape(-1, shape[-1])
     y = (flat @ kernel.astype(dtype)).reshape(*shape[:-1], kernel.shape[-1])
     return y if bias is None else y + bias[...].astype(dtype)
 
 
 def l2norm(x: Float[Array, "*s d"], gain: Array) -> Float[Array, "*s d"]:
-    """Unit length along the last axis, times `gain`; a norm below 1e-12 counts as 1e-12, as in
-    torch. Computed in float32 and rounded once."""
+    """Scales `x` to unit length along the last axis, times `gain`; norms are clamped to at least
+    1e-12, as in torch. Computed in float32 and rounded once."""
     x32 = x.astype(jnp.float32)
-    # The square is bounded rather than the root, whose gradient at zero would be infinite.
+    # Clamps the square, not the root, whose gradient at zero would be infinite.
     square = jnp.maximum(jnp.sum(x32 * x32, axis=-1, keepdims=True), 1e-24)
     return (x32 * jax.lax.rsqrt(square) * gain).astype(x.dtype)
 
@@ -130,8 +130,8 @@ class RMSNorm(nnx.Module):
 class LayerNorm(nnx.Module):
     """Layer norm with a gain and no bias (reference `LayerNorm` and `ChanLayerNorm`).
 
-    Its eps is 1e-5 in every dtype. The reference takes 1e-3 in half precision, where it computes
-    the variance in half precision too; ours is float32.
+    eps is 1e-5 in every dtype. The reference uses 1e-3 in half precision, where it also computes
+    the variance in half precision; here the variance is float32.
     """
 
     def __init__(self, dim: int, *, rngs: nnx.Rngs):
@@ -150,7 +150,7 @@ def affine_layer_norm(dim: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Laye
 
 
 def block_norm(kind: str, dim: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Module:
-    """The norm of a convolution block: "rms", or the "group" (8) of the reference before 2.0."""
+    """The norm of a convolution block: "rms", or "group" (8 groups; the reference before 2.0)."""
     if kind == "rms":
         return RMSNorm(dim, rngs=rngs)
     return nnx.GroupNorm(
@@ -161,7 +161,7 @@ def block_norm(kind: str, dim: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.
 class FourierFeatures(nnx.Module):
     """A scalar as [x, sin(2 pi w x), cos(2 pi w x)] with learned frequencies w, in float32.
 
-    Reference `LearnedSinusoidalPosEmb`. Log-SNRs reach 30: half precision would lose the phase.
+    Reference `LearnedSinusoidalPosEmb`. Log-SNRs go up to 30: half precision would lose the phase.
     """
 
     def __init__(self, dim: int, *, rngs: nnx.Rngs):
@@ -176,7 +176,7 @@ class FourierFeatures(nnx.Module):
 class CrossEmbed(nnx.Module):
     """Convolutions of several kernel sizes side by side (reference `CrossEmbedLayer`).
 
-    From the smallest kernel on, each gets half the channels of the one before; the last the rest.
+    The smallest kernel gets half the channels, each next one half as many, the last the rest.
     """
 
     def __init__(
@@ -198,7 +198,7 @@ class CrossEmbed(nnx.Module):
         )
 
     def __call__(self, x: Float[Array, "b h w c_in"]) -> Float[Array, "b h2 w2 c_out"]:
-        # Concatenating parts split over devices would have to distribute all channels again.
+        # Concatenating sharded parts would have to redistribute all channels.
         x = constrain(x, "b h w _")
         parts = [constrain(conv(x), "b h w _") for conv in self.convs]
         return constrain(jnp.concatenate(parts, axis=-1), "b h w c")
@@ -207,9 +207,10 @@ class CrossEmbed(nnx.Module):
 class PixelUnshuffle(nnx.Module):
     """Halves the resolution: every 2 x 2 pixels become channels, then a 1 x 1 convolution.
 
-    Reference `Downsample`. The two are one 2 x 2 convolution with stride 2, which needs no
-    transpose of the pixels; the kernel is stored as the reference's, its inputs ordered (c, row,
-    column). Only so may it be reshaped: a sharded axis must not get a leading factor of 2.
+    Reference `Downsample`. Both steps are computed as one 2 x 2 convolution with stride 2, which
+    needs no transpose of the pixels. The kernel is stored as in the reference, with its inputs
+    ordered (c, row, column). This order is required: a reshape must not give a sharded axis a
+    leading factor of 2.
     """
 
     def __init__(self, c_in: int, c_out: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
@@ -230,9 +231,9 @@ class PixelUnshuffle(nnx.Module):
 class PixelShuffle(nnx.Module):
     """Doubles the resolution: 1 x 1 convolution, SiLU, then 4 channels become 2 x 2 pixels.
 
-    Reference `PixelShuffleUpsample`, with its start from four equal copies (no checkerboard).
-    On a TPU the first and the last step are one transposed convolution, its kernel reshaped as
-    `PixelUnshuffle` does: half of the bytes or fewer. On a CPU its gradient takes 20 times longer.
+    Reference `PixelShuffleUpsample`, initialised like it to four equal copies (no checkerboard).
+    On a TPU the first and last steps are one transposed convolution, its kernel reshaped as in
+    `PixelUnshuffle`: at most half the bytes. On a CPU the gradient of that takes 20 times longer.
     """
 
     def __init__(self, c_in: int, c_out: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
@@ -290,7 +291,7 @@ class NearestUpsample(nnx.Module):
 
 
 class ConvPair(nnx.Module):
-    """A 3 x 3 and a 1 x 1 convolution, summed: the last level's step down (`Parallel`)."""
+    """The sum of a 3 x 3 and a 1 x 1 convolution, after the last level down (`Parallel`)."""
 
     def __init__(self, c_in: int, c_out: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.wide = conv(c_in, c_out, 3, dtype=dtype, rngs=rngs)
@@ -301,7 +302,7 @@ class ConvPair(nnx.Module):
 
 
 def dropout(x: Float[Array, "*s"], rate: float, key: PRNGKey | None) -> Float[Array, "*s"]:
-    """Zeroes entries with probability `rate` and scales up the others; the identity without key."""
+    """Zeroes entries with probability `rate` and scales up the rest; the identity without a key."""
     if key is None:
         return x
     keep = jax.random.bernoulli(key, 1 - rate, x.shape)

@@ -1,4 +1,4 @@
-"""The levels of the U-Net, one per resolution: the blocks of each, on the way down and up."""
+"""The levels of the U-Net, one per resolution, and the layers of each, on the way down and up."""
 
 import functools
 
@@ -15,8 +15,8 @@ from imagen_jax.unet_config import UnetConfig
 class Level(nnx.Module):
     """One resolution on the way down or up: residual blocks, then attention.
 
-    `before` and `after` change the resolution; which of them exist depends on the direction and
-    on `memory_efficient`, where the way down halves first.
+    `before` and `after` change the resolution. Which of them exist depends on the direction and on
+    `memory_efficient`, which halves the resolution before the blocks on the way down.
     """
 
     def __init__(self, *, before=None, init_block, resnets, attn=None, after=None):
@@ -32,7 +32,7 @@ class Level(nnx.Module):
 
 
 def down(config: UnetConfig, i: int, **make) -> Level:
-    """Level `i` of the way down, 0 the largest; `make` is what all layers are given."""
+    """Level `i` of the way down, 0 being the largest; `make` are the arguments of every layer."""
     c_in, c_out = config.dims[i : i + 2]
     if config.cross_embed_downsample:
         sizes = config.cross_embed_downsample_kernel_sizes
@@ -48,7 +48,7 @@ def down(config: UnetConfig, i: int, **make) -> Level:
 
 
 def up(config: UnetConfig, i: int, **make) -> Level:
-    """Level `i` of the way up, 0 the largest, which comes last."""
+    """Level `i` of the way up, 0 being the largest, which comes last."""
     c_out, c_in = config.dims[i : i + 2]
     skip = c_in if config.memory_efficient else c_out
     blocks = _blocks(config, i, c_in + skip, c_in, **make)
@@ -58,12 +58,12 @@ def up(config: UnetConfig, i: int, **make) -> Level:
 
 
 def heads_of(config: UnetConfig) -> dict[str, int]:
-    """Heads of attention, as its layers take them."""
+    """The arguments of attention layers that describe their heads."""
     return dict(dim_head=config.attn_dim_head, heads=config.attn_heads)
 
 
 def _blocks(config: UnetConfig, i: int, c_in: int, c_out: int, **make) -> dict:
-    """Residual blocks and attention of level `i`, in either direction."""
+    """The residual blocks and attention of level `i`, in either direction."""
     cond = dict(time_cond_dim=config.time_cond_dim, norm=config.norm, **make)
     linear_cross = config.levels("use_linear_cross_attn")[i]
     attends = config.levels("layer_cross_attns")[i] or linear_cross

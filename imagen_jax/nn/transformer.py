@@ -1,4 +1,4 @@
-"""Attention and feed-forward in stacks: over the pixels of a feature map, and over a text."""
+"""Stacks of attention and feed-forward: over the pixels of a feature map, and over a text."""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ from imagen_jax.types import PRNGKey
 class FeedForward(nnx.Module):
     """Norm, expand, exact GELU, norm, contract; no biases.
 
-    Serves the reference's `ChanFeedForward` too: a 1 x 1 convolution is a linear layer.
+    Also the reference's `ChanFeedForward`: a 1 x 1 convolution is a linear layer.
     """
 
     def __init__(self, dim: int, mult: int | float, *, dtype: DTypeLike, rngs: nnx.Rngs):
@@ -126,10 +126,10 @@ class PerceiverLayer(nnx.Module):
 
 
 class PerceiverResampler(nnx.Module):
-    """Pools a text to a fixed number of tokens: learned latents and four made of its mean.
+    """Pools a text to a fixed number of tokens: learned latents, and four computed from its mean.
 
-    Positions are added for the attention only; the mean is taken over all places, padded ones
-    (which hold null embeddings) included, as in the reference.
+    Position embeddings are added for the attention only. As in the reference, the mean is over all
+    positions, including padding (which holds null embeddings).
     """
 
     MEAN_LATENTS = 4

@@ -1,15 +1,16 @@
 """The U-Net of Imagen (Saharia et al., 2022) as imagen-pytorch 2.1.0 builds it.
 
-A picture and a noise level go in, a prediction of the picture's shape comes out; which quantity
-it predicts is the diffusion's business. Four kinds of conditioning meet here:
+It maps a noisy image and a noise level to a prediction of the same shape; the diffusion process
+decides which quantity is predicted. There are four kinds of conditioning:
 
     time          Fourier features of the log-SNR -> a vector `t` and a few tokens
-    low-res time  the same again for the noise level of the low-resolution picture
+    low-res time  the same for the noise level of the low-resolution image
     text          embeddings -> Perceiver -> 36 tokens, and their mean -> added to `t`
-    pictures      concatenated to the input: [cond_images, x, self_cond, lowres_cond_img]
+    images        concatenated to the input: [cond_images, x, self_cond, lowres_cond_img]
 
-`t` scales and shifts every residual block, the tokens are attended to. What depends on the text
-alone is computed by `encode_text` once, and serves every step of a sampler (`text_cond=`).
+`t` scales and shifts the features in every residual block; attention layers attend to the tokens.
+`encode_text` computes everything that depends on the text alone, once for all steps of a sampler
+(`text_cond=`).
 """
 
 from typing import NamedTuple
@@ -47,15 +48,15 @@ REMAT_POLICIES = (
     "dots_saveable",
     "everything_saveable",
 )
-"""Of `jax.checkpoint_policies`: what the forward pass keeps of a block, from nothing up. Its other
-names are aliases, or make a policy from arguments."""
+"""Names in `jax.checkpoint_policies`: what the forward pass saves of a block, least first. Other
+names there are aliases, or functions that build a policy from arguments."""
 
 
 class TextCond(NamedTuple):
-    """Everything a U-Net derives from a text, independent of picture and time.
+    """Everything a U-Net computes from a text, independent of image and time.
 
     `hiddens` is added to `t`; the rest are keys and values for each attention layer that sees
-    the text, arranged as the layers are.
+    the text, in the order of the layers.
     """
 
     hiddens: Float[Array, "b k"]
@@ -65,10 +66,10 @@ class TextCond(NamedTuple):
 
 
 class Unet(nnx.Module):
-    """The U-Net of one stage. `config` says what it is, `dtype` what it computes in.
+    """The U-Net of one stage, described by `config`; computes in `dtype`.
 
-    `remat` is one of REMAT_POLICIES, say "nothing_saveable": every residual block and transformer
-    is then recomputed in the backward pass except what the policy saves.
+    `remat` is one of REMAT_POLICIES, e.g. "nothing_saveable": the backward pass then recomputes
+    every residual block and transformer, except what the policy saves.
     """
 
     def __init__(
@@ -118,12 +119,12 @@ class Unet(nnx.Module):
         self._make_final(config, cond, make)
 
     def __repr__(self) -> str:
-        """A few lines; `nnx.display` shows every parameter."""
+        """A short summary; `nnx.display` shows every parameter."""
         count = sum(x.size for x in jax.tree.leaves(nnx.state(self, nnx.Param)))
         return f"Unet({count:,} parameters, {jnp.dtype(self.dtype)}, {self.config})"
 
     def _make_text(self, config: UnetConfig, **make) -> None:
-        """Unconditional U-Nets hold the null embeddings and the pool too, as the reference's."""
+        """Unconditional U-Nets have the null embeddings and the pool too, as in the reference."""
         width = config.token_dim
         shape = (1, config.max_text_len, width)
         self.null_text_embed = nnx.Param(jax.random.normal(make["rngs"].params(), shape))
@@ -164,14 +165,14 @@ class Unet(nnx.Module):
     def encode_text(
         self, text_embeds: TextEmbeds, text_mask: TextMask | None = None, *, keep_mask: KeepMask
     ) -> TextCond:
-        """What the text contributes at every step, `keep_mask` false meaning without text.
+        """Everything the text contributes to a step; rows with `keep_mask` False get no text.
 
-        Texts are cut at `max_text_len`, or filled up to it. Places without text hold the learned
-        null embedding of their position; with no `text_mask` they stay zero, as in the reference.
+        Texts are cut or padded to `max_text_len`. Padding is replaced by the learned null embedding
+        of its position; without a `text_mask` it stays zero, as in the reference.
         """
         if text_embeds.shape[-1] != self.config.text_embed_dim:
             raise UserError(
-                f"text_embeds are {text_embeds.shape[-1]} wide; this U-Net was made for "
+                f"text_embeds are {text_embeds.shape[-1]} wide; this U-Net has "
                 f"text_embed_dim = {self.config.text_embed_dim}."
             )
         length = self.config.max_text_len
@@ -213,12 +214,12 @@ class Unet(nnx.Module):
         keep_mask: KeepMask | None = None,
         key: PRNGKey | None = None,
     ) -> Float[Array, "b h w c_out"]:
-        """Predicts noise, v or the picture from a noisy picture `x` in [-1, 1] at log-SNR `time`.
+        """Predicts noise, v or the clean image from a noisy image `x` at log-SNR `time`.
 
-        Text comes as `text_embeds` or, prepared by `encode_text`, as `text_cond`. Texts drop out
-        with `cond_drop_prob` (drawn from `key`), or where `keep_mask` is false. `key` also turns
-        on the dropout of linear attention. `lowres_noise_times` is a log-SNR as well.
-        Raises ValueError for missing or unexpected inputs.
+        Clean images are in [-1, 1]. Text is given as `text_embeds`, or as `text_cond`, a result of
+        `encode_text`. It is dropped with probability `cond_drop_prob` (drawn from `key`), or where
+        `keep_mask` is False. `key` also turns on the dropout of linear attention.
+        `lowres_noise_times` is a log-SNR too. Raises UserError for missing or unexpected inputs.
         """
         self._check_inputs(text_embeds, text_cond, lowres_noise_times, self_cond)
         if text_embeds is not None and text_cond is None:
@@ -286,8 +287,8 @@ class Unet(nnx.Module):
         if cond_images is not None:
             if cond_images.shape[-1] != config.cond_images_channels:
                 raise UserError(
-                    f"cond_images have {cond_images.shape[-1]} channels; this U-Net was made "
-                    f"for cond_images_channels = {config.cond_images_channels}."
+                    f"cond_images have {cond_images.shape[-1]} channels; this U-Net has "
+                    f"cond_images_channels = {config.cond_images_channels}."
                 )
             cond_images = jnp.asarray(cond_images)
             parts.insert(0, resize(cond_images, x.shape[1:3], mode=config.resize_mode))
@@ -304,7 +305,7 @@ class Unet(nnx.Module):
         lowres: Array | None,
         key: PRNGKey | None,
     ) -> Array:
-        """From the first convolution's output to the prediction."""
+        """Computes the prediction from the first convolution's output."""
         config, run = self.config, self._run
         n = len(self.downs)
         none = [(None, None)] * n
@@ -352,7 +353,7 @@ class Unet(nnx.Module):
     def _final(
         self, x: Array, t: Array, features: list[Array], residual: Array, lowres: Array | None
     ) -> Array:
-        """From the last level up to the prediction; `features` are those of every level up."""
+        """Computes the prediction from the last level's output and all levels' `features`."""
         if self.upsample_combiner is not None:
             size = x.shape[1:3]
             combined = [
@@ -371,7 +372,7 @@ class Unet(nnx.Module):
     def _run(
         self, block: nnx.Module, x: Array, *args, skip: Array | None = None, **kwargs
     ) -> Array:
-        """The block of `x`, joined with `skip` where there is one; what `remat` recomputes."""
+        """Applies the block to `x`, joined with `skip` if given. `remat` recomputes all of this."""
 
         def call(x, skip, *args, **kwargs):
             return block(x if skip is None else _join([x, skip]), *args, **kwargs)
@@ -383,21 +384,21 @@ class Unet(nnx.Module):
 
 
 class NullUnet(nnx.Module):
-    """`NullUnet`, the base of a cascade of super-resolution stages. It cannot be called."""
+    """A placeholder for the base of a cascade that only upsamples (reference `NullUnet`)."""
 
     def __init__(self, *, rngs: nnx.Rngs | None = None):
         self.dummy_parameter = nnx.Param(jnp.zeros((1,)))
 
 
 def _join(parts: list[Array]) -> Array:
-    """Channels side by side, unsharded: sharded ones would have to be redistributed."""
+    """Concatenates channels, gathered: sharded ones would have to be redistributed."""
     return jnp.concatenate([constrain(part, "b h w _") for part in parts], axis=-1)
 
 
 def _keep_mask(
     b: int, cond_drop_prob: float, keep_mask: AnyArray | None, key: PRNGKey | None
 ) -> Array:
-    """Which rows keep their text."""
+    """A mask of the rows that keep their text."""
     if keep_mask is not None:
         return jnp.asarray(keep_mask)
     if cond_drop_prob in (0.0, 1.0):
