@@ -4,6 +4,7 @@ settings -> Drawing.open -> encode -> draw(jobs) -> files with their recipes
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import sys
@@ -22,6 +23,7 @@ from imagen_jax.errors import UserError
 from imagen_jax.pipeline import Embeddings, Pipeline, padded
 from imagen_jax.streams import image_seeds
 from sample import outputs
+from sample.hooks import Hooks, blank
 from sample.settings import Settings
 
 Finish = Callable[[int, np.ndarray], np.ndarray]
@@ -58,6 +60,7 @@ class Drawing:
     """Arguments of `Imagen.sample`."""
     first: int = 1
     """Number of the first U-Net to run."""
+    hooks: Hooks = dataclasses.field(default_factory=Hooks)
 
     @classmethod
     def open(cls, command: str, given: Settings, *, first: int = 1) -> "Drawing":
@@ -68,6 +71,7 @@ class Drawing:
         commands.use_precision(given.compute_dtype)
         config = checkpoint.read_config(given.run)
         options, numbers = given.options(config), given.unet_numbers(config, first)
+        hooks = Hooks.open(given)
         pipeline = Pipeline.load(
             given.run,
             mesh=given.mesh,
@@ -76,7 +80,14 @@ class Drawing:
             t5=given.t5,
             unet_numbers=numbers,
         )
-        drawing = cls(command=command, given=given, pipeline=pipeline, options=options, first=first)
+        drawing = cls(
+            command=command,
+            given=given,
+            pipeline=pipeline,
+            options=options,
+            first=first,
+            hooks=hooks,
+        )
         for number, read in pipeline.choices.items():
             for note in read.notes:
                 drawing.say(f"note: {note}")
@@ -178,7 +189,14 @@ class Drawing:
                 yield self._write(index, stages, recipe, finish)
                 done += 1
         except KeyboardInterrupt:
+            self._report()
             sys.exit(f"stopped: {done} of {len(jobs)} images are in {self.folder}")
+        self._report()
+
+    def _report(self) -> None:
+        line = self.hooks.report()
+        if line is not None:
+            self.say(line)
 
     def report(self, drawn: Sequence[Drawn], prompts: Sequence[str] | None, each: int = 1) -> None:
         """Says where the images are, and writes a grid of several: `each` to a prompt."""
@@ -197,14 +215,20 @@ class Drawing:
         last = self.first + len(stages) - 1
         outputs.check_finite(image, f"{path.name}, drawn by U-Net {last}")
         image = image if finish is None else finish(index, image)
+        stages = [*stages[:-1], image]
         recipe |= {"size": list(image.shape[:2])}
+        if self.hooks.flags(image):
+            stages = [blank(stage) for stage in stages]
+            recipe["flagged"] = True
+        signer = self.hooks.signer
+        sign = signer and functools.partial(signer.sign, command=self.command)
         self.folder.mkdir(parents=True, exist_ok=True)
         kept = recipe if given.metadata else None
-        shown = outputs.write_image(path, image, kept, given.format)
+        shown = outputs.write_image(path, stages[-1], kept, given.format, sign=sign)
         if given.save_stages:
             for number, stage in enumerate(stages[:-1], self.first):
                 smaller = path.with_name(f"{path.stem}-unet{number}{path.suffix}")
-                outputs.write_image(smaller, stage, None, given.format)
+                outputs.write_image(smaller, stage, None, given.format, sign=sign)
         if given.json:
             print(json.dumps({"file": str(path)} | recipe, ensure_ascii=False), flush=True)
         return Drawn(index, path, shown, recipe)

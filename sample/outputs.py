@@ -6,7 +6,7 @@ import io
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +30,8 @@ RECIPE = "imagen_jax"
 """Name of the PNG chunk with the recipe as JSON."""
 Format = Literal["png", "jpeg", "webp"]
 SAVE_OPTIONS = {"png": {}, "jpeg": {"quality": 95}, "webp": {"lossless": True}}
+Sign = Callable[[bytes, Format], bytes]
+"""sign(file, format) -> the file with a signature."""
 Pixels = Float[np.ndarray, "h w c"] | UInt8[np.ndarray, "h w c"]
 
 
@@ -64,9 +66,14 @@ def check_finite(image: Pixels, name: str) -> None:
 
 
 def write_image(
-    path: epath.Path, image: Pixels, recipe: Mapping[str, Any] | None, format: Format = "png"
+    path: epath.Path,
+    image: Pixels,
+    recipe: Mapping[str, Any] | None,
+    format: Format = "png",
+    *,
+    sign: Sign | None = None,
 ) -> Image.Image:
-    """An 8-bit image file that carries its recipe, unless that is None.
+    """An 8-bit image file that carries its recipe, unless that is None; signed by `sign`.
 
     A PNG has it as JSON in the chunk `imagen_jax`, and as one line in `parameters`, where other
     programs look for it; JPEG and WebP in the EXIF fields ImageDescription and UserComment.
@@ -82,7 +89,7 @@ def write_image(
         exif[ExifTags.Base.ImageDescription] = json.dumps(recipe)
         comment = b"UNICODE\0" + parameters(recipe).encode("utf-16-be")
         exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
-    _save(path, picture, format, **options)
+    _save(path, picture, format, sign=sign, **options)
     picture.thumbnail((CELLS[1], CELLS[1]))
     return picture
 
@@ -123,14 +130,22 @@ def read_recipe(path: epath.Path) -> dict[str, Any]:
         raise UserError(f"{path}: {why}.") from error
 
 
-def _save(path: epath.Path, picture: Image.Image, format: Format = "png", **options: Any) -> None:
+def _save(
+    path: epath.Path,
+    picture: Image.Image,
+    format: Format = "png",
+    *,
+    sign: Sign | None = None,
+    **options: Any,
+) -> None:
     """In one write, as object stores take it. What JPEG has no place for becomes RGB on white."""
     if format == "jpeg" and picture.mode == "RGBA":
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, picture).convert("RGB")
     file = io.BytesIO()
     picture.save(file, format, **options)
-    path.write_bytes(file.getvalue())
+    data = file.getvalue()
+    path.write_bytes(data if sign is None else sign(data, format))
 
 
 def write_grid(

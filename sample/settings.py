@@ -3,8 +3,9 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import tyro
 from etils import epath
 
 import commands
@@ -97,6 +98,14 @@ class Settings:
     """Stores in each file how to draw it again: prompt, seed, settings, checkpoint."""
     save_stages: bool = False
     """Also writes the smaller images that the earlier U-Nets drew."""
+    safety_checker: Path | None = None
+    """A classifier in ONNX: what it finds unsafe is written as plain grey. See docs/hooks.md."""
+    safety_threshold: float = 0.5
+    """The probability from which on an image is unsafe; Open NSFW's authors call those below 0.2
+    safe and those above 0.8 unsafe."""
+    c2pa: Annotated[tuple[Path, Path] | None, tyro.conf.arg(metavar="CERT KEY")] = None
+    """Signs the files, with a certificate chain and its private key in PEM: they say, by the C2PA's
+    standard, that a model made them. See docs/hooks.md."""
 
     @property
     def counts(self) -> tuple[str, ...]:
@@ -106,7 +115,8 @@ class Settings:
     @property
     def fractions(self) -> tuple[str, ...]:
         """Names of the fields from 0 to 1."""
-        return ("eta", "guidance_rescale", "lowres_sample_noise_level")
+        names = ("eta", "guidance_rescale", "lowres_sample_noise_level")
+        return (*names, "safety_threshold")
 
     @property
     def run(self) -> epath.Path:

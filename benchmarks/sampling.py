@@ -1,0 +1,203 @@
+"""Guided samples of one U-Net with the same weights, here and in imagen-pytorch.
+
+    python -m benchmarks.sampling                     # CPU: the 14 M U-Net of benchmarks.unet
+    python -m benchmarks.sampling --paper             # GPU: the paper-sized cascade, ours alone
+    python -m benchmarks.sampling --rounds 1 --steps 4 --original-steps 8   # a quick try
+
+The first compares equal numbers of steps by the same sampler, the ancestral one, then our default
+against the original's default of 250. The sides take turns in processes of their own; compilation
+and warm-up are not timed. The medians of the rounds are printed as a table, ratios above 1 where
+ours is faster. `--paper` prints, for our default steps and for those of `--original-steps`, the
+seconds per image and the peak memory up to each stage, in bfloat16, without the text encoder.
+Weights are random in both: they cost what trained ones do. Needs what `make test` installs.
+"""
+
+import argparse
+import functools
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import commands
+from benchmarks.unet import COND_SCALE, SIZE, UNET, _hardware
+
+BATCH, TIMED, TEXT_LEN = 4, 2, 32
+DEFAULT = "default"
+"""Our few steps (`pipeline.sampling_defaults`)."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3, help="processes of each side")
+    parser.add_argument("--steps", type=int, default=50, help="of both, where they are equal")
+    parser.add_argument("--original-steps", type=int, default=250, help="beside our default")
+    parser.add_argument("--paper", action="store_true", help="the paper-sized cascade, ours alone")
+    parser.add_argument("--preset", default="imagen", help="another cascade for --paper, as tiny")
+    parser.add_argument("--side", choices=("jax", "torch"), help=argparse.SUPPRESS)
+    parser.add_argument("--weights", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    commands.keep_memory()
+    if args.paper:
+        print(paper(args.preset, args.original_steps))
+    elif args.side:
+        run = {"jax": run_jax, "torch": run_torch}[args.side]
+        print(json.dumps(run(args.weights, args.steps, args.original_steps)))
+    else:
+        compare(args)
+
+
+def compare(args: argparse.Namespace) -> None:
+    runs = {"jax": [], "torch": []}
+    with tempfile.TemporaryDirectory() as folder:
+        weights = Path(folder) / "unet.npz"
+        for number in range(args.rounds):
+            for side in ("torch", "jax"):  # the first writes the weights that all others read
+                print(f"round {number + 1} of {args.rounds}: {side}", file=sys.stderr)
+                command = [sys.executable, "-m", "benchmarks.sampling", "--side", side]
+                command += ["--weights", str(weights), "--steps", str(args.steps)]
+                command += ["--original-steps", str(args.original_steps)]
+                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+                runs[side].append(json.loads(done.stdout.splitlines()[-1]))
+    print(table(runs))
+
+
+def table(runs: dict[str, list[dict[str, float]]]) -> str:
+    """Medians over the rounds, and of the ratios of their pairs."""
+    lines = [
+        f"Hardware: {_hardware()}; {BATCH} images of {SIZE} pixels, guided",
+        "",
+        "| steps | ours, s | steps | imagen-pytorch, s | times faster |",
+        "|---|---|---|---|---|",
+    ]
+    for (ours, _), (theirs, _) in zip(
+        runs["jax"][0].items(), runs["torch"][0].items(), strict=True
+    ):
+        a, b = (
+            [one[name] for one in runs[side]] for side, name in (("jax", ours), ("torch", theirs))
+        )
+        ratio = statistics.median(y / x for x, y in zip(a, b, strict=True))
+        lines.append(
+            f"| {ours} | {statistics.median(a):.2f} | {theirs} | {statistics.median(b):.2f} | "
+            f"{ratio:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def timed(draw: Callable[[], object]) -> float:
+    """The median of a few calls, the first left out."""
+    draw()
+    seconds = []
+    for _ in range(TIMED):
+        began = time.perf_counter()
+        draw()
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
+
+
+def run_torch(weights: Path, steps: int, original_steps: int) -> dict[str, float]:
+    from imagen_jax.interop.reference import import_imagen_pytorch
+
+    original = import_imagen_pytorch()
+    import numpy as np
+    import torch
+
+    torch.manual_seed(0)
+    unet = original.Unet(**UNET)
+    if weights.exists():
+        with np.load(weights) as saved:
+            unet.load_state_dict({name: torch.from_numpy(saved[name]) for name in saved})
+    else:
+        np.savez(weights, **{name: value.numpy() for name, value in unet.state_dict().items()})
+    texts = torch.randn(BATCH, TEXT_LEN, UNET["text_embed_dim"])
+
+    def seconds(count: int) -> float:
+        imagen = original.Imagen(unet, image_sizes=SIZE, text_embed_dim=512, timesteps=count)
+        given = dict(text_embeds=texts, cond_scale=COND_SCALE, use_tqdm=False)
+        return timed(lambda: imagen.sample(**given))
+
+    return {f"{count}": seconds(count) for count in (steps, original_steps)}
+
+
+def run_jax(weights: Path, steps: int, original_steps: int) -> dict[str, float]:
+    import jax
+    import numpy as np
+
+    import imagen_jax
+    from imagen_jax import nn
+    from imagen_jax.interop import keys
+    from imagen_jax.pipeline import sampling_defaults
+
+    config = imagen_jax.ImagenConfig(
+        unets=imagen_jax.UnetConfig(**UNET), image_sizes=SIZE, text_embed_dim=512
+    )
+    unet = config.unets[0]
+    with np.load(weights) as saved:
+        params = keys.to_jax(dict(saved), nn.abstract(unet)[1])
+    params = jax.tree.map(jax.numpy.asarray, params)
+    imagen = imagen_jax.Imagen(config, unets=[nn.bind(unet, params)])
+    texts = np.random.default_rng(0).standard_normal(
+        (BATCH, TEXT_LEN, UNET["text_embed_dim"]), np.float32
+    )
+    default = sampling_defaults(config)
+    few = f"{default['timesteps'][0]} ({default['sampler']}, {DEFAULT})"
+    choices = {f"{steps}": dict(timesteps=steps), few: default}
+
+    def seconds(**chosen) -> float:
+        given = chosen | dict(cond_scale=COND_SCALE, text_embeds=texts, key=jax.random.key(0))
+        return timed(lambda: jax.block_until_ready(imagen.sample(**given)))
+
+    return {name: seconds(**chosen) for name, chosen in choices.items()}
+
+
+def paper(preset: str, original_steps: int) -> str:
+    """Seconds per image and peak memory up to each stage, one image at a time, random weights."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    import imagen_jax
+    from imagen_jax import nn, presets
+    from imagen_jax.pipeline import sampling_defaults
+
+    config, dtype = presets.PRESETS[preset](), jnp.bfloat16
+
+    def draw_weights(shape):  # array by array: float32 weights of all would be the peak
+        return 0.05 * jax.random.normal(jax.random.key(0), shape.shape, dtype)
+
+    unets = [
+        nn.bind(unet, jax.tree.map(draw_weights, nn.abstract(unet)[1]), dtype=dtype)
+        for unet in config.unets
+    ]
+    imagen = imagen_jax.Imagen(config, unets=unets)
+    shape = (1, config.text_len, config.text_embed_dim)
+    texts = np.random.default_rng(0).standard_normal(shape, np.float32)
+    default = sampling_defaults(config)
+    guidance = {"cond_scale": default["cond_scale"]}
+    original = dict(timesteps=original_steps) | guidance
+    lines = [
+        f"Hardware: {_hardware()}; preset {preset}, {dtype.__name__}, guidance "
+        f"{guidance['cond_scale']}, one image at a time",
+        "",
+        "| up to pixels | steps of each stage | seconds an image | peak memory so far, GB |",
+        "|---|---|---|---|",
+    ]
+    for name, chosen in ((default["timesteps"], default), (original_steps, original)):
+        for number, size in enumerate(config.image_sizes, 1):
+            given = chosen | dict(stop_at_unet_number=number, text_embeds=texts)
+            draw = functools.partial(imagen.sample, key=jax.random.key(0), **given)
+            seconds = timed(lambda draw=draw: jax.block_until_ready(draw()))
+            stats = jax.devices()[0].memory_stats() or {}
+            peak = stats.get("peak_bytes_in_use")
+            memory = "not known" if peak is None else f"{peak / 1e9:.1f}"
+            lines.append(f"| {size} | {name} | {seconds:.2f} | {memory} |")
+            print(lines[-1], file=sys.stderr, flush=True)
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
