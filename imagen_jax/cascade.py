@@ -34,8 +34,16 @@ class Request:
     """The noises of each stage that runs, in place of a key, in the reference's order: of the
     low-resolution image, the initial one, then one a step (with inpainting: the known part's, the
     step's, the renoising's)."""
+    other_key: PRNGKey | RowKeys | None = None
+    """With `mix`: noise lies between that of `key` and that of this one, spherically."""
+    mix: AnyArray | None = None
+    """(b,) from 0, the noise of `key`, to 1, that of `other_key`."""
+    origins: AnyArray | None = None
+    """(b, 2) row and column of each image in a larger one, in pixels of the one stage that runs:
+    images of one key share their noise where they overlap."""
     text_embeds: TextEmbeds | None = None
     text_masks: TextMask | None = None
+    """A row that is False throughout is no text."""
     negative_text_embeds: TextEmbeds | None = None
     """What guidance leads away from, in place of no text. As `text_embeds` in shape."""
     negative_text_masks: TextMask | None = None
@@ -97,6 +105,7 @@ class Request:
         if (self.key is None) == (self.draws is None):
             raise UserError("sample needs either a key or draws.")
         numbers = self.numbers(config)
+        self._check_noise(numbers)
         if self.draws is not None and len(self.draws) != len(numbers):
             raise UserError(f"{len(self.draws)} sequences of draws for {len(numbers)} stages.")
         scales = self.per_unet(config, "cond_scale")
@@ -109,6 +118,15 @@ class Request:
         if self.strength is not None:
             self._check_strength()
         self._check_images(config)
+
+    def _check_noise(self, numbers: list[int]) -> None:
+        if (self.other_key is None) != (self.mix is None):
+            raise UserError("interpolated noise needs both other_key and mix.")
+        for name in ("other_key", "origins"):
+            if self.draws is not None and getattr(self, name) is not None:
+                raise UserError(f"{name} needs key, not draws.")
+        if self.origins is not None and len(numbers) > 1:
+            raise UserError(f"origins are in pixels of one stage; {len(numbers)} are to run.")
 
     def _check_negative_text(self) -> None:
         if self.text_embeds is None:
@@ -156,7 +174,10 @@ class Request:
         """The batch size: that of the arrays, which must agree, or the one asked for, or 1."""
         counts = {
             name: len(value)
-            for name in ("text_embeds", "inpaint_images", "inpaint_masks", "start_image_or_video")
+            for name in (
+                *("text_embeds", "inpaint_images", "inpaint_masks", "start_image_or_video"),
+                *("mix", "origins"),
+            )
             if (value := getattr(self, name)) is not None
         }
         if self.batch_size is not None:
@@ -180,6 +201,17 @@ class Request:
             inpaint_images=self.inpaint_images,
             inpaint_masks=self.inpaint_masks,
             resample_times=np.int32(self.inpaint_resample_times) if inpaints else None,
+        )
+
+    def randomness(self, keys: RowKeys, number: int) -> Randomness:
+        """The noise of a stage."""
+        others, mix = self.other_key, self.mix
+        if others is not None:
+            others = stream(row_keys(others, len(keys)), "stage", number)
+            mix = np.asarray(mix, np.float32)
+        origins = None if self.origins is None else np.asarray(self.origins, np.int32)
+        return Randomness(
+            keys=stream(keys, "stage", number), other_keys=others, mix=mix, origins=origins
         )
 
     def program(self, stage: Stage, dtype: Any, guided: bool) -> Program:
@@ -254,7 +286,7 @@ def sample_cascade(
         if keys is None:
             randomness = Randomness(noises=jnp.asarray(request.draws[place]))
         else:
-            randomness = Randomness(keys=stream(keys, "stage", number))
+            randomness = request.randomness(keys, number)
         images = _sample_stage(
             config, number, params[number - 1], request, images, randomness,
             dtype=dtypes[number - 1], batch_size=b, layout=layout,

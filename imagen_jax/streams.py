@@ -12,7 +12,7 @@ import zlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
 from imagen_jax.errors import UserError
 from imagen_jax.types import PRNGKey
@@ -57,3 +57,34 @@ def seed_keys(seeds: list[int]) -> RowKeys:
 def normal(keys: RowKeys, shape: tuple[int, ...]) -> Array:
     """Standard normal rows of a shape, each a function of its own key alone."""
     return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+
+
+def normal_field(keys: RowKeys, origins: Int[Array, "b 2"], shape: tuple[int, ...]) -> Array:
+    """Standard normal rows (h, w, c), cut from an endless field of each key, `origins` being the
+    row and column of their first pixels: rows of one key are equal where they overlap."""
+    h, w, c = shape
+
+    def at(keys: RowKeys, first: Int[Array, ""], count: int) -> RowKeys:
+        return jax.vmap(lambda place: jax.random.fold_in(keys, first + place))(jnp.arange(count))
+
+    def one(key: PRNGKey, origin: Int[Array, "2"]) -> Array:
+        rows = at(key, origin[0], h)
+        pixels = jax.vmap(lambda row: at(row, origin[1], w))(rows)
+        return jax.vmap(lambda row: normal(row, (c,)))(pixels)
+
+    return jax.vmap(one)(keys, origins)
+
+
+def spherical(a: Array, b: Array, fraction: Float[Array, "b"]) -> Array:
+    """From rows a (at 0) to b (at 1) along the great circle (Shoemake 1985): the norm is kept, so
+    that what lies between two noises is as noisy as they are. Equal rows stay as they are."""
+    axes = tuple(range(1, a.ndim))
+    norm = jnp.sqrt(jnp.sum(a * a, axes) * jnp.sum(b * b, axes))
+    angle = jnp.arccos(jnp.clip(jnp.sum(a * b, axes) / norm, -1.0, 1.0))
+    straight = angle < 1e-3
+    sine = jnp.where(straight, 1.0, jnp.sin(angle))
+    weights = (
+        jnp.where(straight, part, jnp.sin(part * angle) / sine)
+        for part in (1.0 - fraction, fraction)
+    )
+    return sum(jnp.expand_dims(weight, axes) * x for weight, x in zip(weights, (a, b), strict=True))

@@ -117,7 +117,8 @@ class Drawing:
             return None, None
         if self.pipeline.encoder.is_demo:
             self.say(text.DEMO_NOTE)
-        prompts = self._encoded([job.prompt for job in jobs], self.pipeline.encode)
+        prompts = [job.prompt or "" for job in jobs]  # a blank one is no text
+        prompts = self._encoded(prompts, self.pipeline.encode_negative)
         negatives = None
         if any(job.negative_prompt for job in jobs):
             negative = [job.negative_prompt for job in jobs]
@@ -188,6 +189,16 @@ class Drawing:
         grid = outputs.free_path(self.folder, "grid", self.given.seed, "png")
         outputs.write_grid(grid, [one.image for one in drawn], prompts, per_prompt=each)
         self.say(f"{len(drawn)} images in {self.folder}, side by side in {grid}")
+
+    def write(
+        self, image: np.ndarray, job: Job, record: Mapping[str, Any], **arguments: Any
+    ) -> Drawn:
+        """Writes an image that a command has put together; `arguments` and `record` as in `draw`.
+
+        Raises UserError for values that are not finite.
+        """
+        recipe = self._shared_recipe(dict(self.options) | arguments) | dict(record)
+        return self._write(0, [image], recipe | dataclasses.asdict(job), None)
 
     def _write(
         self, index: int, stages: list[np.ndarray], recipe: dict[str, Any], finish: Finish | None

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LEAVES = {"types", "fields", "unet_config", "resize", "pixels", "sharding", "streams"}
+LEAVES = {"types", "fields", "unet_config", "resize", "pixels", "sharding", "streams", "tiling"}
 MODEL = LEAVES | {"diffusion", "stage", "config", "presets"}  # what a cascade is, as data
 THEORY = MODEL | {"nn", "text", "conditioning", "training", "sampling", "cascade", "imagen"}
 ALL = THEORY | {
@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "pixels": set(),
     "sharding": {"types"},
     "streams": {"types"},
+    "tiling": {"types"},
     "diffusion": {"types"},
     "stage": LEAVES | {"diffusion"},
     "config": LEAVES | {"diffusion", "stage"},
