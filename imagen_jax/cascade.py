@@ -20,6 +20,7 @@ from imagen_jax.sampling import Given, OnStep, Program, Progress, Randomness
 from imagen_jax.sharding import Layout
 from imagen_jax.stage import Stage, to_float
 from imagen_jax.streams import RowKeys, row_keys, stream
+from imagen_jax.tiling import Tiles
 from imagen_jax.training import check_aspect, default_text_mask
 from imagen_jax.types import AnyArray, Image, Params, PRNGKey, TextEmbeds, TextMask
 
@@ -38,9 +39,11 @@ class Request:
     """With `mix`: noise lies between that of `key` and that of this one, spherically."""
     mix: AnyArray | None = None
     """(b,) from 0, the noise of `key`, to 1, that of `other_key`."""
-    origins: AnyArray | None = None
-    """(b, 2) row and column of each image in a larger one, in pixels of the one stage that runs:
-    images of one key share their noise where they overlap."""
+    tiles: Tiles | None = None
+    """Over an image larger than the one stage that runs: its size is then the tiles', and that of
+    `start_image_or_video` is to fit (tiling.py)."""
+    tile_batch: int = 8
+    """Tiles that the network is given at once."""
     text_embeds: TextEmbeds | None = None
     text_masks: TextMask | None = None
     """A row that is False throughout is no text."""
@@ -122,11 +125,10 @@ class Request:
     def _check_noise(self, numbers: list[int]) -> None:
         if (self.other_key is None) != (self.mix is None):
             raise UserError("interpolated noise needs both other_key and mix.")
-        for name in ("other_key", "origins"):
-            if self.draws is not None and getattr(self, name) is not None:
-                raise UserError(f"{name} needs key, not draws.")
-        if self.origins is not None and len(numbers) > 1:
-            raise UserError(f"origins are in pixels of one stage; {len(numbers)} are to run.")
+        if self.draws is not None and self.other_key is not None:
+            raise UserError("other_key needs key, not draws.")
+        if self.tiles is not None and (len(numbers) > 1 or numbers[0] == 1):
+            raise UserError("tiles are those of one super-resolution stage, which runs alone.")
 
     def _check_negative_text(self) -> None:
         if self.text_embeds is None:
@@ -148,7 +150,7 @@ class Request:
     def _check_images(self, config: ImagenConfig) -> None:
         """Images are never squashed: all must have the cascade's aspect ratio."""
         stage = config.stage(1)
-        images = {name: getattr(self, name) for name in _IMAGES}
+        images = {name: getattr(self, name) for name in _IMAGES if self.tiles is None}
         for number, image in enumerate(self.per_unet(config, "init_images"), 1):
             images[f"init_images of U-Net {number}"] = image
         for name, image in images.items():
@@ -176,7 +178,7 @@ class Request:
             name: len(value)
             for name in (
                 *("text_embeds", "inpaint_images", "inpaint_masks", "start_image_or_video"),
-                *("mix", "origins"),
+                "mix",
             )
             if (value := getattr(self, name)) is not None
         }
@@ -209,10 +211,7 @@ class Request:
         if others is not None:
             others = stream(row_keys(others, len(keys)), "stage", number)
             mix = np.asarray(mix, np.float32)
-        origins = None if self.origins is None else np.asarray(self.origins, np.int32)
-        return Randomness(
-            keys=stream(keys, "stage", number), other_keys=others, mix=mix, origins=origins
-        )
+        return Randomness(keys=stream(keys, "stage", number), other_keys=others, mix=mix)
 
     def program(self, stage: Stage, dtype: Any, guided: bool) -> Program:
         return Program(
@@ -222,6 +221,8 @@ class Request:
             sampler=self.sampler or stage.process.sampler,
             remove_parallel_component=self.cfg_remove_parallel_component,
             inpaint_variance=self.inpaint_variance,
+            tiles=self.tiles,
+            tile_batch=self.tile_batch,
         )
 
     def guidance(self, process: Process, grid: Grid, cond_scale: float) -> Guidance:
@@ -279,7 +280,8 @@ def sample_cascade(
     if request.start_at_unet_number > 1:
         before = config.stage(request.start_at_unet_number).lowres.size
         images = to_float(request.start_image_or_video)
-        images = resize(images, before, mode=config.resize_mode)
+        if request.tiles is None:
+            images = resize(images, before, mode=config.resize_mode)
     for place, number in enumerate(request.numbers(config)):
         if params[number - 1] is None:
             raise UserError(f"U-Net {number} has no weights: there is nothing to sample from.")
@@ -308,6 +310,8 @@ def _sample_stage(
     layout: Layout | None,
 ) -> Image:
     stage, defaults = config.stage(number), config.sampling_defaults(number)
+    if request.tiles is not None:
+        stage = dataclasses.replace(stage, size=request.tiles.image)
 
     def own(name: str) -> Any:
         return request.per_unet(config, name)[number - 1]

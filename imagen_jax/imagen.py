@@ -20,6 +20,7 @@ from imagen_jax.pixels import to_pil
 from imagen_jax.sampling import OnStep, Progress
 from imagen_jax.sharding import Layout
 from imagen_jax.streams import RowKeys
+from imagen_jax.tiling import Tiles
 from imagen_jax.training import Draws, stage_losses
 from imagen_jax.types import AnyArray, Image, PRNGKey, TextEmbeds, TextMask
 
@@ -135,7 +136,8 @@ class Imagen(nnx.Module):
         draws: Sequence[Float[AnyArray, "_ b _ _ c"]] | None = None,
         other_key: PRNGKey | RowKeys | None = None,
         mix: AnyArray | None = None,
-        origins: AnyArray | None = None,
+        tiles: Tiles | None = None,
+        tile_batch: int = 8,
         texts: Sequence[str] | None = None,
         text_embeds: TextEmbeds | None = None,
         text_masks: TextMask | None = None,

@@ -30,7 +30,9 @@ from imagen_jax.errors import UserError
 from imagen_jax.resize import resize
 from imagen_jax.sharding import Layout
 from imagen_jax.stage import SamplingDefaults, Stage, to_float
-from imagen_jax.streams import RowKeys, normal, normal_field, spherical, stream
+from imagen_jax.streams import RowKeys, normal, spherical, stream
+from imagen_jax.tiled import Tiled
+from imagen_jax.tiling import Tiles
 from imagen_jax.types import AnyArray, Image, Params, TextEmbeds, TextMask
 
 SLICES = 20
@@ -52,6 +54,10 @@ class Program:
     sampler: str
     remove_parallel_component: bool = True
     inpaint_variance: RenoiseVariance = "exact"
+    tiles: Tiles | None = None
+    """Where the network is applied, over an image larger than it was trained on."""
+    tile_batch: int = 8
+    """Tiles that the network is given at once."""
 
     def __post_init__(self):
         samplers.find_sampler(self.sampler)
@@ -100,8 +106,6 @@ class Randomness(NamedTuple):
     """Noise is on the way from that of `keys` to that of these, spherically."""
     mix: Float[AnyArray, "b"] | None = None
     """How far, from 0 to 1."""
-    origins: Int[AnyArray, "b 2"] | None = None
-    """Where images lie in the fields of their keys (`streams.normal_field`)."""
 
     def image(self, name: str, place: int, shape: tuple[int, ...]) -> Array:
         """Noise for a named purpose, which is at `place` among given ones."""
@@ -122,9 +126,7 @@ class Randomness(NamedTuple):
 
     def _normal(self, purpose: Callable[[RowKeys], RowKeys], shape: tuple[int, ...]) -> Array:
         def of(keys: RowKeys) -> Array:
-            if self.origins is None:
-                return normal(purpose(keys), shape)
-            return normal_field(purpose(keys), jnp.asarray(self.origins), shape)
+            return normal(purpose(keys), shape)
 
         noise = of(self.keys)
         if self.other_keys is None:
@@ -242,6 +244,8 @@ def estimator(
 ) -> Condition | Guided:
     """The network as the samplers call it, guidance applied."""
     network = nn.bind(program.stage.network, params, dtype=program.dtype)
+    if program.tiles is not None:
+        network = Tiled(network, program.tiles, program.tile_batch)
     conditioned = Condition(network, conditioning)
     if not program.guided:
         return conditioned

@@ -59,22 +59,6 @@ def normal(keys: RowKeys, shape: tuple[int, ...]) -> Array:
     return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
 
-def normal_field(keys: RowKeys, origins: Int[Array, "b 2"], shape: tuple[int, ...]) -> Array:
-    """Standard normal rows (h, w, c), cut from an endless field of each key, `origins` being the
-    row and column of their first pixels: rows of one key are equal where they overlap."""
-    h, w, c = shape
-
-    def at(keys: RowKeys, first: Int[Array, ""], count: int) -> RowKeys:
-        return jax.vmap(lambda place: jax.random.fold_in(keys, first + place))(jnp.arange(count))
-
-    def one(key: PRNGKey, origin: Int[Array, "2"]) -> Array:
-        rows = at(key, origin[0], h)
-        pixels = jax.vmap(lambda row: at(row, origin[1], w))(rows)
-        return jax.vmap(lambda row: normal(row, (c,)))(pixels)
-
-    return jax.vmap(one)(keys, origins)
-
-
 def spherical(a: Array, b: Array, fraction: Float[Array, "b"]) -> Array:
     """From rows a (at 0) to b (at 1) along the great circle (Shoemake 1985): the norm is kept, so
     that what lies between two noises is as noisy as they are. Equal rows stay as they are."""

@@ -190,16 +190,6 @@ class Drawing:
         outputs.write_grid(grid, [one.image for one in drawn], prompts, per_prompt=each)
         self.say(f"{len(drawn)} images in {self.folder}, side by side in {grid}")
 
-    def write(
-        self, image: np.ndarray, job: Job, record: Mapping[str, Any], **arguments: Any
-    ) -> Drawn:
-        """Writes an image that a command has put together; `arguments` and `record` as in `draw`.
-
-        Raises UserError for values that are not finite.
-        """
-        recipe = self._shared_recipe(dict(self.options) | arguments) | dict(record)
-        return self._write(0, [image], recipe | dataclasses.asdict(job), None)
-
     def _write(
         self, index: int, stages: list[np.ndarray], recipe: dict[str, Any], finish: Finish | None
     ) -> Drawn:

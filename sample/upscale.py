@@ -5,12 +5,11 @@
     python -m sample.upscale --checkpoint RUN --image old.png --lowres-sample-noise-level 0.4
 
 The stage multiplies height and width by its own factor, 4 for 64 -> 256 pixels. An image larger
-than the stage was trained on is drawn in tiles that overlap and share their noise. Little noise
+than the stage was trained on is drawn in overlapping tiles, blended at every step. Little noise
 (`--lowres-sample-noise-level`) keeps to the image; more repairs and invents more.
 """
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,6 @@ from imagen_jax.config import ImagenConfig
 from imagen_jax.data import read
 from imagen_jax.errors import UserError
 from imagen_jax.stage import Stage
-from imagen_jax.types import Size
 from sample import outputs, settings
 from sample.drawing import Drawing, Job, read_prompts
 
@@ -33,8 +31,8 @@ class Settings(settings.Settings):
 
     image: Path
     """The image to upsample."""
-    prompt: str | None = None
-    """What the image shows. Default: no text."""
+    prompt: tuple[str, ...] = ()
+    """What the image shows, one text. Default: no text."""
     stage: str | None = None
     """The U-Net that upsamples: 2, 3 or sr256, sr1024. Default: the cascade's last."""
     overlap: float = 0.25
@@ -46,6 +44,8 @@ class Settings(settings.Settings):
         super().__post_init__()
         if not 0 <= self.overlap <= 0.75:
             raise UserError(f"--overlap {self.overlap:g} must lie in 0 .. 0.75.")
+        if len(self.prompt) > 1:
+            raise UserError(f"--prompt: one text for the image, not {len(self.prompt)}.")
         if self.stop_at_unet_number is not None and self.stage is not None:
             raise UserError("--stage and --stop-at-unet-number: give --stage alone.")
 
@@ -61,18 +61,28 @@ def main() -> None:
     given = dataclasses.replace(given, stage=None, stop_at_unet_number=str(number))
     stage = config.stage(number)
     image = read_image(given, stage)
-    prompt = None
-    if given.prompt is not None:
-        (prompt,) = read_prompts(
-            dataclasses.replace(given, prompt=(given.prompt,)), config
-        )  # fmt: skip
+    factor = scale_factor(stage)
+    padded, tiles = plan(given, stage, image)
     drawing = Drawing.open("upscale", given, first=number)
-    job = Job(seed=given.seed, prompt=prompt, negative_prompt=given.negative_prompt)
-    larger, record = upscale(drawing, stage, image, job)
-    record |= {"image": given.image.name}
-    drawn = drawing.write(larger, job, record, start_at_unet_number=number)
-    h, w = image.shape[:2]
-    drawing.say(f"{w}x{h} -> {larger.shape[1]}x{larger.shape[0]}: {drawn.path}")
+    prompt = given.prompt and read_prompts(given, config)
+    job = Job(
+        seed=given.seed,
+        prompt=prompt[0] if prompt else None,
+        negative_prompt=given.negative_prompt,
+    )
+    height, width = (factor * side for side in image.shape[:2])
+    (drawn,) = drawing.draw(
+        [job],
+        images={"start_image_or_video": padded[None]},
+        finish=lambda _, larger: larger[:height, :width],
+        record={"image": given.image.name},
+        pad_to=1,
+        start_at_unet_number=number,
+        tiles=tiles,
+        tile_batch=min(given.batch_size, len(tiles.origins)),
+    )
+    before = f"{image.shape[1]}x{image.shape[0]}"
+    drawing.say(f"{before} -> {width}x{height} pixels: {drawn.path}")
 
 
 def stage_number(given: Settings, config: ImagenConfig) -> int:
@@ -101,50 +111,19 @@ def read_image(given: Settings, stage: Stage) -> np.ndarray:
 
 def scale_factor(stage: Stage) -> int:
     """How much larger the stage's images are. Raises UserError unless that is an integer."""
-    ratios = {large / small for large, small in zip(stage.size, lowres_size(stage), strict=True)}
+    ratios = {large / small for large, small in zip(stage.size, stage.lowres.size, strict=True)}
     (ratio, *others) = ratios
     if others or ratio != int(ratio):
         raise UserError(f"U-Net {stage.unet_number} upsamples by {sorted(ratios)}: no one integer.")
     return int(ratio)
 
 
-def lowres_size(stage: Stage) -> Size:
-    return stage.lowres.size
-
-
-def upscale(
-    drawing: Drawing, stage: Stage, image: np.ndarray, job: Job
-) -> tuple[np.ndarray, dict[str, object]]:
-    """The larger image, float (h, w, c) in [0, 1], and how it was tiled, for its recipe."""
-    factor, tile = scale_factor(stage), lowres_size(stage)
+def plan(given: Settings, stage: Stage, image: np.ndarray) -> tuple[np.ndarray, tiling.Tiles]:
+    """The image, padded to at least a tile, and the tiles over the larger one."""
+    factor, tile = scale_factor(stage), stage.lowres.size
     padded = tiling.pad(image, tile)
-    overlap = tuple(round(side * drawing.given.overlap) for side in tile)
-    tiles = tiling.make_tiles(padded.shape[:2], tile, overlap)
-    larger = tiles.scaled(factor)
-    drawn = draw_tiles(drawing, tiling.cut(padded, tiles), larger.origins, job)
-    pixels = tiling.blend(drawn, larger)[: factor * image.shape[0], : factor * image.shape[1]]
-    record = {"tiles": [len(tiles.tops), len(tiles.lefts)], "overlap": list(overlap)}
-    return pixels, record
-
-
-def draw_tiles(
-    drawing: Drawing, tiles: np.ndarray, origins: np.ndarray, job: Job
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Index and pixels of each tile, upsampled; noise is cut from one field."""
-    embeddings, negatives = (
-        None if part is None else type(part)(*(np.repeat(x, len(tiles), axis=0) for x in part))
-        for part in drawing.encode([job])
-    )
-    yield from drawing.pipeline.generate(
-        embeddings,
-        negatives=negatives,
-        seeds=[job.seed] * len(tiles),
-        per_image={"start_image_or_video": tiles, "origins": origins},
-        batch_size=drawing.given.batch_size,
-        progress=outputs.progress_bars,
-        start_at_unet_number=drawing.first,
-        **drawing.options,
-    )
+    overlap = tuple(round(side * given.overlap) for side in tile)
+    return padded, tiling.make_tiles(padded.shape[:2], tile, overlap).scaled(factor)
 
 
 if __name__ == "__main__":
