@@ -7,6 +7,7 @@ import pytest
 
 from imagen_jax import streams, tiling
 from imagen_jax.errors import UserError
+from imagen_jax.tiled import Tiled
 
 
 @pytest.mark.parametrize("length", [7, 8, 13, 64, 101])
@@ -23,19 +24,27 @@ def test_positions_cover_an_axis_with_the_overlap(length, tile, overlap):
     np.testing.assert_allclose(total, 1, rtol=1e-12)
 
 
-@pytest.mark.parametrize("size", [(5, 7), (23, 9), (6, 40)])
-def test_cut_and_blended_again(size):
-    """In any order, and after a nearest upsampling of every tile by 3."""
-    image = np.random.default_rng(0).random((*size, 3), np.float32)
-    padded = tiling.pad(image, (7, 8))
-    tiles = tiling.make_tiles(padded.shape[:2], (7, 8), (2, 3))
-    cut = tiling.cut(padded, tiles)
-    assert len(cut) == len(tiles.origins)
-    larger = [tile.repeat(3, 0).repeat(3, 1) for tile in cut]
-    found = tiling.blend([*enumerate(larger)][::-1], tiles.scaled(3))
-    wanted = padded.repeat(3, 0).repeat(3, 1)
-    np.testing.assert_allclose(found, wanted, atol=1e-6)
-    np.testing.assert_array_equal(padded[: size[0], : size[1]], image)
+@pytest.mark.parametrize(("size", "batch"), [((5, 7), 1), ((23, 9), 4), ((6, 40), 3)])
+def test_a_network_of_pixels_alone_is_not_changed_by_tiles(size, batch):
+    """Over two rows, with an image of conditioning beside x; a network that sees its tile is."""
+    x, lowres = np.random.default_rng(0).random((2, 2, *size, 3), np.float32)
+    x, lowres = (jnp.stack([tiling.pad(row, (7, 8)) for row in rows]) for rows in (x, lowres))
+    tiles = tiling.make_tiles(x.shape[1:3], (7, 8), (2, 3))
+
+    def network(x, time, *, lowres_cond_img, text_cond, lowres_noise_times, key):
+        return x * time[:, None, None, None] - lowres_cond_img + text_cond[:, None, None, :]
+
+    time, text = jnp.array([0.5, 2.0]), jnp.array([[1.0, 2.0, 3.0], [0.0, 1.0, 0.0]])
+    given = dict(text_cond=text, lowres_cond_img=lowres)
+    wanted = network(x, time, lowres_noise_times=None, key=None, **given)
+    found = Tiled(network, tiles, batch)(x, time, **given)
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+def test_padding_reflects():
+    image = np.arange(12.0).reshape(2, 6, 1)
+    padded = tiling.pad(image, (5, 6))[..., 0]
+    np.testing.assert_array_equal(padded[:, 0], [0, 6, 0, 6, 0])
 
 
 def test_tiles_that_cannot_be():
@@ -43,17 +52,6 @@ def test_tiles_that_cannot_be():
         tiling.make_tiles((4, 9), (5, 5), (1, 1))
     with pytest.raises(UserError, match="overlap of 5 pixels must lie in 0 .. 4"):
         tiling.positions(9, 5, 5)
-
-
-def test_tiles_share_the_noise_where_they_overlap():
-    """The field is standard normal; another key has another one."""
-    keys = streams.seed_keys([3, 3, 4])
-    origins = jnp.array([[0, 0], [5, 9], [0, 0]])
-    a, b, other = streams.normal_field(keys, origins, (64, 48, 3))
-    np.testing.assert_array_equal(a[5:, 9:], b[:-5, :-9])
-    assert abs(float(a.mean())) < 0.05 and abs(float(a.std()) - 1) < 0.05
-    assert abs(float(jnp.corrcoef(a[1:].ravel(), a[:-1].ravel())[0, 1])) < 0.05
-    assert abs(float(jnp.corrcoef(a.ravel(), other.ravel())[0, 1])) < 0.05
 
 
 def test_spherical_interpolation():

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagen_jax import nn, sampling
+from imagen_jax import nn, sampling, tiling
 from imagen_jax.errors import UserError
-from imagen_jax.pipeline import Embeddings, Pipeline
+from imagen_jax.pipeline import Pipeline
+from imagen_jax.streams import seed_keys
 from tests.compilations import compilations
 from tests.sample.conftest import pixels, recorded
 
@@ -20,8 +21,8 @@ def photo(path, width, height, **options):
 
 
 def test_sizes_and_aspects(run, command, tmp_path, caplog):
-    """Twice the file's size, a tile, less than a tile and many; another seed, prompt or number of
-    tiles compiles nothing new."""
+    """Twice the file's size, a tile, less than a tile and many; another seed or prompt compiles
+    nothing new."""
 
     def draw(width, height, *more):
         image = photo(tmp_path / f"{width}x{height}.png", width, height)
@@ -33,12 +34,13 @@ def test_sizes_and_aspects(run, command, tmp_path, caplog):
 
     path = draw(37, 21)
     made = recorded(path)
-    assert (made["tiles"], made["overlap"], made["image"]) == ([4, 6], [2, 2], "37x21.png")
+    image, tile, tops, lefts = made["tiles"]
+    assert (image, tile, len(tops), len(lefts)) == ([42, 74], [16, 16], 4, 6)
+    assert made["image"] == "37x21.png" and made["start_at_unet_number"] == 2
     assert (made["command"], made["prompt"], made["size"]) == ("upscale", None, [42, 74])
     with compilations(caplog) as names:
         again = draw(37, 21)
         other = draw(37, 21, "--seed", 5, "--prompt", "x")
-        draw(9, 50, "--overlap", 0.5)
     assert not {"jit(start)", "jit(advance)", "jit(finish)"} & set(names)
     np.testing.assert_array_equal(pixels(path), pixels(again))
     assert np.abs(pixels(path) - pixels(other)).mean() > 1
@@ -47,18 +49,23 @@ def test_sizes_and_aspects(run, command, tmp_path, caplog):
     draw(40, 1)
 
 
-def test_a_perfect_network_leaves_no_seam(run, command, tmp_path, monkeypatch):
-    """Tiles of a network that upsamples exactly are blended to the upsampled file, to the bit."""
+def test_a_tile_is_drawn_as_without_tiles(run, command, tmp_path):
+    """An image of the stage's own size, by `Pipeline` and by the command."""
+    image = photo(tmp_path / "a.png", 8, 8)
+    command(run, "--image", image, "--prompt", "x", "--steps", 3, "--out", tmp_path / "o",
+            name="upscale")  # fmt: skip
+    pipeline = Pipeline.load(run)
+    small = pixels(image)[None].astype(np.uint8)
+    given = dict(start_at_unet_number=2, start_image_or_video=small, num_inference_steps=3)
+    (wanted,) = pipeline("x", seed=0, **given).images
+    assert np.abs(pixels(tmp_path / "o" / "x-0.png") - np.asarray(wanted, int)).max() <= 1
 
-    def generate(self, *_, per_image, **__):
-        for index, tile in enumerate(per_image["start_image_or_video"]):
-            yield index, (tile / 255).repeat(2, 0).repeat(2, 1).astype(np.float32)
 
-    monkeypatch.setattr(Pipeline, "generate", generate)
-    image = photo(tmp_path / "a.png", 37, 21)
-    command(run, "--image", image, "--out", tmp_path / "o", name="upscale")
-    wanted = pixels(image).repeat(2, 0).repeat(2, 1)
-    np.testing.assert_array_equal(pixels(tmp_path / "o" / "0.png"), wanted)
+def test_tiles_with_what_draws_from_noise(run):
+    pipeline = Pipeline.load(run)
+    tiles = tiling.make_tiles((32, 32), (16, 16), (4, 4))
+    with pytest.raises(UserError, match="of one super-resolution stage, which runs alone"):
+        pipeline("x", tiles=tiles)
 
 
 def test_no_prompt_is_the_network_without_text(run):
@@ -76,7 +83,7 @@ def test_no_prompt_is_the_network_without_text(run):
         lowres_noise_level=np.float32(0.1),
     )
     grid = sampling.samplers.make_grid(stage.process, 2)
-    keys = sampling.Randomness(keys=jnp.stack([jnp.asarray(k) for k in _keys(1)]))
+    keys = sampling.Randomness(keys=seed_keys([0]))
     _, found, _ = sampling.start(
         nn.params_of(network), given, keys, grid, program=program, batch_size=1
     )
@@ -84,26 +91,6 @@ def test_no_prompt_is_the_network_without_text(run):
     np.testing.assert_allclose(found.text.hiddens, wanted.hiddens, rtol=1e-5)
     kept = network.encode_text(embeds, masks, keep_mask=np.array([True]))
     assert np.abs(np.asarray(kept.hiddens - wanted.hiddens)).max() > 1e-3
-
-
-def _keys(count):
-    from imagen_jax.streams import seed_keys
-
-    return seed_keys([*range(count)])
-
-
-def test_tiles_of_any_sampler_share_their_noise(run):
-    """Two images at one place are equal, at two places not, with noise in every step."""
-    pipeline = Pipeline.load(run)
-    text = (np.zeros((3, pipeline.config.text_len, 128), np.float32),)
-    embeddings = Embeddings(*text, np.zeros(text[0].shape[:2], bool))
-    given = dict(start_at_unet_number=2, sampler="ancestral", timesteps=2, seeds=[4, 4, 4])
-    small = np.full((3, 8, 8, 3), 99, np.uint8)
-    origins = np.array([[2, 6], [2, 6], [0, 6]], np.int32)
-    per_image = {"start_image_or_video": small, "origins": origins}
-    drawn = [image for _, image in pipeline.generate(embeddings, per_image=per_image, **given)]
-    np.testing.assert_allclose(drawn[0], drawn[1], atol=1e-6)
-    assert np.abs(drawn[0] - drawn[2]).max() > 0.05
 
 
 def test_mistakes(run, command, tmp_path):
@@ -133,7 +120,7 @@ def test_kinds_of_files(run, command, tmp_path, monkeypatch):
 
     def generate(self, *_, per_image, **__):
         seen.append(per_image["start_image_or_video"][0])
-        yield 0, np.zeros((16, 16, 3), np.float32)
+        yield 0, [np.zeros((16, 16, 3), np.float32)]
 
     monkeypatch.setattr(Pipeline, "generate", generate)
     exif = Image.Exif()
