@@ -210,6 +210,10 @@ class Drawing:
             print(json.dumps({"file": str(path)} | recipe, ensure_ascii=False), flush=True)
         return Drawn(index, path, shown, recipe)
 
+    def recipe(self) -> dict[str, Any]:
+        """What the recipes of a command's files share."""
+        return self._shared_recipe(self.options)
+
     def _shared_recipe(self, options: Mapping[str, Any]) -> dict[str, Any]:
         choices = self.pipeline.choices
         texts = self.config.condition_on_text
