@@ -27,7 +27,11 @@ from imagen_jax.types import AnyArray, Image, Params, PRNGKey, TextEmbeds, TextM
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Request:
-    """What to sample. Fields marked * take one value, or one per U-Net."""
+    """What to sample. Fields marked * take one value, or one per U-Net.
+
+    Another key, text, guidance weight, number of steps (up to 1,024) or threshold compiles nothing
+    new; guidance on and off (`cond_scale` 1) are two programs, and so are other tiles.
+    """
 
     key: PRNGKey | RowKeys | None = None
     """One key, or one per image: an image is a function of its own key, whatever its batch."""

@@ -176,11 +176,8 @@ class Imagen(nnx.Module):
     ) -> Image | list[Image] | list[PILImage.Image] | list[list[PILImage.Image]]:
         """Images, (b, h, w, c) in [0, 1] or lists of PIL images (reference `sample`).
 
-        The arguments are the fields of `cascade.Request`, which documents them. `texts` and
-        `negative_texts`, "" being no text, are encoded by `encoder`. Another key, text,
-        guidance weight, number of steps (up to 1,024) or threshold compiles nothing new; guidance
-        on and off (`cond_scale` 1) are two programs. Raises UserError for unfit input, such as
-        images of another aspect ratio than the cascade's.
+        The arguments are the fields of `cascade.Request`, which documents them, with what compiles
+        anew. Texts, "" being none, are encoded by `encoder`. Raises UserError for unfit input.
         """
         arguments = {k: v for k, v in locals().items() if k in Request.__dataclass_fields__}
         if self.config.condition_on_text:
@@ -191,7 +188,7 @@ class Imagen(nnx.Module):
                 arguments |= dict(negative_text_embeds=embeds, negative_text_masks=masks)
         outputs = self._sample(Request(**arguments))
         if return_pil_images:
-            outputs = [[to_pil(image) for image in np.asarray(output)] for output in outputs]
+            outputs = [[*map(to_pil, np.asarray(output))] for output in outputs]
         return outputs if return_all_unet_outputs else outputs[-1]
 
     def _sample(self, request: Request) -> list[Image]:
