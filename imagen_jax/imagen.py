@@ -176,8 +176,7 @@ class Imagen(nnx.Module):
     ) -> Image | list[Image] | list[PILImage.Image] | list[list[PILImage.Image]]:
         """Images, (b, h, w, c) in [0, 1] or lists of PIL images (reference `sample`).
 
-        The arguments are the fields of `cascade.Request`, which documents them, with what compiles
-        anew. Texts, "" being none, are encoded by `encoder`. Raises UserError for unfit input.
+        The arguments are the fields of `cascade.Request`. Raises UserError for unfit input.
         """
         arguments = {k: v for k, v in locals().items() if k in Request.__dataclass_fields__}
         if self.config.condition_on_text:
