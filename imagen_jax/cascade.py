@@ -20,13 +20,18 @@ from imagen_jax.sampling import Given, OnStep, Program, Progress, Randomness
 from imagen_jax.sharding import Layout
 from imagen_jax.stage import Stage, to_float
 from imagen_jax.streams import RowKeys, row_keys, stream
+from imagen_jax.tiling import Tiles
 from imagen_jax.training import check_aspect, default_text_mask
 from imagen_jax.types import AnyArray, Image, Params, PRNGKey, TextEmbeds, TextMask
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Request:
-    """What to sample. Fields marked * take one value, or one per U-Net."""
+    """What to sample. Fields marked * take one value, or one per U-Net.
+
+    Another key, text, guidance weight, number of steps (up to 1,024) or threshold compiles nothing
+    new; guidance on and off (`cond_scale` 1) are two programs, and so are other tiles.
+    """
 
     key: PRNGKey | RowKeys | None = None
     """One key, or one per image: an image is a function of its own key, whatever its batch."""
@@ -34,8 +39,18 @@ class Request:
     """The noises of each stage that runs, in place of a key, in the reference's order: of the
     low-resolution image, the initial one, then one a step (with inpainting: the known part's, the
     step's, the renoising's)."""
+    other_key: PRNGKey | RowKeys | None = None
+    """With `mix`: noise lies between that of `key` and that of this one, spherically."""
+    mix: AnyArray | None = None
+    """(b,) from 0, the noise of `key`, to 1, that of `other_key`."""
+    tiles: Tiles | None = None
+    """Over an image larger than the one stage that runs: its size is then the tiles', and that of
+    `start_image_or_video` is to fit (tiling.py)."""
+    tile_batch: int = 8
+    """Tiles that the network is given at once."""
     text_embeds: TextEmbeds | None = None
     text_masks: TextMask | None = None
+    """A row that is False throughout is no text."""
     negative_text_embeds: TextEmbeds | None = None
     """What guidance leads away from, in place of no text. As `text_embeds` in shape."""
     negative_text_masks: TextMask | None = None
@@ -97,6 +112,7 @@ class Request:
         if (self.key is None) == (self.draws is None):
             raise UserError("sample needs either a key or draws.")
         numbers = self.numbers(config)
+        self._check_noise(numbers)
         if self.draws is not None and len(self.draws) != len(numbers):
             raise UserError(f"{len(self.draws)} sequences of draws for {len(numbers)} stages.")
         scales = self.per_unet(config, "cond_scale")
@@ -109,6 +125,14 @@ class Request:
         if self.strength is not None:
             self._check_strength()
         self._check_images(config)
+
+    def _check_noise(self, numbers: list[int]) -> None:
+        if (self.other_key is None) != (self.mix is None):
+            raise UserError("interpolated noise needs both other_key and mix.")
+        if self.draws is not None and self.other_key is not None:
+            raise UserError("other_key needs key, not draws.")
+        if self.tiles is not None and (len(numbers) > 1 or numbers[0] == 1):
+            raise UserError("tiles are those of one super-resolution stage, which runs alone.")
 
     def _check_negative_text(self) -> None:
         if self.text_embeds is None:
@@ -130,7 +154,7 @@ class Request:
     def _check_images(self, config: ImagenConfig) -> None:
         """Images are never squashed: all must have the cascade's aspect ratio."""
         stage = config.stage(1)
-        images = {name: getattr(self, name) for name in _IMAGES}
+        images = {name: getattr(self, name) for name in _IMAGES if self.tiles is None}
         for number, image in enumerate(self.per_unet(config, "init_images"), 1):
             images[f"init_images of U-Net {number}"] = image
         for name, image in images.items():
@@ -156,7 +180,10 @@ class Request:
         """The batch size: that of the arrays, which must agree, or the one asked for, or 1."""
         counts = {
             name: len(value)
-            for name in ("text_embeds", "inpaint_images", "inpaint_masks", "start_image_or_video")
+            for name in (
+                *("text_embeds", "inpaint_images", "inpaint_masks", "start_image_or_video"),
+                "mix",
+            )
             if (value := getattr(self, name)) is not None
         }
         if self.batch_size is not None:
@@ -182,6 +209,14 @@ class Request:
             resample_times=np.int32(self.inpaint_resample_times) if inpaints else None,
         )
 
+    def randomness(self, keys: RowKeys, number: int) -> Randomness:
+        """The noise of a stage."""
+        others, mix = self.other_key, self.mix
+        if others is not None:
+            others = stream(row_keys(others, len(keys)), "stage", number)
+            mix = np.asarray(mix, np.float32)
+        return Randomness(keys=stream(keys, "stage", number), other_keys=others, mix=mix)
+
     def program(self, stage: Stage, dtype: Any, guided: bool) -> Program:
         return Program(
             stage=stage,
@@ -190,6 +225,8 @@ class Request:
             sampler=self.sampler or stage.process.sampler,
             remove_parallel_component=self.cfg_remove_parallel_component,
             inpaint_variance=self.inpaint_variance,
+            tiles=self.tiles,
+            tile_batch=self.tile_batch,
         )
 
     def guidance(self, process: Process, grid: Grid, cond_scale: float) -> Guidance:
@@ -247,14 +284,15 @@ def sample_cascade(
     if request.start_at_unet_number > 1:
         before = config.stage(request.start_at_unet_number).lowres.size
         images = to_float(request.start_image_or_video)
-        images = resize(images, before, mode=config.resize_mode)
+        if request.tiles is None:
+            images = resize(images, before, mode=config.resize_mode)
     for place, number in enumerate(request.numbers(config)):
         if params[number - 1] is None:
             raise UserError(f"U-Net {number} has no weights: there is nothing to sample from.")
         if keys is None:
             randomness = Randomness(noises=jnp.asarray(request.draws[place]))
         else:
-            randomness = Randomness(keys=stream(keys, "stage", number))
+            randomness = request.randomness(keys, number)
         images = _sample_stage(
             config, number, params[number - 1], request, images, randomness,
             dtype=dtypes[number - 1], batch_size=b, layout=layout,
@@ -276,6 +314,8 @@ def _sample_stage(
     layout: Layout | None,
 ) -> Image:
     stage, defaults = config.stage(number), config.sampling_defaults(number)
+    if request.tiles is not None:
+        stage = dataclasses.replace(stage, size=request.tiles.image)
 
     def own(name: str) -> Any:
         return request.per_unet(config, name)[number - 1]

@@ -20,6 +20,7 @@ from imagen_jax.pixels import to_pil
 from imagen_jax.sampling import OnStep, Progress
 from imagen_jax.sharding import Layout
 from imagen_jax.streams import RowKeys
+from imagen_jax.tiling import Tiles
 from imagen_jax.training import Draws, stage_losses
 from imagen_jax.types import AnyArray, Image, PRNGKey, TextEmbeds, TextMask
 
@@ -133,6 +134,10 @@ class Imagen(nnx.Module):
         *,
         key: PRNGKey | RowKeys | None = None,
         draws: Sequence[Float[AnyArray, "_ b _ _ c"]] | None = None,
+        other_key: PRNGKey | RowKeys | None = None,
+        mix: AnyArray | None = None,
+        tiles: Tiles | None = None,
+        tile_batch: int = 8,
         texts: Sequence[str] | None = None,
         text_embeds: TextEmbeds | None = None,
         text_masks: TextMask | None = None,
@@ -171,11 +176,7 @@ class Imagen(nnx.Module):
     ) -> Image | list[Image] | list[PILImage.Image] | list[list[PILImage.Image]]:
         """Images, (b, h, w, c) in [0, 1] or lists of PIL images (reference `sample`).
 
-        The arguments are the fields of `cascade.Request`, which documents them. `texts` and
-        `negative_texts`, "" being no text, are encoded by `encoder`. Another key, text,
-        guidance weight, number of steps (up to 1,024) or threshold compiles nothing new; guidance
-        on and off (`cond_scale` 1) are two programs. Raises UserError for unfit input, such as
-        images of another aspect ratio than the cascade's.
+        The arguments are the fields of `cascade.Request`. Raises UserError for unfit input.
         """
         arguments = {k: v for k, v in locals().items() if k in Request.__dataclass_fields__}
         if self.config.condition_on_text:
@@ -186,7 +187,7 @@ class Imagen(nnx.Module):
                 arguments |= dict(negative_text_embeds=embeds, negative_text_masks=masks)
         outputs = self._sample(Request(**arguments))
         if return_pil_images:
-            outputs = [[to_pil(image) for image in np.asarray(output)] for output in outputs]
+            outputs = [[*map(to_pil, np.asarray(output))] for output in outputs]
         return outputs if return_all_unet_outputs else outputs[-1]
 
     def _sample(self, request: Request) -> list[Image]:

@@ -30,7 +30,9 @@ from imagen_jax.errors import UserError
 from imagen_jax.resize import resize
 from imagen_jax.sharding import Layout
 from imagen_jax.stage import SamplingDefaults, Stage, to_float
-from imagen_jax.streams import RowKeys, normal, stream
+from imagen_jax.streams import RowKeys, normal, spherical, stream
+from imagen_jax.tiled import Tiled
+from imagen_jax.tiling import Tiles
 from imagen_jax.types import AnyArray, Image, Params, TextEmbeds, TextMask
 
 SLICES = 20
@@ -52,6 +54,10 @@ class Program:
     sampler: str
     remove_parallel_component: bool = True
     inpaint_variance: RenoiseVariance = "exact"
+    tiles: Tiles | None = None
+    """Where the network is applied, over an image larger than it was trained on."""
+    tile_batch: int = 8
+    """Tiles that the network is given at once."""
 
     def __post_init__(self):
         samplers.find_sampler(self.sampler)
@@ -96,24 +102,36 @@ class Randomness(NamedTuple):
 
     keys: RowKeys | None = None
     noises: Float[AnyArray, "count b h w c"] | None = None
+    other_keys: RowKeys | None = None
+    """Noise is on the way from that of `keys` to that of these, spherically."""
+    mix: Float[AnyArray, "b"] | None = None
+    """How far, from 0 to 1."""
 
     def image(self, name: str, place: int, shape: tuple[int, ...]) -> Array:
         """Noise for a named purpose, which is at `place` among given ones."""
         if self.keys is None:
             return jnp.asarray(self.noises[place])
-        return normal(stream(self.keys, name), shape)
+        return self._normal(lambda keys: stream(keys, name), shape)
 
     def steps(self, grid: samplers.Grid, first: int, shape, times: Array | None) -> samplers.Noise:
         """The noises of the steps; given ones begin at `first`."""
         if self.keys is None:
             return samplers.given_noises(self.noises[first:], grid, times)
-        keys = stream(self.keys, "step")
 
         def noise(i: Array, r: Array, which: int) -> Array:
             one = jax.vmap(lambda k: jax.random.fold_in(jax.random.fold_in(k, i), 3 * r + which))
-            return normal(one(keys), shape)
+            return self._normal(lambda keys: one(stream(keys, "step")), shape)
 
         return noise
+
+    def _normal(self, purpose: Callable[[RowKeys], RowKeys], shape: tuple[int, ...]) -> Array:
+        def of(keys: RowKeys) -> Array:
+            return normal(purpose(keys), shape)
+
+        noise = of(self.keys)
+        if self.other_keys is None:
+            return noise
+        return spherical(noise, of(self.other_keys), jnp.asarray(self.mix))
 
 
 @functools.partial(jax.jit, static_argnames=("program", "batch_size"))
@@ -142,6 +160,8 @@ def start(
     cond_images = None if given.cond_images is None else to_float(given.cond_images)
     conditioning = Conditioning(None, lowres, lowres_time, cond_images)
     embeds, masks, keep = given.text_embeds, given.text_masks, jnp.ones(b, bool)
+    if masks is not None:
+        keep = jnp.any(masks, axis=1)
     if program.guided:
         conditioning = jax.tree.map(lambda a: jnp.repeat(a, 2, axis=0), conditioning)
         embeds, masks, keep = _pairs(given)
@@ -167,9 +187,10 @@ def start(
 def _pairs(given: Given) -> tuple[TextEmbeds, TextMask, Bool[Array, "b2"]]:
     """Embeddings, masks and keep mask of guided rows: with the text, and against it.
 
-    A negative text without a token is no text.
+    A text without a token is no text.
     """
     embeds, masks = given.text_embeds, given.text_masks
+    has_text = jnp.any(masks, axis=1)
     against, against_masks = given.negative_embeds, given.negative_masks
     keep = jnp.zeros(len(embeds), bool)
     if against is None:
@@ -180,7 +201,7 @@ def _pairs(given: Given) -> tuple[TextEmbeds, TextMask, Bool[Array, "b2"]]:
     def pairs(with_text: Array, without: Array) -> Array:
         return jnp.stack([with_text, without], 1).reshape(-1, *with_text.shape[1:])
 
-    return pairs(embeds, against), pairs(masks, against_masks), pairs(jnp.ones_like(keep), keep)
+    return pairs(embeds, against), pairs(masks, against_masks), pairs(has_text, keep)
 
 
 @functools.partial(jax.jit, static_argnames="program", donate_argnames="state")
@@ -223,6 +244,8 @@ def estimator(
 ) -> Condition | Guided:
     """The network as the samplers call it, guidance applied."""
     network = nn.bind(program.stage.network, params, dtype=program.dtype)
+    if program.tiles is not None:
+        network = Tiled(network, program.tiles, program.tile_batch)
     conditioned = Condition(network, conditioning)
     if not program.guided:
         return conditioned

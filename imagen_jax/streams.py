@@ -12,7 +12,7 @@ import zlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
 from imagen_jax.errors import UserError
 from imagen_jax.types import PRNGKey
@@ -57,3 +57,18 @@ def seed_keys(seeds: list[int]) -> RowKeys:
 def normal(keys: RowKeys, shape: tuple[int, ...]) -> Array:
     """Standard normal rows of a shape, each a function of its own key alone."""
     return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+
+
+def spherical(a: Array, b: Array, fraction: Float[Array, "b"]) -> Array:
+    """From rows a (at 0) to b (at 1) along the great circle (Shoemake 1985): the norm is kept, so
+    that what lies between two noises is as noisy as they are. Equal rows stay as they are."""
+    axes = tuple(range(1, a.ndim))
+    norm = jnp.sqrt(jnp.sum(a * a, axes) * jnp.sum(b * b, axes))
+    angle = jnp.arccos(jnp.clip(jnp.sum(a * b, axes) / norm, -1.0, 1.0))
+    straight = angle < 1e-3
+    sine = jnp.where(straight, 1.0, jnp.sin(angle))
+    weights = (
+        jnp.where(straight, part, jnp.sin(part * angle) / sine)
+        for part in (1.0 - fraction, fraction)
+    )
+    return sum(jnp.expand_dims(weight, axes) * x for weight, x in zip(weights, (a, b), strict=True))

@@ -128,7 +128,8 @@ class Drawing:
             return None, None
         if self.pipeline.encoder.is_demo:
             self.say(text.DEMO_NOTE)
-        prompts = self._encoded([job.prompt for job in jobs], self.pipeline.encode)
+        prompts = [job.prompt or "" for job in jobs]  # a blank one is no text
+        prompts = self._encoded(prompts, self.pipeline.encode_negative)
         negatives = None
         if any(job.negative_prompt for job in jobs):
             negative = [job.negative_prompt for job in jobs]
@@ -232,6 +233,10 @@ class Drawing:
         if given.json:
             print(json.dumps({"file": str(path)} | recipe, ensure_ascii=False), flush=True)
         return Drawn(index, path, shown, recipe)
+
+    def recipe(self) -> dict[str, Any]:
+        """What the recipes of a command's files share."""
+        return self._shared_recipe(self.options)
 
     def _shared_recipe(self, options: Mapping[str, Any]) -> dict[str, Any]:
         choices = self.pipeline.choices

@@ -28,7 +28,7 @@ COLUMNS = 8
 CAPTION = 120  # characters of a prompt that a grid shows
 RECIPE = "imagen_jax"
 """Name of the PNG chunk with the recipe as JSON."""
-Format = Literal["png", "jpeg", "webp"]
+Format = Literal["png", "jpeg", "webp", "gif"]
 SAVE_OPTIONS = {"png": {}, "jpeg": {"quality": 95}, "webp": {"lossless": True}}
 Sign = Callable[[bytes, Format], bytes]
 """sign(file, format) -> the file with a signature."""
@@ -94,6 +94,28 @@ def write_image(
     return picture
 
 
+def write_animation(
+    path: epath.Path,
+    frames: Sequence[Image.Image],
+    recipe: Mapping[str, Any] | None,
+    fps: float,
+) -> None:
+    """A GIF or WebP, by the name, that repeats. A GIF has its recipe as a comment in JSON, a WebP
+    as an image has it."""
+    format, options = path.suffix.removeprefix("."), {}
+    if recipe is not None and format == "gif":
+        options["comment"] = json.dumps(recipe).encode()
+    elif recipe is not None:
+        options["exif"] = exif = Image.Exif()
+        exif[ExifTags.Base.ImageDescription] = json.dumps(recipe)
+    options |= SAVE_OPTIONS.get(format, {})
+    first, *others = frames
+    _save(
+        path, first, format, save_all=True, append_images=others, loop=0,
+        duration=round(1000 / fps), **options,
+    )  # fmt: skip
+
+
 def parameters(recipe: Mapping[str, Any]) -> str:
     """The recipe as other programs write it: the prompts, then `Steps: 20, Sampler: ...`.
 
@@ -122,6 +144,7 @@ def read_recipe(path: epath.Path) -> dict[str, Any]:
         with Image.open(io.BytesIO(path.read_bytes())) as picture:
             text = picture.getexif().get(ExifTags.Base.ImageDescription)
             text = getattr(picture, "text", {}).get(RECIPE, text)
+            text = picture.info.get("comment") if picture.format == "GIF" else text
         return dict(json.loads(text))
     except (OSError, TypeError, ValueError) as error:
         why = (

@@ -10,9 +10,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LEAVES = {"types", "fields", "unet_config", "resize", "pixels", "sharding", "streams"}
+LEAVES = {"types", "fields", "unet_config", "resize", "pixels", "sharding", "streams", "tiling"}
 MODEL = LEAVES | {"diffusion", "stage", "config", "presets"}  # what a cascade is, as data
-THEORY = MODEL | {"nn", "text", "conditioning", "training", "sampling", "cascade", "imagen"}
+THEORY = MODEL | {
+    "nn",
+    "text",
+    "conditioning",
+    "training",
+    "sampling",
+    "tiled",
+    "cascade",
+    "imagen",
+}
 ALL = THEORY | {
     *("checkpoint", "pipeline", "interop", "data", "distributed", "flops", "storage"),
     "imagen_jax",
@@ -25,6 +34,7 @@ MAY_IMPORT = {
     "pixels": set(),
     "sharding": {"types"},
     "streams": {"types"},
+    "tiling": {"types"},
     "diffusion": {"types"},
     "stage": LEAVES | {"diffusion"},
     "config": LEAVES | {"diffusion", "stage"},
@@ -33,7 +43,8 @@ MAY_IMPORT = {
     "text": LEAVES | {"nn", "config", "interop.torch_file"},
     "conditioning": LEAVES | {"diffusion", "nn"},
     "training": LEAVES | {"diffusion", "nn", "stage", "conditioning"},
-    "sampling": LEAVES | {"diffusion", "nn", "stage", "conditioning"},
+    "tiled": LEAVES | {"nn"},
+    "sampling": LEAVES | {"diffusion", "nn", "stage", "conditioning", "tiled"},
     "cascade": MODEL | {"nn", "training", "sampling"},
     "imagen": MODEL | {"nn", "text", "training", "sampling", "cascade"},
     "storage": set(),

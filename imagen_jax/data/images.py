@@ -58,10 +58,18 @@ def decode(
         return _cover(_to_mode(picture, MODES[channels]), size).reshape(*size, channels)
 
 
-def read(image: bytes, *, channels: int = 3) -> UInt8[np.ndarray, "h w c"]:
-    """An encoded file at its own size, as `decode` does it otherwise."""
+def read(
+    image: bytes, *, channels: int = 3, max_pixels: int | None = None
+) -> UInt8[np.ndarray, "h w c"]:
+    """An encoded file at its own size, as `decode` does it otherwise.
+
+    Raises UserError for more than `max_pixels`, before they are decoded.
+    """
     with _one_line_for_damage():
         picture = Image.open(io.BytesIO(image))
+        if max_pixels is not None and picture.width * picture.height > max_pixels:
+            size = f"{picture.height}x{picture.width}"
+            raise UserError(f"{size} pixels are more than {max_pixels:,} in all")
         picture.load()
         picture = _to_mode(ImageOps.exif_transpose(picture), MODES[channels])
         return np.asarray(picture).reshape(picture.height, picture.width, channels)
