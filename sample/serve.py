@@ -18,11 +18,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tyro
 
 import commands
 from imagen_jax.diffusion.samplers import SAMPLERS
+from imagen_jax.data.images import MODES
 from imagen_jax.errors import UserError
+from imagen_jax.pixels import to_pil
 from sample import serving, settings
 from sample.serving import MOST_GUIDANCE, MOST_IMAGES, MOST_STEPS, Ask, Line, Served
 
@@ -35,6 +38,7 @@ UPLOAD = "20mb"
 STAGE_NAMES = {number: name for name, number in commands.STAGES.items()}
 TABS = {"upscale": "Upscale", "inpaint": "Inpaint", "image_to_image": "Image to image"}
 """Tasks that start from an image."""
+SEND = {"upscale": "Upscale it", "inpaint": "Inpaint it", "image_to_image": "Start from it"}
 CSS = "#preview img { max-width: 100%; image-rendering: pixelated; } footer { display: none; }"
 
 
@@ -104,8 +108,11 @@ def make_page(drawing: Served, *, num_images: int = 1) -> "gr.Blocks":
         gr.Markdown(f"# {html.escape(drawing.given.run.name)}")
         with gr.Row():
             with gr.Column():
-                fields = settings_fields(drawing, num_images)
-                tabs, buttons, sources = task_tabs(drawing)
+                fields = {}
+                if drawing.config.condition_on_text:
+                    fields["prompt"] = gr.Textbox(label="Prompt", lines=2, elem_id="prompt")
+                tabs, buttons, sources = task_tabs(drawing, fields)
+                fields |= settings_fields(drawing, num_images)
             with gr.Column():
                 status = gr.Markdown("", elem_id="status")
                 preview = gr.HTML("", elem_id="preview")
@@ -113,6 +120,8 @@ def make_page(drawing: Served, *, num_images: int = 1) -> "gr.Blocks":
                 gallery = gr.Gallery(
                     label="Your images",
                     columns=4,
+                    fit_columns=False,
+                    height=420,
                     object_fit="contain",
                     elem_id="gallery",
                     buttons=["download", "fullscreen"],
@@ -120,7 +129,10 @@ def make_page(drawing: Served, *, num_images: int = 1) -> "gr.Blocks":
                 )
                 selected = gr.State(None)
                 with gr.Row():
-                    send = {task: gr.Button(f"{TABS[task]} it", size="sm") for task in sources}
+                    send = {
+                        task: gr.Button(SEND[task], size="sm", elem_id=f"send_{task}")
+                        for task in sources
+                    }
         shown = [status, preview, gallery]
         for task, button in buttons.items():
             inputs = {*fields.values(), *([sources[task]] if task in sources else []), session}
@@ -132,15 +144,15 @@ def make_page(drawing: Served, *, num_images: int = 1) -> "gr.Blocks":
                 api_visibility="private",
             )
         connect(page, line, root, session, gallery, selected, status, stop)
-        connect_sending(root, session, selected, tabs, sources, send, status)
+        connect_sending(
+            drawing.config.channels, root, session, selected, tabs, sources, send, status
+        )
     return page
 
 
 def settings_fields(drawing: Served, num_images: int) -> dict[str, Any]:
     """The components that every task reads, by the names in `Ask`; steps as `steps1` and on."""
-    config, options, fields = drawing.config, drawing.options, {}
-    if config.condition_on_text:
-        fields["prompt"] = gr.Textbox(label="Prompt", lines=2, elem_id="prompt")
+    options, fields = drawing.options, {}
     guided = options["cond_scale"][0] != 1
     with gr.Accordion("Settings", open=True):
         if guided:
@@ -187,15 +199,25 @@ def settings_fields(drawing: Served, num_images: int) -> dict[str, Any]:
     return fields
 
 
-def task_tabs(drawing: Served) -> tuple["gr.Tabs", dict[str, Any], dict[str, Any]]:
-    """A tab a task; its button, and the component with its image, by task."""
+def task_tabs(
+    drawing: Served, fields: dict[str, Any]
+) -> tuple["gr.Tabs", dict[str, Any], dict[str, Any]]:
+    """A tab a task; its button, and the component with its image, by task. Adds to `fields` what
+    only one task reads."""
     last, buttons, sources = drawing.options["stop_at_unet_number"], {}, {}
 
     def button(task: str, label: str) -> None:
         buttons[task] = gr.Button(label, variant="primary", elem_id=f"run_{task}")
 
     def image(task: str) -> None:
-        sources[task] = gr.Image(label="Image", type="filepath", image_mode=None, height=300)
+        sources[task] = gr.Image(
+            label="Image",
+            type="filepath",
+            image_mode=None,
+            height=260,
+            sources=["upload", "clipboard"],
+            elem_id=f"image_{task}",
+        )
 
     with gr.Tabs() as tabs:
         with gr.Tab("Draw", id="text_to_image"):
@@ -203,6 +225,8 @@ def task_tabs(drawing: Served) -> tuple["gr.Tabs", dict[str, Any], dict[str, Any
         if last > 1:
             with gr.Tab(TABS["upscale"], id="upscale"):
                 image("upscale")
+                choices = [(upscaling(drawing, number), number) for number in range(2, last + 1)]
+                fields["stage"] = gr.Dropdown(choices, value=last, label="Stage", elem_id="stage")
                 button("upscale", "Upscale")
         with gr.Tab(TABS["inpaint"], id="inpaint"):
             sources["inpaint"] = gr.ImageEditor(
@@ -218,8 +242,23 @@ def task_tabs(drawing: Served) -> tuple["gr.Tabs", dict[str, Any], dict[str, Any
             button("inpaint", "Inpaint")
         with gr.Tab(TABS["image_to_image"], id="image_to_image"):
             image("image_to_image")
+            fields["strength"] = gr.Slider(
+                0.05,
+                1,
+                value=0.6,
+                step=0.05,
+                label="Strength: how much changes",
+                elem_id="strength",
+            )
             button("image_to_image", "Draw from the image")
     return tabs, buttons, sources
+
+
+def upscaling(drawing: Served, number: int) -> str:
+    """`sr256: 64 x 64 to 256 x 256`"""
+    stage = drawing.config.stage(number)
+    sizes = ("{} x {}".format(*size[::-1]) for size in (stage.lowres.size, stage.size))
+    return f"{STAGE_NAMES.get(number, f'U-Net {number}')}: {' to '.join(sizes)} pixels"
 
 
 def handler(
@@ -253,20 +292,21 @@ def handler(
 
 def make_ask(task: str, given: dict[str, Any], source: Any, drawing: Served) -> Ask:
     """The request in a page's fields. Raises UserError for a file that is not an image."""
-    given = dict(given)
+    given, channels = dict(given), drawing.config.channels
     numbers = range(1, drawing.options["stop_at_unet_number"] + 1)
     steps = tuple(int(given.pop(f"steps{number}") or 0) for number in numbers)
     image = mask = None
-    if task == "inpaint" and source is not None:
-        image = source["background"]
-        if image is not None:
-            mask = serving.painted(source["layers"] or [], image.size)
-    elif source is not None:
-        image = serving.read_image(source)
+    if task == "inpaint" and source is not None and source["background"] is not None:
+        background = serving.reduced(source["background"].convert(MODES[channels]))
+        image = np.asarray(background).reshape(background.height, background.width, channels)
+        mask = serving.painted(source["layers"] or [], image.shape[:2])
+    elif task != "inpaint" and source is not None:
+        image = serving.read_image(Path(source), channels)
     if given.get("seed") is None:
         raise UserError("The seed is empty: give a whole number.")
-    given = given | {"seed": int(given["seed"]), "count": int(given["count"] or 0)}
-    return Ask(task=task, steps=steps, image=image, mask=mask, stage=numbers[-1], **given)
+    given |= {"seed": int(given["seed"]), "count": int(given["count"] or 0)}
+    given["stage"] = int(given.get("stage", numbers[-1]))
+    return Ask(task=task, steps=steps, image=image, mask=mask, **given)
 
 
 def connect(
@@ -307,7 +347,14 @@ def connect(
 
 
 def connect_sending(
-    root: Path, session: Any, selected: Any, tabs: Any, sources: dict, send: dict, status: Any
+    channels: int,
+    root: Path,
+    session: Any,
+    selected: Any,
+    tabs: Any,
+    sources: dict,
+    send: dict,
+    status: Any,
 ) -> None:
     """A click sends the chosen result to another task."""
 
@@ -317,12 +364,13 @@ def connect_sending(
                 return gr.skip(), gr.skip(), "Click one of your images first."
             try:
                 path = serving.result(serving.session_folder(root, session), name)
-                image = serving.enlarged(serving.read_image(path))
+                image = serving.read_image(path, channels)
             except UserError as error:
                 return gr.skip(), gr.skip(), escaped(serving.public(error))
             if task != "inpaint":
                 return gr.Tabs(selected=task), str(path), ""
-            value = {"background": image, "layers": [], "composite": None}
+            background = serving.enlarged(to_pil(image)).convert("RGB")
+            value = {"background": background, "layers": [], "composite": None}
             return gr.Tabs(selected=task), value, ""
 
         return sent
@@ -350,6 +398,7 @@ def picture(preview: Any) -> Any:
 
 def escaped(text: str) -> str:
     """As Markdown that shows the text itself."""
+    text = text.replace("\n", "\n\n")
     return "".join(f"&#{ord(c)};" if c in "\\`*_{}[]<>()#+!|~&$" else c for c in text)
 
 

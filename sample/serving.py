@@ -21,14 +21,15 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 from PIL import Image, ImageOps
 
-from imagen_jax import storage
+from imagen_jax import data, storage
 from imagen_jax.config import ImagenConfig
 from imagen_jax.diffusion.samplers import SAMPLERS
 from imagen_jax.errors import UserError
 from imagen_jax.pipeline import Embeddings, repeated
-from imagen_jax.pixels import to_pil, to_uint8
+from imagen_jax.pixels import to_pil
 from imagen_jax.sampling import OnStep
-from imagen_jax.types import AnyArray
+from imagen_jax.types import AnyArray, Size
+from sample import inpaint
 from sample.drawing import Drawing, Finish, Job
 
 MOST_IMAGES = 16
@@ -61,8 +62,8 @@ class Ask:
     steps: tuple[int, ...]
     """One per U-Net that runs."""
     sampler: str
-    image: Image.Image | None = None
-    """To upscale, to inpaint or to start from."""
+    image: Pixels | None = None
+    """To upscale, to inpaint or to start from, of the cascade's channels."""
     mask: Bool[np.ndarray, "h w"] | None = None
     """True where an inpainted image is drawn again."""
     strength: float = 0.6
@@ -129,66 +130,56 @@ def valid(text: str) -> str:
 def _check_image(ask: Ask) -> None:
     if ask.image is None:
         raise UserError("Choose an image first: click one of your results, or upload one.")
-    if ask.image.width * ask.image.height > MOST_PIXELS:
-        raise UserError(
-            f"The image has {ask.image.width} x {ask.image.height} pixels; at most "
-            f"{MOST_PIXELS:,} in all are read."
-        )
     if ask.task == "inpaint" and (ask.mask is None or not ask.mask.any()):
         raise UserError("Paint over what is to be drawn again: the mask is empty.")
 
 
 class Inputs(NamedTuple):
-    """Arguments of `Drawing.draw` that come of a visitor's image."""
+    """Arguments of `Drawing.draw` that come from a visitor's image."""
 
-    images: Mapping[str, AnyArray] = {}
+    images: Mapping[str, Any] = {}
     options: Mapping[str, Any] = {}
     finish: Finish | None = None
     first: int = 1
 
 
 def inputs(ask: Ask, config: ImagenConfig, last: int) -> Inputs:
-    """The visitor's image, of the size that the first stage to run takes; `last` is the last."""
+    """The visitor's image, in the sizes of the stages that read it; `last` is the last to run.
+
+    Raises UserError for a mask that the cascade's aspect ratio cannot hold.
+    """
 
     def rows(array: np.ndarray) -> np.ndarray:
         return np.repeat(array[None], ask.count, axis=0)
 
     if ask.task == "upscale":
-        source = fitted(ask.image, config.stage(ask.stage).lowres.size, config.channels)
-        return Inputs(
-            {"start_image_or_video": rows(source)},
-            {"start_at_unet_number": ask.stage},
-            first=ask.stage,
-        )
+        source = fitted(ask.image, config.stage(ask.stage).lowres.size)
+        options = {"start_at_unet_number": ask.stage}
+        return Inputs({"start_image_or_video": rows(source)}, options, first=ask.stage)
     if ask.task == "inpaint":
         size = config.stage(last).size
-        known = fitted(ask.image, size, config.channels)
-        kept = fitted(Image.fromarray(ask.mask), size, 1)[..., 0] < 64  # a quarter painted is drawn
-
-        def finish(_: int, drawn: np.ndarray) -> np.ndarray:
-            return np.where(kept[..., None], known, to_uint8(drawn))
-
-        return Inputs({"inpaint_images": rows(known), "inpaint_masks": rows(kept)}, finish=finish)
+        box = inpaint.find_box(ask.mask, size)
+        known = inpaint.scaled(box.of(ask.image), size)
+        kept = ~inpaint.scaled_mask(box.of(ask.mask), size)
+        return Inputs(
+            {"inpaint_images": rows(known), "inpaint_masks": rows(kept)},
+            finish=lambda _, drawn: inpaint.composed(ask.image, ask.mask, box, drawn),
+        )
     if ask.task == "image_to_image":
-        source = fitted(ask.image, config.stage(1).size, config.channels)[None]
-        options = {
-            "init_images": (source, *(None,) * (len(config.unets) - 1)),
-            "strength": ask.strength,
-        }
-        return Inputs(options=options)
+        sizes = [config.stage(number).size for number in range(1, len(config.unets) + 1)]
+        large = [n == 0 or np.all(ask.image.shape[:2] >= np.array(s)) for n, s in enumerate(sizes)]
+        sources = [
+            rows(fitted(ask.image, size)) if enough else None
+            for size, enough in zip(sizes, large, strict=True)
+        ]
+        return Inputs({"init_images": tuple(sources)}, {"strength": ask.strength})
     return Inputs()
 
 
-def fitted(image: Image.Image, size: tuple[int, int], channels: int) -> Pixels:
-    """The image of (height, width) `size`: covered and cropped to its centre, never squashed.
-
-    Shrinking by a whole number averages, so that it undoes `enlarged` to the bit.
-    """
-    image = ImageOps.exif_transpose(image).convert({1: "L", 3: "RGB", 4: "RGBA"}[channels])
-    height, width = size
-    whole = image.width % width == image.height % height == 0
-    way = Image.Resampling.BOX if whole else Image.Resampling.BICUBIC
-    return np.asarray(ImageOps.fit(image, (width, height), way)).reshape(height, width, channels)
+def fitted(image: Pixels, size: Size) -> Pixels:
+    """The image of (height, width) `size`: covered and cropped to its centre, never squashed."""
+    found = ImageOps.fit(to_pil(image), size[::-1], Image.Resampling.BICUBIC)
+    return np.asarray(found).reshape(*size, image.shape[-1])
 
 
 def enlarged(image: Image.Image, least: int = 2 * TILE) -> Image.Image:
@@ -197,13 +188,28 @@ def enlarged(image: Image.Image, least: int = 2 * TILE) -> Image.Image:
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
-def painted(layers: Sequence[Image.Image], size: tuple[int, int]) -> Bool[np.ndarray, "h w"] | None:
-    """True where any layer of an image editor has paint; None without layers. `size` is pillow's.
+def reduced(image: Image.Image) -> Image.Image:
+    """Undoes `enlarged`, to the bit; any other image as it is."""
+    for factor in range(2 * TILE, 1, -1):
+        if image.width % factor == image.height % factor == 0:
+            size = image.width // factor, image.height // factor
+            small = image.resize(size, Image.Resampling.NEAREST)
+            again = enlarged(small) if min(size) >= 8 else None
+            if again is not None and again.size == image.size and again == image:
+                return small
+    return image
 
-    An opacity of half or more counts, so that the brush's soft edge does not.
+
+def painted(layers: Sequence[Image.Image], size: Size) -> Bool[np.ndarray, "h w"]:
+    """True where a layer of an image editor has paint, for an image of (height, width) `size`.
+
+    A pixel counts where half of it is painted, so that the brush's soft edge does not.
     """
-    alphas = [np.asarray(layer.convert("RGBA").resize(size))[..., 3] >= 128 for layer in layers]
-    return np.logical_or.reduce(alphas) if alphas else None
+    found = np.zeros(size, bool)
+    for layer in layers:
+        alpha = layer.convert("RGBA").getchannel("A").resize(size[::-1], Image.Resampling.BOX)
+        found |= np.asarray(alpha) >= 128
+    return found
 
 
 def arguments(ask: Ask, options: Mapping[str, Any], given: Inputs) -> dict[str, Any]:
@@ -364,7 +370,7 @@ def _work(
         for _ in drawn:
             events.put("written")
         said = [note.removeprefix("note: ") for note in own.notes]
-        events.put(Update(" ".join(["Done.", *notes, *map(without_paths, said)]), over=True))
+        events.put(Update("\n".join(["Done.", *notes, *map(without_paths, said)]), over=True))
     except BaseException as error:
         events.put(error)
     finally:
@@ -491,21 +497,20 @@ def result(folder: Path, name: str) -> Path:
     return path
 
 
-def read_image(path: str | Path) -> Image.Image:
-    """An image that was sent or drawn. Raises UserError for a file that is none."""
+def read_image(path: Path, channels: int) -> Pixels:
+    """An image that was sent or drawn. Raises UserError for a file that is none, or too large."""
+    content = path.read_bytes()
     try:
-        with Image.open(path) as image:
-            if image.width * image.height > MOST_PIXELS:
-                raise UserError(
-                    f"The image has {image.width} x {image.height} pixels; at most "
-                    f"{MOST_PIXELS:,} in all are read."
-                )
-            image.load()
-            return image.copy()
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError("The file is not an image that can be read: give a PNG or JPEG.") from error
+        with Image.open(io.BytesIO(content)) as image:
+            width, height = image.size
+        too_large = width * height > MOST_PIXELS
+    except Image.DecompressionBombError:
+        too_large = True
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UserError("The file is not an image that can be read: send a PNG or JPEG.") from error
+    if too_large:
+        raise UserError(f"The image is too large: at most {MOST_PIXELS:,} pixels are read.")
+    return data.read(content, channels=channels)
 
 
 def local_root(drawing: Drawing) -> Path:
