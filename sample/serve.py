@@ -22,8 +22,8 @@ import numpy as np
 import tyro
 
 import commands
-from imagen_jax.diffusion.samplers import SAMPLERS
 from imagen_jax.data.images import MODES
+from imagen_jax.diffusion.samplers import SAMPLERS
 from imagen_jax.errors import UserError
 from imagen_jax.pixels import to_pil
 from sample import serving, settings

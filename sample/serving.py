@@ -176,7 +176,7 @@ def inputs(ask: Ask, config: ImagenConfig, last: int) -> Inputs:
     return Inputs()
 
 
-def fitted(image: Pixels, size: Size) -> Pixels:
+def fitted(image: Pixels, size: Size) -> UInt8[np.ndarray, "h2 w2 c"]:
     """The image of (height, width) `size`: covered and cropped to its centre, never squashed."""
     found = ImageOps.fit(to_pil(image), size[::-1], Image.Resampling.BICUBIC)
     return np.asarray(found).reshape(*size, image.shape[-1])
@@ -320,7 +320,7 @@ def draw(drawing: Served, line: Line, ask: Ask, folder: Path, owner: str) -> Ite
     Never raises for a mistake: the last update has the line to show. Closing the iterator stops
     the drawing, after the step it is at.
     """
-    ticket, started, written = None, False, 0
+    ticket, started, written, last = None, False, 0, None
     try:
         ask, notes = checked(ask, drawing.config)
         ticket = line.join(owner)
@@ -336,14 +336,16 @@ def draw(drawing: Served, line: Line, ask: Ask, folder: Path, owner: str) -> Ite
             written = update.written
             yield update
     except Cancelled:
-        yield Update(f"Stopped; {written} of {ask.count} images were finished.", over=True)
+        last = Update(f"Stopped; {written} of {ask.count} images were finished.", over=True)
     except Exception as error:
-        yield Update(public(error), over=True)
+        last = Update(public(error), over=True)
     finally:
         if ticket is not None:
             ticket.cancelled.set()
             if not started:
                 line.leave(ticket)
+    if last is not None:
+        yield last
 
 
 def _work(
