@@ -16,7 +16,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, no_type_check
 
 import numpy as np
 import tyro
@@ -261,6 +261,7 @@ def upscaling(drawing: Served, number: int) -> str:
     return f"{STAGE_NAMES.get(number, f'U-Net {number}')}: {' to '.join(sizes)} pixels"
 
 
+@no_type_check  # tests check annotations; `run` would then not look like a generator to gradio
 def handler(
     task: str,
     drawing: Served,
@@ -304,8 +305,9 @@ def make_ask(task: str, given: dict[str, Any], source: Any, drawing: Served) -> 
         image = serving.read_image(Path(source), channels)
     if given.get("seed") is None:
         raise UserError("The seed is empty: give a whole number.")
-    given |= {"seed": int(given["seed"]), "count": int(given["count"] or 0)}
-    given["stage"] = int(given.get("stage", numbers[-1]))
+    whole = {name: int(given.get(name) or 0) for name in ("seed", "count")}
+    broken = {n: float(given[n] or 0) for n in ("cond_scale", "strength") if n in given}
+    given |= whole | broken | {"stage": int(given.get("stage", numbers[-1]))}
     return Ask(task=task, steps=steps, image=image, mask=mask, **given)
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import re
+import time
 from pathlib import Path
 
 import jax
@@ -23,7 +24,7 @@ FLAGS = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --use-angle=swiftshader"
 ).split()
-MINUTE = 60_000  # milliseconds
+PATIENCE = 25_000  # milliseconds
 LONG = "250"
 """Steps of a drawing that is still going on when the next thing is tried."""
 
@@ -58,16 +59,33 @@ def chromium():
 def visitor(chromium):
     """A browser's memory of its own; its tabs share it."""
     context = chromium.new_context(viewport=dict(width=1280, height=1100))
-    context.set_default_timeout(MINUTE)
+    context.set_default_timeout(PATIENCE)
     yield context
     context.close()
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """A device that takes 0.2 seconds a step: what happens meanwhile can be seen."""
+    listener = serving.listener
+
+    def slower(*arguments, **options):
+        on_step = listener(*arguments, **options)
+
+        def wait(*step):
+            on_step(*step)
+            time.sleep(0.2)
+
+        return wait
+
+    monkeypatch.setattr(serving, "listener", slower)
 
 
 def open_tab(visitor, url):
     tab = visitor.new_page()
     tab.goto(url)
     tab.get_by_label("Prompt", exact=True).wait_for()
-    tab.wait_for_load_state("networkidle")
+    tab.wait_for_function("localStorage.getItem('imagen-jax') !== null")
     return tab
 
 
@@ -89,7 +107,7 @@ def set_number(tab, name: str, value: str) -> None:
 def status(tab, pattern: str) -> str:
     """Waits until the status line says so."""
     found = tab.locator("#status", has_text=re.compile(pattern))
-    found.wait_for(timeout=MINUTE)
+    found.wait_for(timeout=PATIENCE)
     return found.inner_text()
 
 
@@ -112,7 +130,7 @@ def send(tab, task: str) -> None:
     tab.locator(f"#run_{task}").wait_for()
 
 
-def test_a_prompt_becomes_images_that_survive_a_reload(visitor, url, out):
+def test_a_prompt_becomes_images_that_survive_a_reload(slow, visitor, url, out):
     tab = open_tab(visitor, url)
     ask(tab, "red apple", count=2)
     tab.locator("#preview img").wait_for(state="attached")
@@ -161,7 +179,7 @@ def test_guidance_compiles_nothing(visitor, url):
     assert names == []
 
 
-def test_stop(visitor, url, out):
+def test_stop(slow, visitor, url, out):
     before = len(files(out))
     tab = open_tab(visitor, url)
     ask(tab, "pear", count=16, steps1=LONG, steps2=LONG)
@@ -174,7 +192,7 @@ def test_stop(visitor, url, out):
     status(tab, "nothing to stop")
 
 
-def test_two_tabs_at_once(visitor, url):
+def test_two_tabs_at_once(slow, visitor, url):
     """The second waits, is told its place, and gets its turn; both galleries have all."""
     first, second = open_tab(visitor, url), open_tab(visitor, url)
     ask(first, "pear", count=16, steps1=LONG, steps2=LONG)
@@ -189,7 +207,7 @@ def test_two_tabs_at_once(visitor, url):
     assert second.locator("#gallery img").count() >= 1
 
 
-def test_a_closed_tab_makes_room(visitor, url):
+def test_a_closed_tab_makes_room(slow, visitor, url):
     first, second = open_tab(visitor, url), open_tab(visitor, url)
     ask(first, "pear", count=16, steps1=LONG, steps2=LONG)
     status(first, "step")
