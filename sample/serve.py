@@ -133,7 +133,7 @@ def make_page(drawing: Served, *, num_images: int = 1) -> "gr.Blocks":
                         task: gr.Button(SEND[task], size="sm", elem_id=f"send_{task}")
                         for task in sources
                     }
-        shown = [status, preview, gallery]
+        shown = [status, preview, gallery, selected]
         for task, button in buttons.items():
             inputs = {*fields.values(), *([sources[task]] if task in sources else []), session}
             button.click(
@@ -279,14 +279,14 @@ def handler(
             given = {name: values[field] for name, field in fields.items()}
             ask = make_ask(task, given, None if source is None else values[source], drawing)
         except UserError as error:
-            yield serving.public(error), gr.skip(), gr.skip()
+            yield escaped(serving.public(error)), *[gr.skip()] * 3
             return
         written = 0
         for update in serving.draw(drawing, line, ask, folder, request.session_hash):
-            new = update.written > written or update.over
+            new = update.written > written
             written = update.written
             preview = "" if update.over else picture(update.preview)
-            yield escaped(update.status), preview, gallery_of(folder) if new else gr.skip()
+            yield escaped(update.status), preview, *(refreshed(folder) if new else [gr.skip()] * 2)
 
     return run
 
@@ -389,6 +389,11 @@ def connect_sending(
 
 def gallery_of(folder: Path) -> list[str]:
     return [str(path) for path in serving.results(folder)]
+
+
+def refreshed(folder: Path) -> tuple[Any, None]:
+    """The gallery, and the chosen result. None is chosen: all have moved by one place."""
+    return gr.Gallery(value=gallery_of(folder), selected_index=None), None
 
 
 def picture(preview: Any) -> Any:

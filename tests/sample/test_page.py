@@ -229,6 +229,9 @@ def test_a_result_is_upscaled_and_varied(visitor, url, out):
         tab.wait_for_timeout(500)
         assert serving.read_image(files(out)[-1], 3).shape == (16, 16, 3)
         assert len(files(files(out)[-1].parent)) == count
+        shown(tab, count)  # not the chosen one at large, which has moved
+        tab.locator("#send_inpaint").click()
+        status(tab, "Click one of your images first")
 
 
 def test_a_result_is_inpainted_where_it_was_painted(visitor, url, out):
