@@ -334,9 +334,9 @@ def connect(
     def select(event: gr.SelectData) -> str:
         return Path(event.value["image"]["path"]).name
 
-    def cancel(request: gr.Request) -> str:
-        found = line.cancel(request.session_hash)
-        return "Stopping after this step." if found else "There is nothing to stop."
+    def cancel(request: gr.Request) -> Any:
+        found = line.cancel(request.session_hash)  # what is stopped says so itself, in order
+        return gr.skip() if found else "There is nothing to stop."
 
     def gone(request: gr.Request) -> None:
         line.cancel(request.session_hash)

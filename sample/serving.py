@@ -334,6 +334,8 @@ def draw(drawing: Served, line: Line, ask: Ask, folder: Path, owner: str) -> Ite
         work.start()
         for update in _updates(events, ask.count):
             written = update.written
+            if ticket.cancelled.is_set() and not update.over:
+                update = update._replace(status="Stopping after this step.")
             yield update
     except Cancelled:
         last = Update(f"Stopped; {written} of {ask.count} images were finished.", over=True)
