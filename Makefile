@@ -2,6 +2,7 @@
 # make test       what .ci/run runs: ruff and every test but the long ones
 # make test-all   the long ones too
 # make test-newest   the tests that need no torch, with the newest Python, JAX and Flax
+# make browser    the Chromium that tests of the page run in, where apt-get can install it
 # make lint       ruff alone: no torch is installed for it
 # make env, make test-env   only the environments, in .venv
 #
@@ -29,7 +30,7 @@ RUN_TESTS = cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT && \
 
 WITH_NETWORKS := tests/nn tests/train/test_step.py tests/test_checkpoint.py tests/test_pipeline.py
 
-.PHONY: demo test test-all test-newest lint env test-env
+.PHONY: demo test test-all test-newest browser lint env test-env
 
 demo: env
 	.venv/bin/python demo.py
@@ -45,6 +46,12 @@ test-newest: .venv-newest/env.stamp
 	$(call RUN_TESTS,.venv-newest) -m "not long and not torch"
 	export NNX_GRAPH_MODE=false NNX_GRAPH_UPDATES=false; \
 	    $(call RUN_TESTS,.venv-newest) -m "not long and not torch" $(WITH_NETWORKS)
+
+# Without it pytest leaves out the tests marked `page`.
+browser:
+	command -v chromium chromium-browser google-chrome > /dev/null || \
+	    { apt-get -q update && apt-get -q install -y --no-install-recommends chromium; } || \
+	    echo "note: no Chromium: tests of the page are left out"
 
 lint: .venv/lint.stamp
 	.venv/bin/ruff check .
@@ -66,7 +73,7 @@ test-env: .venv/test-env.stamp
 
 .venv/test-env.stamp: pyproject.toml Makefile | .venv/bin/python
 	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
-	$(PIP) -e ".[test]"
+	$(PIP) -e ".[test,ui]" "playwright>=1.60"
 	$(PIP) --no-deps $(REFERENCE)
 	$(PIP) $(REFERENCE_NEEDS)
 	touch $@

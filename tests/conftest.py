@@ -3,11 +3,14 @@ the CPU, float32 products in full precision, no network. Set before anything imp
 
 Tests of files that import torch, themselves or through `tests.parity` and its like, are marked
 `torch`; with `-m "not torch"` these files are not read, so torch need not be installed.
+Tests marked `page` are deselected where gradio, playwright or a browser is missing.
 """
 
 import ast
 import functools
+import importlib.util
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +24,7 @@ if FLAGS not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
 
 ROOT = Path(__file__).parents[1]
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 TORCH = ("torch", "safetensors.torch", "imagen_jax.interop.reference")
 
 
@@ -30,10 +34,24 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if without and python and needs_torch(collection_path) else None
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if needs_torch(item.path):
             item.add_marker("torch")
+    of_page = [item for item in items if item.get_closest_marker("page")]
+    if of_page and not can_show_pages():
+        config.hook.pytest_deselected(items=of_page)
+        items[:] = [item for item in items if item not in of_page]
+
+
+def browser() -> str | None:
+    """Where a Chromium is."""
+    return next(filter(None, map(shutil.which, BROWSERS)), None)
+
+
+def can_show_pages() -> bool:
+    installed = all(importlib.util.find_spec(name) for name in ("gradio", "playwright"))
+    return installed and browser() is not None
 
 
 @functools.cache
