@@ -1,4 +1,4 @@
-# make demo       a small cascade learns the bundled pictures and draws them (CPU, about 12 minutes)
+# make demo       a small cascade learns the bundled pictures and draws them (CPU, about 13 minutes)
 # make test       what .ci/run runs: ruff and every test but the long ones
 # make test-all   the long ones too
 # make test-newest   the tests that need no torch, with the newest Python, JAX and Flax
