@@ -190,11 +190,12 @@ class Drawing:
                 yield self._write(index, stages, recipe, finish)
                 done += 1
         except KeyboardInterrupt:
-            self._report()
+            self.report_hooks()
             sys.exit(f"stopped: {done} of {len(jobs)} images are in {self.folder}")
-        self._report()
+        self.report_hooks()
 
-    def _report(self) -> None:
+    def report_hooks(self) -> None:
+        """Says what the safety checker found."""
         line = self.hooks.report()
         if line is not None:
             self.say(line)
@@ -233,6 +234,11 @@ class Drawing:
         if given.json:
             print(json.dumps({"file": str(path)} | recipe, ensure_ascii=False), flush=True)
         return Drawn(index, path, shown, recipe)
+
+    def safe(self, image: np.ndarray) -> np.ndarray:
+        """The image, or grey where the safety checker flags it: for what is not written by
+        `draw`."""
+        return blank(image) if self.hooks.flags(image) else image
 
     def recipe(self) -> dict[str, Any]:
         """What the recipes of a command's files share."""

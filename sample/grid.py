@@ -45,6 +45,8 @@ class Settings(settings.Settings):
 
 def main() -> None:
     given = tyro.cli(Settings, description=__doc__)
+    if given.c2pa is not None:
+        raise UserError("--c2pa: this command's files are not signed; leave it out.")
     rows, columns = axes(given)
     chosen = [[cell(given, row | column) for column in columns] for row in rows]
     drawing = Drawing.open("grid", chosen[0][0])
@@ -100,7 +102,7 @@ def draw_cells(
             **own,
         )
         outputs.check_finite(image, f"the image of {own['timesteps'][0]} steps")
-        return image
+        return drawing.safe(image)
 
     return [[draw(own) for own in row] for row in options]
 
@@ -128,6 +130,7 @@ def write(
         print(json.dumps({"file": str(path)} | recipe, ensure_ascii=False), flush=True)
     count = len(list(itertools.chain(*images)))
     drawing.say(f"{count} images on one sheet: {path}")
+    drawing.report_hooks()
 
 
 if __name__ == "__main__":

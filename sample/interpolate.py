@@ -54,6 +54,8 @@ class Settings(settings.Settings):
 
 def main() -> None:
     given = tyro.cli(Settings, description=__doc__)
+    if given.c2pa is not None:
+        raise UserError("--c2pa: this command's files are not signed; leave it out.")
     drawing = Drawing.open("interpolate", given)
     prompts = read_prompts(given, drawing.config)
     if prompts is not None and len(prompts) < 2:
@@ -108,7 +110,7 @@ def draw_frames(drawing: Drawing, jobs: list[Job]) -> list[np.ndarray]:
         **drawing.options,
     )
     try:
-        return [image for _, image in drawn]
+        return [drawing.safe(image) for _, image in drawn]
     except KeyboardInterrupt:
         sys.exit("stopped: nothing is written.")
 
@@ -130,6 +132,7 @@ def write(drawing: Drawing, images: list[np.ndarray], recipe: dict[str, Any]) ->
     if given.json:
         print(json.dumps({"file": str(path)} | recipe, ensure_ascii=False), flush=True)
     drawing.say(f"{len(images)} frames: {path}")
+    drawing.report_hooks()
 
 
 if __name__ == "__main__":

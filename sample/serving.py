@@ -383,7 +383,7 @@ def _work(
 
 def _may_preview(drawing: Drawing) -> bool:
     """A safety checker sees finished images only: nothing is shown before it."""
-    return getattr(drawing.given, "safety_checker", None) is None
+    return drawing.given.safety_checker is None
 
 
 def listener(ticket: Ticket, events: queue.Queue, count: int, *, previews: bool = True) -> OnStep:
