@@ -12,7 +12,7 @@ import secrets
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -28,8 +28,9 @@ from imagen_jax.errors import UserError
 from imagen_jax.pipeline import Embeddings, repeated
 from imagen_jax.pixels import to_pil
 from imagen_jax.sampling import OnStep
+from imagen_jax.stage import Stage
 from imagen_jax.types import AnyArray, Size
-from sample import inpaint
+from sample import inpaint, upscale
 from sample.drawing import Drawing, Finish, Job
 
 MOST_IMAGES = 16
@@ -42,6 +43,8 @@ MOST_SHOWN = 200
 GUIDED = 1 + 1e-6
 """Stands for guidance 1: exactly 1 is another program, which the slider must not compile."""
 PREVIEW_PAUSE = 0.25  # seconds between two previews
+MOST_UPSCALED = 2**20  # pixels of an image that is upscaled
+OVERLAP, TILE_BATCH = 0.25, 8  # of the tiles in which it is
 TILE = 256  # pixels: a preview's image is at least this large
 
 Task = Literal["text_to_image", "upscale", "inpaint", "image_to_image"]
@@ -153,9 +156,7 @@ def inputs(ask: Ask, config: ImagenConfig, last: int) -> Inputs:
         return np.repeat(array[None], ask.count, axis=0)
 
     if ask.task == "upscale":
-        source = fitted(ask.image, config.stage(ask.stage).lowres.size)
-        options = {"start_at_unet_number": ask.stage}
-        return Inputs({"start_image_or_video": rows(source)}, options, first=ask.stage)
+        return _upscaling(ask, config.stage(ask.stage), rows)
     if ask.task == "inpaint":
         size = config.stage(last).size
         box = inpaint.find_box(ask.mask, size)
@@ -174,6 +175,26 @@ def inputs(ask: Ask, config: ImagenConfig, last: int) -> Inputs:
         ]
         return Inputs({"init_images": tuple(sources)}, {"strength": ask.strength})
     return Inputs()
+
+
+def _upscaling(ask: Ask, stage: Stage, rows: Callable[[np.ndarray], np.ndarray]) -> Inputs:
+    height, width = ask.image.shape[:2]
+    if height * width > MOST_UPSCALED:
+        raise UserError(
+            f"The image has {height * width:,} pixels; at most {MOST_UPSCALED:,} are upscaled."
+        )
+    factor = upscale.scale_factor(stage)
+    padded, tiles = upscale.plan(ask.image, stage, OVERLAP)
+    return Inputs(
+        {"start_image_or_video": rows(padded)},
+        {
+            "start_at_unet_number": stage.unet_number,
+            "tiles": tiles,
+            "tile_batch": min(TILE_BATCH, len(tiles.origins)),
+        },
+        finish=lambda _, larger: larger[: factor * height, : factor * width],
+        first=stage.unet_number,
+    )
 
 
 def fitted(image: Pixels, size: Size) -> UInt8[np.ndarray, "h2 w2 c"]:

@@ -62,7 +62,7 @@ def main() -> None:
     stage = config.stage(number)
     image = read_image(given, stage)
     factor = scale_factor(stage)
-    padded, tiles = plan(given, stage, image)
+    padded, tiles = plan(image, stage, given.overlap)
     drawing = Drawing.open("upscale", given, first=number)
     prompt = given.prompt and read_prompts(given, config)
     job = Job(
@@ -118,11 +118,11 @@ def scale_factor(stage: Stage) -> int:
     return int(ratio)
 
 
-def plan(given: Settings, stage: Stage, image: np.ndarray) -> tuple[np.ndarray, tiling.Tiles]:
+def plan(image: np.ndarray, stage: Stage, overlap: float) -> tuple[np.ndarray, tiling.Tiles]:
     """The image, padded to at least a tile, and the tiles over the larger one."""
     factor, tile = scale_factor(stage), stage.lowres.size
     padded = tiling.pad(image, tile)
-    overlap = tuple(round(side * given.overlap) for side in tile)
+    overlap = tuple(round(side * overlap) for side in tile)
     return padded, tiling.make_tiles(padded.shape[:2], tile, overlap).scaled(factor)
 
 

@@ -221,13 +221,13 @@ def test_a_result_is_upscaled_and_varied(visitor, url, out):
     tab = open_tab(visitor, url)
     ask(tab, "red apple")
     shown(tab, 1)
-    for count, task in enumerate(("upscale", "image_to_image"), 2):
+    for count, (task, size) in enumerate((("upscale", 32), ("image_to_image", 16)), 2):
         send(tab, task)
         tab.locator(f"#image_{task} img").wait_for()
         ask(tab, task=task)
         status(tab, "Done")
         tab.wait_for_timeout(500)
-        assert serving.read_image(files(out)[-1], 3).shape == (16, 16, 3)
+        assert serving.read_image(files(out)[-1], 3).shape == (size, size, 3)
         assert len(files(files(out)[-1].parent)) == count
         shown(tab, count)  # not the chosen one at large, which has moved
         tab.locator("#send_inpaint").click()

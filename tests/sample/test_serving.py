@@ -84,7 +84,8 @@ def test_from_an_image(drawing, tmp_path):
         (last,) = [u for u in drawn(drawing, out, task=task, image=image) if u.over]
         assert last.status.startswith("Done."), last
         (newest, *_) = serving.results(out)
-        assert pixels(newest).shape == (16, 16, 3) and recorded(newest)["command"] == task
+        size = (80, 60, 3) if task == "upscale" else (16, 16, 3)
+        assert pixels(newest).shape == size and recorded(newest)["command"] == task
         drawn(drawing, out, task=task, image=255 - image)
         assert np.abs(pixels(serving.results(out)[0]) - pixels(newest)).mean() > 5
     assert recorded(newest)["strength"] == 0.6
@@ -169,6 +170,10 @@ def test_listener_shows_few_and_stops():
         (dict(steps=(3, 251)), "Steps must be from 1 to 250"),
         (dict(sampler="none"), "sampler is one of ancestral"),
         (dict(task="upscale"), "Choose an image first"),
+        (
+            dict(task="upscale", image=np.zeros((1025, 1024, 3), np.uint8)),
+            "The image has 1,049,600 pixels; at most 1,048,576 are upscaled",
+        ),
         (
             dict(task="inpaint", image=np.zeros((8, 8, 3), np.uint8), mask=np.zeros((8, 8), bool)),
             "the mask is empty",
