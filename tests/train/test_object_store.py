@@ -43,7 +43,7 @@ def test_a_run_on_an_object_store_is_one_on_a_disk(tmp_path, monkeypatch, capsys
         words += ["--stop-at-unet-number", "base"]
         monkeypatch.setattr(sys, "argv", ["", *words])
         text_to_image.main()
-        assert (run / "samples" / "text_to_image" / "grid.png").exists()
+        assert (run / "samples" / "text_to_image" / "pear-0.png").exists()
 
 
 def test_what_a_store_needs_is_named(monkeypatch):
