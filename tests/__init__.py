@@ -2,11 +2,14 @@
 
 from importlib.metadata import version
 
-# `jax.jit(f, compiler_options=RUN_ONCE)`: for programs that run once or twice on tiny arrays XLA
-# need not optimise. It compiles a U-Net's gradient in a third of the time; steps are 4 x slower.
-RUN_ONCE = {"xla_backend_optimization_level": 0}
+# Of every program of the tests, by `tests.conftest`: most run once or twice on tiny arrays, which
+# XLA need not optimise. It compiles a U-Net's gradient in a third of the time; steps take 4 x as
+# long. `jax.jit(f, compiler_options=OPTIMISED)` compiles as a user's process does.
+XLA_FLAGS = ["--xla_backend_optimization_level=0"]
+OPTIMISED = {"xla_backend_optimization_level": 3}
 if version("jaxlib") < "0.12":  # later ones have no other emitters
-    RUN_ONCE["xla_cpu_use_fusion_emitters"] = False
+    XLA_FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+    OPTIMISED["xla_cpu_use_fusion_emitters"] = True
 
 SMALLEST_UNET = dict(
     dim=8,

@@ -1,5 +1,6 @@
 """One environment for every test and every command that a test starts: eight emulated devices on
-the CPU, float32 products in full precision, no network. Set before anything imports JAX.
+the CPU, programs compiled quickly, float32 products in full precision, no network. Set before
+anything imports JAX.
 
 Tests of files that import torch, themselves or through `tests.parity` and its like, are marked
 `torch`; with `-m "not torch"` these files are not read, so torch need not be installed.
@@ -16,12 +17,14 @@ from pathlib import Path
 
 import pytest
 
+from tests import XLA_FLAGS
+
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
 os.environ["HF_HUB_OFFLINE"] = "1"
-FLAGS = "--xla_force_host_platform_device_count=8"
-if FLAGS not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
+FLAGS = ["--xla_force_host_platform_device_count=8", *XLA_FLAGS]
+given = os.environ.get("XLA_FLAGS", "").split()
+os.environ["XLA_FLAGS"] = " ".join([*given, *(flag for flag in FLAGS if flag not in given)])
 
 ROOT = Path(__file__).parents[1]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")

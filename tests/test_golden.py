@@ -6,15 +6,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagen_jax import nn, training
+from imagen_jax import nn, sampling, training
 from imagen_jax.imagen import Imagen
 from imagen_jax.interop import keys
+from tests import OPTIMISED
 from tests.golden import record
 from train.step import _compiler_options
 
 
 def compiled(fn):
-    return jax.jit(fn, compiler_options=_compiler_options(jax.devices()[0]))
+    return jax.jit(fn, compiler_options=OPTIMISED | (_compiler_options(jax.devices()[0]) or {}))
+
+
+@pytest.fixture(autouse=True)
+def optimised_sampling(monkeypatch):
+    static = dict(start=("program", "batch_size"), advance="program", finish="program")
+    for name, names in static.items():
+        fn = getattr(sampling, name).__wrapped__
+        fn = jax.jit(fn, static_argnames=names, compiler_options=OPTIMISED)
+        monkeypatch.setattr(sampling, name, fn)
 
 
 def ours(case: record.Case) -> np.ndarray:

@@ -13,10 +13,10 @@ from imagen_jax.pipeline import Pipeline
 from imagen_jax.resize import resize
 from imagen_jax.sharding import make_layout
 from imagen_jax.training import stage_losses
-from tests import RUN_ONCE, SMALLEST_UNET, cascades, parity
+from tests import SMALLEST_UNET, cascades, parity
 from tests.cascades import cascade
 from tools import programs
-from train import loop, step
+from train import loop
 from train.settings import Settings
 
 RANDOM = np.random.default_rng(0)
@@ -55,7 +55,7 @@ def test_a_forward_equals_the_references():
     with torch.no_grad():
         want = cascades.to_numpy(parity.forward(reference, inputs))
     params = parity.our_params(reference, config)
-    run = jax.jit(lambda p, i: nn.bind(config, p)(**i), compiler_options=RUN_ONCE)
+    run = jax.jit(lambda p, i: nn.bind(config, p)(**i))
     np.testing.assert_allclose(run(params, inputs), want, rtol=0, atol=1e-4 * np.abs(want).max())
 
 
@@ -98,7 +98,7 @@ def test_sampling_and_inpainting():
     assert picture.size == (10, 6)  # pillow has the width first
 
 
-def test_a_run_from_data_to_samples_on_a_mesh(tmp_path, monkeypatch):
+def test_a_run_from_data_to_samples_on_a_mesh(tmp_path):
     """Landscapes in a folder, trained on a 2x2 mesh, previewed, loaded and sampled."""
     data = tmp_path / "data"
     data.mkdir()
@@ -117,7 +117,6 @@ def test_a_run_from_data_to_samples_on_a_mesh(tmp_path, monkeypatch):
         config=file, workdir=tmp_path / "run", data=str(data), steps=1, batch_size=4, mesh="2x2",
         eval_batches=1, sample_steps=2, heldout_fraction=0.0,
     )  # fmt: skip
-    monkeypatch.setattr(step, "_compiler_options", lambda *_: RUN_ONCE)
     assert loop.run(dataclasses.replace(settings, sample_every=0), 1)
     assert loop.run(settings, 2)
     assert len(list((tmp_path / "run" / "samples").glob("unet*.png"))) == 1

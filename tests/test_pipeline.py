@@ -8,15 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 import imagen_jax
-from imagen_jax import ElucidatedConfig, UnetConfig, checkpoint, nn, presets
+from imagen_jax import ElucidatedConfig, checkpoint, nn, presets
 from imagen_jax.errors import UserError
 from imagen_jax.pipeline import Embeddings, Pipeline, padded, sampling_defaults
 from imagen_jax.streams import RUN, image_seeds, row_keys, stream
-from tests import SMALLEST_UNET
 from tests.compilations import compilations
+from tests.sample.conftest import cascade, save_run
 
 STEPS = dict(timesteps=3, cond_scale=(2.0, 1.0))
 SEEDS = [5, 6, 7]
@@ -25,22 +24,8 @@ SEEDS = [5, 6, 7]
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """The tiny cascade with the smallest networks, no parameter at zero."""
-    path = tmp_path_factory.mktemp("run")
-    unet = UnetConfig(**SMALLEST_UNET, cond_dim=8, max_text_len=16)
-    config = dataclasses.replace(presets.tiny(), unets=(unet, unet), timesteps=3)
-    imagen = imagen_jax.Imagen(config, rngs=nnx.Rngs(0))
-    random = np.random.default_rng(0)
-    unets = [
-        nn.bind(
-            unet.config,
-            jax.tree.map(
-                lambda x: x + 0.1 * random.standard_normal(x.shape, np.float32), nn.params_of(unet)
-            ),
-        )
-        for unet in imagen.unets
-    ]
-    imagen_jax.save(path, imagen_jax.Imagen(config, unets=unets))
-    return path
+    config = dataclasses.replace(cascade(), timesteps=3)
+    return save_run(tmp_path_factory.mktemp("run"), config)
 
 
 @pytest.fixture(scope="module")
@@ -168,13 +153,13 @@ def test_mistakes(run, given, message):
 def test_a_call(run):
     """One image a prompt and number; its seed alone repeats it; the reference's names do too."""
     pipeline = Pipeline.load(run)
-    few = dict(num_inference_steps=(3, 2), guidance_scale=(4.0, 1.0))
+    few = dict(num_inference_steps=(3, 2), guidance_scale=(9.0, 1.0))
     result = pipeline(
         ["a pear", "a boat"], num_images_per_prompt=2, seed=7, output_type="np", **few
     )
     assert result.prompts == ["a pear", "a pear", "a boat", "a boat"]
     assert result.seeds == image_seeds(7, 4) and len(result.images) == 4
-    named = dict(texts=["a boat"], cond_scale=(4.0, 1.0), timesteps=(3, 2))
+    named = dict(texts=["a boat"], cond_scale=(9.0, 1.0), timesteps=(3, 2))
     alone = pipeline(seeds=result.seeds[3:], output_type="np", **named)
     np.testing.assert_allclose(alone.images[0], result.images[3], atol=1e-4)
     (image,) = pipeline("a pear", negative_prompt="a boat", seed=7, **few).images

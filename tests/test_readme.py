@@ -1,15 +1,11 @@
 """The README's Python runs as it is printed there."""
 
-import dataclasses
 import re
 from pathlib import Path
 
 import numpy as np
-from flax import nnx
 
-import imagen_jax
-from imagen_jax import UnetConfig, presets
-from tests import SMALLEST_UNET
+from tests.sample.conftest import cascade, save_run
 
 README = Path(__file__).parents[1] / "README.md"
 PIPELINE, LOOP = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
@@ -23,9 +19,7 @@ def run(code: str) -> dict:
 
 def test_the_pipeline_of_the_readme(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    unet = UnetConfig(**SMALLEST_UNET, cond_dim=8, max_text_len=16)
-    config = dataclasses.replace(presets.tiny(), unets=(unet, unet))
-    imagen_jax.save("runs/demo", imagen_jax.Imagen(config, rngs=nnx.Rngs(0)))
+    save_run(Path("runs/demo"), cascade())
     names = run(PIPELINE)
     assert names["result"].images[0].size == (16, 16) and names["result"].seeds == [7]
     assert Path("apple.png").exists()

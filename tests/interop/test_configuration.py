@@ -3,8 +3,10 @@
 import dataclasses
 import inspect
 import json
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -164,12 +166,6 @@ def test_defaults_are_those_of_the_constructors():
     assert ours == {"lowres_conditioning": "log_snr"}
 
 
-def test_images_that_are_not_square_are_refused_for_the_reference():
-    config = dataclasses.replace(states.CASCADE, image_sizes=((5, 10), (8, 16)))
-    with pytest.raises(ValueError, match="U-Net 1 is 5 x 10: imagen-pytorch has square"):
-        configuration.to_theirs(config)
-
-
 @pytest.mark.parametrize("kind", ["original", "elucidated"])
 def test_json_has_the_defaults_of_the_config_classes(kind):
     module = import_imagen_pytorch()
@@ -292,53 +288,51 @@ def test_the_state_dict_of_a_cascade_leaves_both_networks_fields_open(tmp_path):
 def test_elucidated_hyper_parameters_in_the_json_tell_the_kind(tmp_path):
     file = saved(tmp_path / "unet.pt", states.state_of(states.UNET))
     fields = dict(image_sizes=[8], text_encoder_name="ours", unets=[SKIP], sigma_max=40)
-    config = converts(file, fields)
-    assert config.elucidated == ElucidatedConfig(sigma_max=40)
+    assert converts(file, fields).elucidated == ElucidatedConfig(sigma_max=40)
 
 
-def test_tensors_of_something_else_are_refused(tmp_path):
-    file = saved(tmp_path / "a.pt", {"layer.weight": torch.zeros(3)})
-    with pytest.raises(ValueError, match="not the tensors of a Unet of imagen-pytorch 1.22 to 2.1"):
-        interop("inspect", file)
+def params(**changes) -> Callable[[dict], dict]:
+    """A trainer's file with other `imagen_params`."""
+    return lambda data: data | dict(imagen_params=data["imagen_params"] | changes)
 
 
-def test_video_is_refused(tmp_path):
-    model = states.state_of(states.UNET) | {"downs.0.temporal_attn.x": torch.zeros(1)}
-    with pytest.raises(ValueError, match=r"video U-Net \(Unet3D\)"):
-        interop("inspect", saved(tmp_path / "a.pt", model))
-    data = states.trainers_file()
-    for more in (dict(video=True), dict(temporal_downsample_factor=[1, 2])):
-        changed = data | dict(imagen_params=data["imagen_params"] | more)
-        with pytest.raises(ValueError, match="video cascade; only those of pictures"):
-            interop("inspect", saved(tmp_path / "b.pt", changed))
-    harmless = dict(video=False, temporal_downsample_factor=1, resize_cond_video_frames=True)
-    changed = data | dict(imagen_params=data["imagen_params"] | harmless)
-    assert imagen_pytorch.read(saved(tmp_path / "c.pt", changed)).config == states.CASCADE
+def misspelt_unet(data: dict) -> dict:
+    first, second = data["imagen_params"]["unets"]
+    return params(unets=[first | dict(layer_atn="v"), second])(data)
+
+
+VIDEO = "video cascade; only those of pictures"
 
 
 @pytest.mark.parametrize(
-    ("where", "field", "near"),
-    [("imagen", "pred_objective", "pred_objectives"), ("unets", "layer_atn", "layer_attns")],
+    ("change", "reason"),
+    [
+        (
+            lambda _: {"layer.weight": torch.zeros(3)},
+            "not the tensors of a Unet of imagen-pytorch 1.22 to 2.1",
+        ),
+        (
+            lambda data: data["model"] | {"unets.0.downs.0.temporal_attn.x": torch.zeros(1)},
+            r"video U-Net \(Unet3D\)",
+        ),
+        (params(video=True), VIDEO),
+        (params(temporal_downsample_factor=[1, 2]), VIDEO),
+        (params(pred_objective="v"), "no field 'pred_objective'; did you mean 'pred_objectives'"),
+        (misspelt_unet, "no field 'layer_atn'; did you mean 'layer_attns'"),
+    ],
+    ids=["another", "Unet3D", "video", "temporal", "cascade's field", "U-Net's field"],
 )
-def test_an_unknown_field_is_refused_with_the_nearest(where, field, near, tmp_path):
-    data = states.trainers_file()
-    params = data["imagen_params"]
-    (params if where == "imagen" else params["unets"][0])[field] = "v"
-    with pytest.raises(ValueError, match=f"no field '{field}'; did you mean '{near}'") as caught:
-        interop("from-torch", saved(tmp_path / "a.pt", data), tmp_path / "out")
+def test_weights_of_something_else_are_refused(change, reason, tmp_path):
+    file = saved(tmp_path / "a.pt", change(states.trainers_file()))
+    with pytest.raises(ValueError, match=reason) as caught:
+        interop("from-torch", file, tmp_path / "out")
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 
-def test_another_number_of_networks_is_refused(tmp_path):
-    file = saved(tmp_path / "a.pt", states.trainers_file()["model"])
-    for fields in (
-        dict(unets=[dict(dim=8, dim_mults=[1])], image_sizes=[8]),
-        dict(unets=[SKIP]),
-        dict(unets=SKIP),
-    ):
-        (tmp_path / "a.json").write_text(json.dumps(fields))
-        with pytest.raises(ValueError, match="has 1 unets, the weights 2"):
-            interop("inspect", file, "--config", tmp_path / "a.json")
+def test_fields_of_video_that_change_nothing_are_passed_over(tmp_path):
+    harmless = dict(video=False, temporal_downsample_factor=1, resize_cond_video_frames=True)
+    file = saved(tmp_path / "c.pt", params(**harmless)(states.trainers_file()))
+    assert imagen_pytorch.read(file).config == states.CASCADE
 
 
 @pytest.mark.parametrize(
@@ -348,9 +342,12 @@ def test_another_number_of_networks_is_refused(tmp_path):
         ("[1]", "holds list, not a JSON object"),
         ('{"imagen": 3}', "'imagen' is not a JSON object"),
         ('{"type": "video", "imagen": {}}', "type 'video' is neither"),
+        ('{"unets": [{"dim": 8, "dim_mults": [1]}], "image_sizes": [8]}', "has 1 unets, the we"),
+        (json.dumps(dict(unets=[SKIP])), "has 1 unets, the weights 2"),
+        (json.dumps(dict(unets=SKIP)), "has 1 unets, the weights 2"),
     ],
 )
-def test_a_file_that_is_no_configuration_is_refused(content, reason, tmp_path):
+def test_a_file_that_is_no_configuration_of_the_weights_is_refused(content, reason, tmp_path):
     file = saved(tmp_path / "a.pt", states.trainers_file()["model"])
     (tmp_path / "a.json").write_text(content)
     with pytest.raises(ValueError, match=reason) as caught:
@@ -358,20 +355,22 @@ def test_a_file_that_is_no_configuration_is_refused(content, reason, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_schedules_that_are_too_many_are_cut_in_theirs_and_refused_in_ours():
-    kind, params = configuration.to_theirs(states.CASCADE)
-    params["noise_schedules"] = ["cosine", "linear", "linear"]
-    config = configuration.to_ours(params, kind, ["rms", "rms"])
-    assert config.noise_schedules == ("cosine", "linear")
-    with pytest.raises(ValueError, match="noise_schedules = .* has 3 entries for 2 unets"):
-        ImagenConfig.from_dict(config.to_dict() | dict(noise_schedules=params["noise_schedules"]))
-
-
-def test_a_network_that_changes_the_number_of_channels_is_refused():
-    """A network whose output has other channels than its input is in no cascade."""
-    unet = dataclasses.replace(states.UNET, channels=1, channels_out=3)
-    shapes = shapes_of(unet)
+def test_what_cannot_be_converted_is_named():
+    """Images that are not square, in theirs; a network in no cascade; more schedules than stages,
+    which theirs cuts; a parameter that is not in the table."""
+    config = dataclasses.replace(states.CASCADE, image_sizes=((5, 10), (8, 16)))
+    with pytest.raises(ValueError, match="U-Net 1 is 5 x 10: imagen-pytorch has square"):
+        configuration.to_theirs(config)
+    shapes = shapes_of(dataclasses.replace(states.UNET, channels=1, channels_out=3))
     assert shapes["final_conv.weight"][0] == 3
     with pytest.raises(ValueError, match="gives 3, and its first convolution takes 1") as caught:
         infer.unet_fields(shapes, {})
     assert "\n" not in str(caught.value)
+    kind, fields = configuration.to_theirs(states.CASCADE)
+    fields["noise_schedules"] = ["cosine", "linear", "linear"]
+    config = configuration.to_ours(fields, kind, ["rms", "rms"])
+    assert config.noise_schedules == ("cosine", "linear")
+    with pytest.raises(ValueError, match="noise_schedules = .* has 3 entries for 2 unets"):
+        ImagenConfig.from_dict(config.to_dict() | dict(noise_schedules=fields["noise_schedules"]))
+    with pytest.raises(ValueError, match="not in the table: final_conv.colour"):
+        keys.to_torch({"final_conv": {"colour": np.zeros(3)}})

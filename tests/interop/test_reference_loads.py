@@ -17,10 +17,10 @@ from imagen_jax.config import ElucidatedConfig, ImagenConfig, NullUnetConfig, Un
 from imagen_jax.interop import configuration, imagen_pytorch, keys, run_dir
 from imagen_jax.interop.reference import import_imagen_pytorch
 from imagen_jax.types import Params
-from tests import RUN_ONCE, SMALLEST_UNET, cascades, parity
+from tests import SMALLEST_UNET, cascades, parity
 from tests.interop import support
 from tests.train import support as training
-from train import loop, step
+from train import loop
 from train.run import RunDir
 
 STEPS = 3
@@ -262,7 +262,6 @@ def test_a_converted_run_trains_on_from_its_average(tmp_path, monkeypatch):
         return found
 
     monkeypatch.setattr(RunDir, "begin", watched)
-    monkeypatch.setattr(step, "_compiler_options", lambda *_: RUN_ONCE)
     settings = training.settings(tmp_path, init_from=tmp_path / "converted", steps=1)
     assert loop.run(settings, 1)
     ema = trainer.ema_unets[0].ema_model

@@ -4,11 +4,13 @@ import json
 import os
 import pickle
 import re
+import shutil
 import struct
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -216,22 +218,6 @@ def test_all_that_does_not_fit_is_printed_together_and_nothing_is_written(tmp_pa
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_what_exists_is_kept_unless_told_otherwise(converted):
-    before = contents(converted)
-    run, file = converted / "run", converted / "imagen.pt"
-    stored = converted / "imagen.safetensors"
-    for arguments in (
-        ("from-torch", file, run),
-        ("to-torch", run, file),
-        ("to-safetensors", run, stored),
-        ("from-safetensors", stored, run),
-    ):
-        refused("exists: choose another name, or replace it with --overwrite", *arguments)
-    with pytest.raises(ValueError, match="exists"):
-        imagen_pytorch.save(file, checkpoint.load(run))
-    assert contents(converted) == before
-
-
 def test_overwrite_replaces_a_file_and_a_directory(converted, tmp_path):
     run, file, stored = tmp_path / "run", tmp_path / "a.pt", tmp_path / "a.safetensors"
     for _ in range(2):
@@ -242,6 +228,8 @@ def test_overwrite_replaces_a_file_and_a_directory(converted, tmp_path):
         interop("from-safetensors", stored, run, "--overwrite")
         assert {path.name for path in tmp_path.iterdir()} == {run.name, file.name, stored.name}
     other = saved(tmp_path / "other.pt", states.trainers_file(seed=7))
+    with pytest.raises(ValueError, match="exists"):
+        imagen_pytorch.save(file, checkpoint.load(run))
     old = (contents(run), file.read_bytes(), stored.read_bytes())
     interop("from-torch", other, run, "--overwrite")
     interop("to-torch", run, file, "--overwrite")
@@ -255,85 +243,101 @@ def test_overwrite_replaces_a_file_and_a_directory(converted, tmp_path):
 
 @pytest.fixture
 def standing(converted, tmp_path) -> Path:
-    """A run directory and a file that stand where something new is to go."""
-    interop("from-torch", converted / "imagen.pt", tmp_path / "run")
-    (tmp_path / "imagen.pt").write_bytes(b"the old one")
-    (tmp_path / "imagen.safetensors").write_bytes(b"the old one")
+    """A run directory and files that are where something new is to go; and what is to go there."""
+    shutil.copytree(converted / "run", tmp_path / "run")
+    for name in ("imagen.pt", "imagen.safetensors"):
+        (tmp_path / name).write_bytes(b"the old one")
+        shutil.copy(converted / name, tmp_path / name.replace(".", "0."))
     saved(tmp_path / "new.pt", states.trainers_file(seed=7))
     return tmp_path
+
+
+def inside(folder: Path, words: str) -> list[Any]:
+    """A command, files and flags as the command line has them, in a folder."""
+    command, *others = words.split()
+    return [command, *(word if word.startswith("-") else folder / word for word in others)]
 
 
 def test_a_failed_proof_leaves_the_old_one_whole(standing, monkeypatch):
     before = contents(standing)
     monkeypatch.setattr(verify, "differences", lambda *_: ["unets.0.final_conv.bias"])
     failure = r"verify \(a\), online: 1 of \d+ differ: unets.0.final_conv.bias"
-    refused(failure, "from-torch", standing / "new.pt", standing / "run", "--overwrite", "--verify")
-    refused(failure, "from-torch", standing / "new.pt", standing / "none", "--verify")
-    arguments = (standing / "run", standing / "imagen.pt", "--overwrite", "--verify")
-    refused(failure, "to-torch", *arguments)
+    for words in ("from-torch new.pt run", "from-torch new.pt none", "to-torch run imagen.pt"):
+        refused(failure, *inside(standing, words), "--overwrite", "--verify")
     assert contents(standing) == before
 
 
-def test_a_disk_that_fills_up_leaves_the_old_one_whole(standing, monkeypatch):
+def second_stage_fails(path: Path, number: int) -> Path:
+    if number == 2 and "partial" in str(path):
+        assert any(Path(path).rglob("_METADATA"))  # the first is written
+        raise FULL
+    return STAGE_PATH(path, number)
+
+
+def half(_, path, *__) -> None:
+    Path(path).write_bytes(b"half")
+    raise FULL
+
+
+def cannot_rename(path: Path, to: Path) -> Path:
+    if path.name.endswith(".partial"):
+        raise FULL
+    return RENAME(path, to)
+
+
+FULL = OSError(28, "No space left on device")
+STAGE_PATH, RENAME = checkpoint.stage_path, Path.rename
+FAILING = {
+    "from-torch new.pt run": (checkpoint, "stage_path", second_stage_fails),
+    "to-torch run imagen.pt": (torch, "save", half),
+    "to-safetensors run imagen.safetensors": (safetensors.numpy, "save_file", half),
+    "from-torch imagen0.pt run": (Path, "rename", cannot_rename),
+}
+
+
+@pytest.mark.parametrize("words", FAILING)
+def test_a_disk_that_fills_up_leaves_the_old_one_whole(words, standing, monkeypatch):
     before = contents(standing)
-    stage_path, full = checkpoint.stage_path, OSError(28, "No space left on device")
-
-    def second_fails(path, number):
-        if number == 2 and "partial" in str(path):
-            assert any(Path(path).rglob("_METADATA"))  # the first is written
-            raise full
-        return stage_path(path, number)
-
-    def torch_save(_, path):
-        Path(path).write_bytes(b"half")
-        raise full
-
-    def safetensors_save(_, path, __):
-        Path(path).write_bytes(b"half")
-        raise full
-
-    run = standing / "run"
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
-        patch.setattr(checkpoint, "stage_path", second_fails)
-        interop("from-torch", standing / "new.pt", run, "--overwrite")
-    assert contents(standing) == before
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
-        patch.setattr(torch, "save", torch_save)
-        interop("to-torch", run, standing / "imagen.pt", "--overwrite")
-    assert contents(standing) == before
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
-        patch.setattr(safetensors.numpy, "save_file", safetensors_save)
-        interop("to-safetensors", run, standing / "imagen.safetensors", "--overwrite")
+        patch.setattr(*FAILING[words])
+        interop(*inside(standing, words), "--overwrite")
     assert contents(standing) == before
 
 
-def test_a_rename_that_fails_puts_the_old_directory_back(standing, monkeypatch):
+EXISTS = "exists: choose another name, or replace it with --overwrite"
+LINK, HOLDS = "is a symbolic link", "holds what is to be converted"
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ("from-torch new.pt run", EXISTS),
+        ("to-torch run imagen.pt", EXISTS),
+        ("to-safetensors run imagen.safetensors", EXISTS),
+        ("from-safetensors imagen0.safetensors run", EXISTS),
+        ("from-torch new.pt link", LINK),
+        ("from-torch new.pt dangling", LINK),
+        ("to-torch run link.pt", LINK),
+        ("from-torch new.pt link --overwrite", LINK),
+        ("from-torch new.pt dangling --overwrite", LINK),
+        ("to-torch run link.pt --overwrite", LINK),
+        ("from-torch new.pt pictures --overwrite", "is a directory without a config.json: it is"),
+        ("to-torch other run --overwrite", "run is a directory: a file does not replace it"),
+        ("from-torch new.pt imagen.pt --overwrite", "imagen.pt is a file: a directory does not"),
+        ("from-torch run/inside.pt run --overwrite", HOLDS),
+        ("from-torch run/inside.pt run/inside.pt --overwrite", HOLDS),
+        ("to-torch run run --overwrite", HOLDS),
+    ],
+)
+def test_what_is_in_the_way_is_kept(words, reason, standing):
+    for name, to in (("link", "run"), ("dangling", "nowhere"), ("link.pt", "imagen.pt")):
+        (standing / name).symlink_to(standing / to)
+    shutil.copytree(standing / "run", standing / "other")
+    (standing / "pictures").mkdir()
+    (standing / "pictures" / "cat.png").write_bytes(b"cat")
+    shutil.copy(standing / "new.pt", standing / "run" / "inside.pt")
     before = contents(standing)
-    rename = Path.rename
-
-    def fails(self, to):
-        if self.name.endswith(".partial"):
-            raise OSError("cannot rename")
-        return rename(self, to)
-
-    monkeypatch.setattr(Path, "rename", fails)
-    with pytest.raises(OSError, match="cannot rename"):
-        interop("from-torch", standing / "new.pt", standing / "run", "--overwrite")
-    assert contents(standing) == before
-
-
-def test_a_symbolic_link_is_no_target(standing):
-    (standing / "link").symlink_to(standing / "run")
-    (standing / "dangling").symlink_to(standing / "nowhere")
-    (standing / "link.pt").symlink_to(standing / "imagen.pt")
-    before = contents(standing)
-    for arguments in (
-        ("from-torch", standing / "new.pt", standing / "link"),
-        ("from-torch", standing / "new.pt", standing / "dangling"),
-        ("to-torch", standing / "run", standing / "link.pt"),
-    ):
-        refused("is a symbolic link", *arguments)
-        refused("is a symbolic link", *arguments, "--overwrite")
+    refused(reason, *inside(standing, words))
     assert contents(standing) == before
 
 
@@ -345,38 +349,6 @@ def test_what_a_link_inside_the_target_points_to_is_untouched(standing, tmp_path
     interop("from-torch", standing / "new.pt", standing / "run", "--overwrite")
     assert contents(outside) == before
     assert not (standing / "run" / "unet1").is_symlink()
-
-
-def test_a_directory_that_is_no_run_is_not_replaced(standing):
-    (standing / "pictures").mkdir()
-    (standing / "pictures" / "cat.png").write_bytes(b"cat")
-    before = contents(standing)
-    arguments = ("from-torch", standing / "new.pt", standing / "pictures", "--overwrite")
-    refused("is a directory without a config.json: it is not replaced", *arguments)
-    assert contents(standing) == before
-
-
-def test_a_run_is_not_replaced_by_a_file_nor_a_file_by_a_run(standing):
-    interop("from-torch", standing / "new.pt", standing / "other")
-    before = contents(standing)
-    arguments = ("to-torch", standing / "other", standing / "run", "--overwrite")
-    refused("run is a directory: a file does not replace it", *arguments)
-    arguments = ("from-torch", standing / "new.pt", standing / "imagen.pt", "--overwrite")
-    refused("imagen.pt is a file: a directory does not replace it", *arguments)
-    assert contents(standing) == before
-
-
-def test_the_source_is_not_replaced_by_its_conversion(standing):
-    inside = standing / "run" / "imagen.pt"
-    (standing / "new.pt").rename(inside)
-    before = contents(standing)
-    for arguments in (
-        ("from-torch", inside, standing / "run"),
-        ("from-torch", inside, inside),
-        ("to-torch", standing / "run", standing / "run"),
-    ):
-        refused("holds what is to be converted", *arguments, "--overwrite")
-    assert contents(standing) == before
 
 
 @pytest.mark.parametrize("damage", [lambda a: a[:-9], lambda a: b"\xff" * 8 + a[8:], lambda a: b""])

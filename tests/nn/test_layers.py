@@ -20,7 +20,7 @@ from imagen_jax.config import UnetConfig
 from imagen_jax.interop import keys, table
 from imagen_jax.interop.reference import import_imagen_pytorch
 from imagen_jax.nn import attention, blocks, embeddings, layers, transformer
-from tests import RUN_ONCE, parity
+from tests import parity
 
 REFERENCE = import_imagen_pytorch().imagen_pytorch
 MAKE = dict(dtype=jnp.float32, rngs=nnx.Rngs(0))
@@ -224,7 +224,6 @@ def outputs_of(case: Case) -> tuple[Any, Any]:
     graph = nnx.split(ours)[0]
     run = jax.jit(
         lambda params, *inputs: nnx.merge(graph, params)(*inputs, **case.named),
-        compiler_options=RUN_ONCE,
     )
     with torch.no_grad():
         want = case.call(reference, *map(channels_first, case.inputs))

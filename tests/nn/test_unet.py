@@ -1,20 +1,17 @@
 """The U-Net's own promises: sizes of the presets, and equal results by every way to an output."""
 
-import functools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from imagen_jax import presets
-from imagen_jax.config import UnetConfig
+from imagen_jax.config import ImagenConfig, UnetConfig
 from imagen_jax.errors import UserError
 from imagen_jax.imagen import Imagen
 from imagen_jax.nn import abstract, bind, init_params
-from tests import RUN_ONCE
 
 CONFIG = UnetConfig(
     dim=8,
@@ -46,7 +43,7 @@ def test_presets_have_the_parameters_of_the_reference(config, count):
 @pytest.fixture(scope="module")
 def params():
     """Fresh, but with a final convolution that is not zero."""
-    init = jax.jit(lambda key: init_params(CONFIG, key), compiler_options=RUN_ONCE)
+    init = jax.jit(lambda key: init_params(CONFIG, key))
     params = init(jax.random.key(0))
     kernel = params["final_conv"]["kernel"]
     assert not np.any(kernel)
@@ -69,7 +66,6 @@ def inputs():
 def run():
     return jax.jit(
         lambda params, inputs, keep_mask: bind(CONFIG, params)(**inputs, keep_mask=keep_mask),
-        compiler_options=RUN_ONCE,
     )
 
 
@@ -93,7 +89,7 @@ def test_padding_leaves_no_trace(params, inputs, run):
 def test_guided_pairs_in_one_batch_equal_two_calls(params, inputs, run):
     """Prepared texts, each image twice: with text, without, with, without."""
 
-    @functools.partial(jax.jit, compiler_options=RUN_ONCE)
+    @jax.jit
     def both(params, x, time, text_embeds, text_mask):
         unet = bind(CONFIG, params)
         texts = [jnp.repeat(a, 2, axis=0) for a in (text_embeds, text_mask)]
@@ -114,7 +110,7 @@ def test_keep_probability_is_that_of_the_draws(params, inputs):
     def draw(keep_mask, key):
         return unet(**inputs, cond_drop_prob=0.25, keep_mask=keep_mask, key=key)
 
-    draw = jax.jit(draw, compiler_options=RUN_ONCE)
+    draw = jax.jit(draw)
     kept, dropped = (np.asarray(draw(np.full(64, k), None))[0] for k in (True, False))
     drawn = np.asarray(draw(None, jax.random.key(3)))
     is_kept, is_dropped = (np.abs(drawn - a).max((1, 2, 3)) < 1e-4 for a in (kept, dropped))
@@ -126,7 +122,7 @@ def test_remat_changes_nothing(params, inputs):
     def loss(params, remat):
         return jnp.mean(bind(CONFIG, params, remat=remat)(**inputs) ** 2)
 
-    gradient = jax.jit(jax.grad(loss), static_argnums=1, compiler_options=RUN_ONCE)
+    gradient = jax.jit(jax.grad(loss), static_argnums=1)
     plain, saved = gradient(params, None), gradient(params, "nothing_saveable")
     largest = max(float(jnp.abs(a).max()) for a in jax.tree.leaves(plain))
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(saved), strict=True):
@@ -174,8 +170,13 @@ def test_wrong_inputs_are_named(params, inputs, change, message):
 
 
 def test_a_network_prints_on_a_screen():
-    config = presets.tiny()
-    imagen = Imagen(config, rngs=nnx.Rngs(0))
-    count = sum(x.size for x in jax.tree.leaves(nnx.state(imagen.unets[0])))
-    assert repr(imagen.unets[0]).startswith(f"Unet({count:,} parameters, float32, UnetConfig(dim=8")
+    """Of the paper's depth: not a line for every layer."""
+    unet = dict(dim=8, dim_mults=(1, 2, 3, 4), num_resnet_blocks=3, text_embed_dim=6)
+    config = ImagenConfig(unets=(UnetConfig(**unet),) * 2, image_sizes=(8, 16), text_embed_dim=6)
+    shapes = [abstract(unet)[1] for unet in config.unets]
+    zeros = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), shapes)
+    unets = [bind(unet, params) for unet, params in zip(config.unets, zeros, strict=True)]
+    count = sum(math.prod(a.shape) for a in jax.tree.leaves(shapes[0]))
+    assert repr(unets[0]).startswith(f"Unet({count:,} parameters, float32, UnetConfig(dim=8")
+    imagen = Imagen(config, unets=unets)
     assert len(repr(imagen)) < 5000 and repr(imagen).count("\n") == 2

@@ -16,7 +16,7 @@ from imagen_jax import unet_config
 from imagen_jax.config import UnetConfig
 from imagen_jax.interop import keys
 from imagen_jax.nn import abstract, bind
-from tests import RUN_ONCE, parity
+from tests import parity
 
 SMALL = dict(
     dim=8,
@@ -252,7 +252,7 @@ def test_parity(case):
     with torch.set_grad_enabled(case.gradients):
         want = parity.forward(reference, inputs)
     target = np.random.default_rng(1).standard_normal(want.shape, np.float32)
-    got = jax.jit(run, compiler_options=RUN_ONCE)(params, arrays, np.moveaxis(target, 1, -1))
+    got = jax.jit(run)(params, arrays, np.moveaxis(target, 1, -1))
     output = (got[0] if case.gradients else got)[1]
     expected = np.moveaxis(want.detach().numpy(), 1, -1)
     np.testing.assert_allclose(output, expected, rtol=0, atol=1e-4 * np.abs(expected).max())

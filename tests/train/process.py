@@ -11,8 +11,7 @@ import commands
 from commands import processes
 from imagen_jax import training
 from imagen_jax.sharding import Layout, make_layout
-from tests import RUN_ONCE
-from train import loop, run, step
+from train import loop, run
 from train.settings import Settings
 
 
@@ -21,7 +20,6 @@ def train(settings: Settings, file: Path) -> None:
 
     def main():
         processes.start(settings.coordinator, settings.process_id, settings.num_processes)
-        step._compiler_options = lambda *_: RUN_ONCE
         run.VISIBLE_WITHIN = 2.0  # seconds
         layout = make_layout(settings.mesh, rows=settings.rows, min_size=0)
         seen, loop.make_train_step = watched(layout, settings)

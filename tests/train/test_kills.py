@@ -11,9 +11,8 @@ import pytest
 
 import commands
 from imagen_jax import checkpoint
-from tests import RUN_ONCE
 from tests.train import forked, support
-from train import loop, step
+from train import loop
 
 # How one life after another ends, and when: as soon as a step is being written; some steps later;
 # or at any time, start included.
@@ -28,7 +27,6 @@ LATER = 6  # steps, at most
 
 
 def life(settings) -> None:
-    step._compiler_options = lambda *_: RUN_ONCE
     commands.run(lambda: loop.run(settings, 1))
 
 

@@ -4,23 +4,20 @@ import json
 
 import jax
 import numpy as np
-import pytest
 
 import imagen_jax
 from imagen_jax.config import ImagenConfig, UnetConfig
 from imagen_jax.data import decode, open_source
+from tests import OPTIMISED
 from tests.train import support
-from train import loop
+from train import loop, step
 from train.settings import Settings
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compile_quickly():
-    """Not here: hundreds of steps are worth compiling well."""
-
-
-def test_it_learns_eight_pictures(tmp_path):
+def test_it_learns_eight_pictures(tmp_path, monkeypatch):
     """Without guidance every caption's sample is nearest to its own picture of the eight."""
+    # Hundreds of steps are worth compiling well.
+    monkeypatch.setattr(step, "_compiler_options", lambda *_: OPTIMISED)
     network = UnetConfig(
         dim=16,
         dim_mults=(1, 2),

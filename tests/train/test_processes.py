@@ -19,6 +19,7 @@ import commands
 from commands import processes
 from imagen_jax import checkpoint, distributed
 from imagen_jax.sharding import make_layout
+from tests import XLA_FLAGS
 from tests.train import forked, support
 from tests.train.process import train, watched
 from train import loop
@@ -36,14 +37,16 @@ def start(folder: Path, settings, processes: int, **own) -> tuple[list[BaseProce
     """Starts the settings by so many processes; each says and notes what it does in a file. `own`
     are settings with a value for each."""
     port = free_port()
-    flags = f"--xla_force_host_platform_device_count={DEVICES // processes}"
+    flags = [f"--xla_force_host_platform_device_count={DEVICES // processes}", *XLA_FLAGS]
     files = [folder / f"{processes}-{number}" for number in range(processes)]
     running = []
     for number, file in enumerate(files):
         told = dict(coordinator=f"localhost:{port}", process_id=number, num_processes=processes)
         told |= {name: values[number] for name, values in own.items()}
         args = (dataclasses.replace(settings, **told), file)
-        running.append(forked.start(train, *args, said=file, environment={"XLA_FLAGS": flags}))
+        running.append(
+            forked.start(train, *args, said=file, environment={"XLA_FLAGS": " ".join(flags)})
+        )
     return running, files
 
 
