@@ -5,7 +5,7 @@ from importlib.metadata import version
 # Of every program of the tests, by `tests.conftest`: most run once or twice on tiny arrays, which
 # XLA need not optimise. It compiles a U-Net's gradient in a third of the time; steps take 4 x as
 # long. `jax.jit(f, compiler_options=OPTIMISED)` compiles as a user's process does.
-XLA_FLAGS = ["--xla_backend_optimization_level=0"]
+XLA_FLAGS = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
 OPTIMISED = {"xla_backend_optimization_level": 3}
 if version("jaxlib") < "0.12":  # later ones have no other emitters
     XLA_FLAGS.append("--xla_cpu_use_fusion_emitters=false")

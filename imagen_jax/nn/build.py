@@ -13,6 +13,7 @@ from jaxtyping import Array
 
 from imagen_jax.nn.unet import Unet
 from imagen_jax.sharding import Layout
+from imagen_jax.streams import ParamKeys
 from imagen_jax.types import (
     AnyArray,
     Image,
@@ -70,14 +71,16 @@ def abstract(
     config: UnetConfig, dtype: DTypeLike = jnp.float32, remat: str | None = None
 ) -> tuple[nnx.GraphDef, Params]:
     """(graph, a pure dict of ShapeDtypeStructs) of a network, without allocating its parameters."""
-    module = nnx.eval_shape(lambda: build(config, dtype=dtype, remat=remat, rngs=nnx.Rngs(0)))
+    module = nnx.eval_shape(
+        lambda: build(config, dtype=dtype, remat=remat, rngs=ParamKeys(jax.random.key(0)))
+    )
     graph, state = nnx.split(module)
     return graph, nnx.to_pure_dict(state)
 
 
 def init_params(config: UnetConfig, key: PRNGKey) -> Params:
     """New parameters as a pure dict. `init_fn` compiles this function."""
-    return params_of(build(config, rngs=nnx.Rngs(params=key)))
+    return params_of(build(config, rngs=ParamKeys(key)))
 
 
 @functools.lru_cache(maxsize=8)

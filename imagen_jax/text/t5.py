@@ -26,6 +26,7 @@ from jaxtyping import Array, Bool, Float, Int
 from imagen_jax.errors import UserError
 from imagen_jax.nn.attend import attend
 from imagen_jax.sharding import constrain, splits
+from imagen_jax.streams import ParamKeys
 from imagen_jax.types import Params, TextEmbeds, TextMask
 
 FEED_FORWARDS = ("relu", "gated-gelu")
@@ -216,9 +217,10 @@ def abstract_encoder(
     config: T5Config, dtype: DTypeLike = jnp.float32
 ) -> tuple[nnx.GraphDef, Params]:
     """The module's definition and its parameters as float32 shapes, nothing allocated."""
-    graphdef, state = nnx.split(
-        nnx.eval_shape(lambda: T5Encoder(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    module = nnx.eval_shape(
+        lambda: T5Encoder(config, dtype=dtype, rngs=ParamKeys(jax.random.key(0)))
     )
+    graphdef, state = nnx.split(module)
     return graphdef, nnx.to_pure_dict(state)
 
 

@@ -16,9 +16,10 @@ from imagen_jax import checkpoint
 from imagen_jax.config import ElucidatedConfig, ImagenConfig, NullUnetConfig, UnetConfig
 from imagen_jax.interop import configuration, imagen_pytorch, keys, run_dir
 from imagen_jax.interop.reference import import_imagen_pytorch
+from imagen_jax.sharding import make_layout
 from imagen_jax.types import Params
 from tests import SMALLEST_UNET, cascades, parity
-from tests.interop import support
+from tests.interop import states, support
 from tests.train import support as training
 from train import loop
 from train.run import RunDir
@@ -245,6 +246,18 @@ def test_other_kinds_of_cascades_load_too(name, tmp_path):
             (60, 5, -1),
             (70, 5, -1),
         ]
+
+
+def test_each_device_of_a_mesh_gets_its_part(tmp_path):
+    unet = UnetConfig(**SMALLEST_UNET | dict(dim=128), cond_dim=8, max_text_len=5)
+    config = ImagenConfig(unets=unet, image_sizes=8, text_embed_dim=6)
+    file = states.saved(tmp_path / "imagen.pt", states.trainers_file(config))
+    mesh = make_layout("2x2", rows=2, devices=jax.devices()[:4]).mesh
+    (unsharded,), (split,) = (imagen_pytorch.load(file, mesh=place).unets for place in (None, mesh))
+    jax.tree.map(np.testing.assert_array_equal, params_of(unsharded), params_of(split))
+    arrays = jax.tree.leaves(params_of(split))
+    assert all(x.sharding.device_set == set(mesh.devices.flat) for x in arrays)
+    assert {x.addressable_shards[0].data.size / x.size for x in arrays} == {1, 1 / 4}
 
 
 def test_a_converted_run_trains_on_from_its_average(tmp_path, monkeypatch):

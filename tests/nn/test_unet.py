@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from imagen_jax import presets
 from imagen_jax.config import ImagenConfig, UnetConfig
 from imagen_jax.errors import UserError
 from imagen_jax.imagen import Imagen
 from imagen_jax.nn import abstract, bind, init_params
+from imagen_jax.streams import ParamKeys
 
 CONFIG = UnetConfig(
     dim=8,
@@ -151,6 +153,15 @@ def test_a_fresh_unet_starts_as_torch_does(params):
     copies = np.asarray(shuffle["kernel"]).reshape(-1, 4)
     np.testing.assert_array_equal(copies, copies[:, :1].repeat(4, 1))
     assert not np.any(shuffle["bias"])
+
+
+def test_keys_of_parameters_are_those_of_flax():
+    theirs = nnx.Rngs(params=jax.random.key(5))
+    ours = jax.jit(lambda key: [(keys := ParamKeys(key)).params(), keys.params()])
+    for key, wanted in zip(
+        ours(jax.random.key(5)), (theirs.params(), theirs.params()), strict=True
+    ):
+        assert key == wanted
 
 
 @pytest.mark.parametrize(
