@@ -60,31 +60,30 @@ def big(tmp_path_factory) -> Path:
 PROGRAM = """
 import json, sys
 from imagen_jax.interop.__main__ import main
-for arguments in json.loads(sys.argv[1]):
-    print(arguments[0], file=sys.stderr, flush=True)
+conversions, begun = json.loads(sys.argv[1]), open(sys.argv[2], "a")
+for arguments in conversions:
+    print(arguments[0], file=begun, flush=True)
     sys.argv = ["imagen_jax.interop", *arguments]
     main()
-print("end", file=sys.stderr, flush=True)
+print("end", file=begun, flush=True)
 """
 # glibc keeps what was freed in an arena, and what is smaller than a threshold that grows.
 GIVEN_BACK = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
-def peaks_of(conversions: list[tuple], said: Path) -> list[int]:
+def peaks_of(conversions: list[tuple], begun: Path) -> list[int]:
     """The most anonymous memory, in bytes, that each conversion holds at any time."""
-    command = [sys.executable, "-c", PROGRAM, json.dumps(conversions, default=str)]
-    with said.open("w") as file:
-        process = subprocess.Popen(
-            command, env=os.environ | GIVEN_BACK, stdout=subprocess.DEVNULL, stderr=file
-        )
+    begun.touch()
+    command = [sys.executable, "-c", PROGRAM, json.dumps(conversions, default=str), str(begun)]
+    process = subprocess.Popen(command, env=os.environ | GIVEN_BACK, stdout=subprocess.DEVNULL)
     status, peaks = Path(f"/proc/{process.pid}/status"), dict.fromkeys(range(len(conversions)), 0)
     while process.poll() is None:
-        number = len(said.read_text().splitlines()) - 1
+        number = len(begun.read_text().splitlines()) - 1
         fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
         if "RssAnon" in fields and number in peaks:  # not while it starts or ends
             peaks[number] = max(peaks[number], 1024 * int(fields["RssAnon"].split()[0]))
         time.sleep(0.005)
-    lines = said.read_text().splitlines()
+    lines = begun.read_text().splitlines()
     assert process.returncode == 0 and lines == [c[0] for c in conversions] + ["end"], lines
     return list(peaks.values())
 
@@ -101,7 +100,7 @@ def test_every_direction_holds_the_weights_kept_once(big):
         ("to-safetensors", run, stored): one,
         ("from-safetensors", stored, folder / "again"): one,
     }
-    peaks = peaks_of(list(kept), folder / "said")
+    peaks = peaks_of(list(kept), folder / "begun")
     for (name, *_), weights, peak in zip(kept, kept.values(), peaks, strict=True):
         allowed = 1.3 * weights + INTERPRETER
         assert 0 < peak <= allowed, f"{name}: {peak / 1e6:.0f} MB > {allowed / 1e6:.0f} MB"
