@@ -50,14 +50,14 @@ class Data:
     """Pictures and captions."""
 
     data: str = "bundled"
-    """`bundled`, a folder of pictures with .txt captions, a .tar shard or a quoted pattern of
-    them, or tfds:NAME[:SPLIT] as array_record."""
+    """`bundled`, `scenes` (coloured shapes, an endless supply), a folder of pictures with .txt
+    captions, a .tar shard or a quoted pattern of them, or tfds:NAME[:SPLIT] as array_record."""
     captions_from: Path | None = None
     """Text file, one caption a line: train on the pictures with these captions only."""
     limit: int | None = None
     """Train on the first so many pictures only."""
     heldout_fraction: float = 0.02
-    """Share of the pictures kept for evaluation (the bundled set has its own split)."""
+    """Share of the pictures kept for evaluation (`bundled` and `scenes` have their own)."""
     no_captions: bool = False
     """Train an unconditional cascade, captions unread."""
     flip: bool = False

@@ -16,6 +16,7 @@ from jaxtyping import UInt8
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
+from imagen_jax.data import records
 from imagen_jax.errors import UserError
 from imagen_jax.pixels import to_pil
 from imagen_jax.types import Size, pair
@@ -42,9 +43,9 @@ class TooSmall(UserError):
 
 
 def decode(
-    image: bytes | np.ndarray, *, image_size: int | Size, channels: int = 3
+    image: records.Image, *, image_size: int | Size, channels: int = 3
 ) -> UInt8[np.ndarray, "h w c"]:
-    """An encoded file, or uint8 pixels (h, w) or (h, w, c), to (height, width) = `image_size`.
+    """The image of a record at (height, width) = `image_size`.
 
     Raises UserError, in one line, for an image that is damaged, smaller than `image_size` in either
     axis, or of a kind that has no fixed range (float or 32-bit pixels).
@@ -52,6 +53,8 @@ def decode(
     if channels not in MODES:
         raise UserError(f"channels must be 1, 3 or 4, got {channels}")
     size = pair(image_size)
+    if callable(image):
+        image = image(size)
     with _one_line_for_damage():
         picture = _from_pixels(image) if isinstance(image, np.ndarray) else _open(image, size)
         _check_size(picture.size, size)
@@ -75,8 +78,10 @@ def read(
         return np.asarray(picture).reshape(picture.height, picture.width, channels)
 
 
-def check(image: bytes | np.ndarray, *, image_size: int | Size) -> None:
+def check(image: records.Image, *, image_size: int | Size) -> None:
     """Raises what `decode` would, as far as the header of a file says it: its format and size."""
+    if callable(image):
+        return
     if isinstance(image, np.ndarray):
         _check_size(image.shape[1::-1], pair(image_size))
         return

@@ -14,22 +14,26 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from imagen_jax.errors import UserError
+from imagen_jax.types import Size
 
 Split = Literal["train", "heldout"]
+Image = bytes | np.ndarray | Callable[[Size], np.ndarray]
 
 LOOKED_AT = 16  # records whose images are part of a fingerprint
+DRAWN = (32, 32)  # the size of those that are drawn
 NAMED = 5  # captions that a message names
 
 
 class Record(NamedTuple):
     """One picture as stored.
 
-    `image` is an encoded file or uint8 pixels (h, w) or (h, w, c); `caption` is None where the
-    source has none; `embeds` is a stored text embedding, float (l, d), or None.
+    `image` is an encoded file, uint8 pixels (h, w) or (h, w, c), or what draws these at a (height,
+    width); `caption` is None where the source has none; `embeds` is a stored text embedding, float
+    (l, d), or None.
     """
 
     key: str
-    image: bytes | np.ndarray
+    image: Image
     caption: str | None
     embeds: np.ndarray | None = None
 
@@ -76,6 +80,8 @@ class Source:
                 image = self[i].image
             except UserError:  # a record that cannot be read has its key alone
                 continue
+            if callable(image):
+                image = image(DRAWN)
             digest.update(image if isinstance(image, bytes) else image.tobytes())
         return digest.hexdigest()
 

@@ -1,6 +1,7 @@
 """Open a source of captioned pictures by its name, as `--data` gives it.
 
     bundled                   the emoji that come with the package
+    scenes[:PART]             coloured shapes, drawn as they are read (scenes.py)
     FOLDER                    pictures with a .txt of the same stem beside them, or .tar shards
     FILE.tar, 'DIR/*.tar', 'DIR/{00000..00009}.tar'    img2dataset or webdataset shards
     tfds:NAME[:SPLIT]         a tensorflow-datasets set prepared as array_record
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from imagen_jax.data import kinds, readers, shards
+from imagen_jax.data import kinds, readers, scenes, shards
 from imagen_jax.data.records import Source, Split
 from imagen_jax.data.written import shown
 from imagen_jax.errors import UserError
@@ -66,6 +67,8 @@ def demo_captions() -> list[str]:
 def _open(spec: str, heldout_fraction: float, data_dir: str | os.PathLike | None) -> Source:
     if spec == "bundled":
         return _bundled()
+    if spec == "scenes" or spec.startswith("scenes:"):
+        return scenes.open_scenes(spec.partition(":")[2] or None)
     if spec.startswith("tfds:"):
         match = re.fullmatch(r"tfds:(.+?(?::\d+\.\d+\.\d+)?)(?::([^:]+))?", spec)
         if match is None:
@@ -78,7 +81,7 @@ def _open(spec: str, heldout_fraction: float, data_dir: str | os.PathLike | None
     paths = [path] if path.is_file() else _matching(spec)
     if not paths:
         raise UserError(
-            f"no source {spec!r}: give 'bundled', a folder, a .tar shard or a glob of them, "
+            f"no source {spec!r}: give 'bundled', 'scenes', a folder, a .tar shard or a glob of them, "
             "or tfds:NAME[:SPLIT]"
         )
     for path in paths:

@@ -192,7 +192,7 @@ def test_mistakes_get_one_line(tmp_path):
     (tmp_path / "cut.tar").write_bytes(whole[:5000])
     (tmp_path / "junk.tar").write_bytes(b"junk" * 300)
     cases = {
-        tmp_path / "missing": "no source '.*missing': give 'bundled', a folder",
+        tmp_path / "missing": "no source '.*missing': give 'bundled', 'scenes', a folder",
         tmp_path / "*.zip": "no source",
         "cifar10": "no source 'cifar10'",
         "tfds:": "does not name a set",

@@ -1,0 +1,348 @@
+"""Captioned scenes of coloured shapes, drawn from a number: no files, and an endless supply.
+
+A scene is made in three steps. A `Content` is what a caption says: "two small green stars", "a red
+circle at the top", or two objects and a relation. `compose` places objects that make it true and
+words it in one of several ways; `Scene.draw` draws them, antialiased, at any size and aspect ratio.
+
+Three kinds of contents are held out, none of which a training scene ever shows, to measure what a
+model makes of captions that it was never given:
+
+    pairs          a colour and a shape never seen together            (HELDOUT_PAIRS)
+    combinations   two objects, each seen, in a relation never seen    (a tenth of them)
+    counts         a number of objects never seen with their kind      (a sixth of them)
+
+Coordinates: a centre (y, x) is relative to the image's height and width, in [0, 1]; radii and
+offsets are in units of the shorter side. What is true of a square image is then true of a longer
+one.
+"""
+
+import functools
+import itertools
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from imagen_jax.data.records import Record, Source
+from imagen_jax.errors import UserError
+from imagen_jax.types import Size, pair
+
+COLOURS = {
+    "red": (222, 44, 50),
+    "orange": (255, 140, 30),
+    "yellow": (250, 215, 40),
+    "green": (40, 160, 70),
+    "blue": (45, 100, 230),
+    "purple": (145, 60, 190),
+}
+SHAPES = ("circle", "square", "triangle", "star", "cross")
+NUMBERS = {1: "a", 2: "two", 3: "three", 4: "four"}
+# Words of the first object's relation to the second one, and of the second one's to the first.
+RELATIONS = {
+    "above": (("above", "on top of", "over"), ("below", "under", "beneath")),
+    "left of": (("to the left of", "left of"), ("to the right of", "right of")),
+    "inside": (("inside", "in"), ("around",)),
+}
+PLACES = {
+    "top": "at the top",
+    "bottom": "at the bottom",
+    "left": "on the left",
+    "right": "on the right",
+    "middle": "in the middle",
+}
+SMALL, LARGE = 0.15, 0.275  # the largest radius of a small object, the least of a large one
+SIZES_OF_TWO = (("small", None), (None, "small"), ("small", "large"), ("large", "small"))
+MARGIN, APART = 0.02, 0.05  # of the shorter side: around objects, and between those of one kind
+
+HELDOUT_PAIRS = (("red", "triangle"), ("blue", "star"), ("green", "square"), ("yellow", "circle"))
+LEVELS = ("pairs", "combinations", "counts")
+TRAINING, HELDOUT = 1_000_000, 1_000  # scenes of the source: to train on, and of each level
+
+Relation = Literal["above", "left of", "inside"]
+Part = Literal["train", "heldout", "pairs", "combinations", "counts"]
+
+
+class Kind(NamedTuple):
+    colour: str
+    shape: str
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a caption says: `count` objects of one kind, or one object and its relation to another.
+
+    Sizes are "small", "large" or None, which says nothing; so is `place`, of a single object.
+    """
+
+    kind: Kind
+    count: int = 1
+    size: str | None = None
+    place: str | None = None
+    relation: Relation | None = None
+    other: Kind | None = None
+    other_size: str | None = None
+
+    @property
+    def level(self) -> str | None:
+        """The level at which it is held out; None for contents to train on."""
+        if self.kind in HELDOUT_PAIRS or self.other in HELDOUT_PAIRS:
+            return "pairs"
+        if self.relation is not None:
+            shown = self.kind, self.relation, self.other
+            return "combinations" if _chosen(shown, 1 / 10) else None
+        return "counts" if self.count > 1 and _chosen((self.kind, self.count), 1 / 6) else None
+
+
+class Thing(NamedTuple):
+    """One object as it is placed: `offset` moves its centre, in units of the shorter side."""
+
+    kind: Kind
+    centre: tuple[float, float]
+    radius: float
+    offset: tuple[float, float] = (0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A caption, what it says, and objects of which it is true; later ones are drawn on top."""
+
+    caption: str
+    content: Content
+    objects: tuple[Thing, ...]
+
+    def draw(self, size: int | Size) -> UInt8[np.ndarray, "h w 3"]:
+        """The scene on white, at (height, width)."""
+        height, width = pair(size)
+        short = min(height, width)
+        y, x = (np.arange(n)[:, None] + 0.5 for n in (height, width))
+        image = np.full((height, width, 3), 255.0)
+        for thing in self.objects:
+            (down, along), (dy, dx) = thing.centre, thing.offset
+            dy, dx = y - down * height - dy * short, x.T - along * width - dx * short
+            distance = outside(thing.kind.shape, dy / short, dx / short, thing.radius)
+            cover = np.clip(0.5 - short * distance, 0, 1)[..., None]
+            image += cover * (np.array(COLOURS[thing.kind.colour]) - image)
+        return np.rint(image).astype(np.uint8)
+
+
+def outside(
+    shape: str, y: Float[np.ndarray, "h #w"], x: Float[np.ndarray, "#h w"], radius: float
+) -> Float[np.ndarray, "h w"]:
+    """Distance from each point to the shape around the origin, negative inside; y points down.
+
+    For points beyond a corner it is a lower bound. The shape fits into a circle of `radius`.
+    """
+    x = np.abs(x)
+    if shape == "circle":
+        return np.hypot(x, y) - 0.9 * radius
+    if shape == "square":
+        return np.maximum(x, np.abs(y)) - 0.74 * radius
+    if shape == "cross":
+        y = np.abs(y)
+        long, short = 0.95 * radius, 0.31 * radius
+        return np.minimum(np.maximum(x - long, y - short), np.maximum(x - short, y - long))
+    if shape == "triangle":  # equal sides, a corner up; its centre is that of the circle around it
+        return np.maximum(x * np.sqrt(3) / 2 - y / 2, y) - radius / 2
+    # A star is symmetric in five axes: folded over, one straight edge is left, from tip to notch.
+    angle = np.arctan2(x, -y) % (2 * np.pi / 5)
+    angle = np.minimum(angle, 2 * np.pi / 5 - angle)
+    distance = np.hypot(x, y)
+    tip = np.array([radius, 0.0])
+    notch = 0.46 * radius * np.array([np.cos(np.pi / 5), np.sin(np.pi / 5)])
+    along = (notch - tip) / np.linalg.norm(notch - tip)
+    return distance * (np.sin(angle) * -along[0] + np.cos(angle) * along[1]) - tip[0] * along[1]
+
+
+@functools.cache
+def contents(level: str | None) -> tuple[Content, ...]:
+    """All contents without sizes and places: those of a held-out level, or to train on (None)."""
+    kinds = [Kind(*kind) for kind in itertools.product(COLOURS, SHAPES)]
+    several = [Content(kind, count) for kind in kinds for count in NUMBERS]
+    related = [
+        Content(kind, relation=relation, other=other)
+        for kind, relation, other in itertools.product(kinds, RELATIONS, kinds)
+        if kind.colour != other.colour
+        and (relation != "inside" or other.shape in ("circle", "square"))
+    ]
+    return tuple(one for one in several + related if one.level == level)
+
+
+@functools.cache
+def _by_form(level: str | None) -> tuple[tuple[Content, ...], ...]:
+    """The same apart: single objects, several of a kind, two in a relation. None is empty."""
+    forms: tuple[list[Content], ...] = ([], [], [])
+    for content in contents(level):
+        forms[2 if content.relation else int(content.count > 1)].append(content)
+    return tuple(tuple(form) for form in forms if form)
+
+
+def compose(content: Content, rng: np.random.Generator) -> Scene:
+    """Places objects that make `content` true, and words it."""
+    if content.relation is None:
+        objects = _place_alike(content, rng)
+    elif content.relation == "inside":
+        objects = _place_inside(content, rng)
+    else:
+        objects = _place_apart(content, rng)
+    return Scene(caption(content, rng), content, objects)
+
+
+def caption(content: Content, rng: np.random.Generator) -> str:
+    """One of the wordings of a content."""
+    first = described(content.kind, content.size, content.count)
+    if content.relation is None:
+        place = "" if content.place is None else f" {PLACES[content.place]}"
+        if content.count > 1 or rng.random() < 0.7:
+            return first + place
+        return f"there is {first}{place}"
+    second = described(content.other, content.other_size)
+    forward, backward = RELATIONS[content.relation]
+    if rng.random() < 0.5:
+        return f"{first} {rng.choice(forward)} {second}"
+    return f"{second} {rng.choice(backward)} {first}"
+
+
+def described(kind: Kind, size: str | None = None, count: int = 1) -> str:
+    """`a small red circle`, `three crosses`."""
+    plural = "" if count == 1 else "es" if kind.shape.endswith("s") else "s"
+    words = (size or "", kind.colour, kind.shape + plural)
+    text = " ".join(word for word in words if word)
+    return f"{'an' if count == 1 and text[0] in 'aeiou' else NUMBERS[count]} {text}"
+
+
+def training_scene(seed: int) -> Scene:
+    """A scene to train on; none shows what is held out."""
+    rng = np.random.default_rng((0, seed))
+    single, several, related = _by_form(None)
+    form = (single, several, related)[rng.choice(3, p=(0.25, 0.2, 0.55))]
+    return compose(_with_sizes(form[rng.integers(len(form))], rng), rng)
+
+
+def heldout_scene(level: str, seed: int) -> Scene:
+    """A scene of a held-out level, whose contents take turns; those of pairs are single objects."""
+    rng = np.random.default_rng((1 + LEVELS.index(level), seed))
+    form = _by_form(level)[0]
+    return compose(_with_sizes(form[seed % len(form)], rng), rng)
+
+
+def scene(number: int) -> Scene:
+    """The scene of a record: to train on, and after these held out, the levels in turn."""
+    if number < TRAINING:
+        return training_scene(number)
+    number -= TRAINING
+    return heldout_scene(LEVELS[number % len(LEVELS)], number // len(LEVELS))
+
+
+def open_scenes(part: Part | None = None) -> Source:
+    """The scenes as a source: `TRAINING` to train on, and `HELDOUT` of each level; or a part."""
+    rows, numbers = np.arange(TRAINING + len(LEVELS) * HELDOUT), None
+    if part in LEVELS:
+        numbers = rows[TRAINING + LEVELS.index(part) :: len(LEVELS)]
+    elif part is not None:
+        if part not in ("train", "heldout"):
+            known = ", ".join(("train", "heldout", *LEVELS))
+            raise UserError(f"scenes:{part}: the parts are {known}")
+        numbers = rows[:TRAINING] if part == "train" else rows[TRAINING:]
+    return Source(
+        name="scenes" if part is None else f"scenes:{part}",
+        keys=_Keys(len(rows)),
+        read=_read,
+        heldout=rows >= TRAINING,
+        rows=rows if numbers is None else numbers,
+    )
+
+
+def _read(number: int) -> Record:
+    one = scene(number)
+    return Record(f"scene{number}", one.draw, one.caption)
+
+
+class _Keys(Sequence):
+    """`scene0`, `scene1`, ...: a million names that nobody needs to keep."""
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, number: int) -> str:
+        return f"scene{number}"
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[number] for number in range(self.count))
+
+
+def _chosen(what: object, fraction: float) -> bool:
+    """A fixed choice of about `fraction` of all things, by a hash."""
+    return zlib.crc32(repr(what).encode()) < fraction * 2**32
+
+
+def _with_sizes(content: Content, rng: np.random.Generator) -> Content:
+    """The content with a size or a place, now and then."""
+    if content.relation == "inside":
+        return content
+    if content.relation is not None:
+        plain = rng.random() < 0.7
+        size, other_size = (None, None) if plain else SIZES_OF_TWO[rng.integers(len(SIZES_OF_TWO))]
+        return replace(content, size=size, other_size=other_size)
+    if content.count > 1:
+        return replace(content, size="small" if rng.random() < 0.25 else None)
+    size = (None, None, None, "small", "large")[rng.integers(5)]
+    placed = size != "large" and rng.random() < 0.5
+    place = tuple(PLACES)[rng.integers(len(PLACES))] if placed else None
+    return replace(content, size=size, place=place)
+
+
+def _place_alike(content: Content, rng: np.random.Generator) -> tuple[Thing, ...]:
+    """One object, at its place if it has one, or several anywhere, apart from each other."""
+    sizes = {"small": (0.12, 0.145), "large": (0.285, 0.36), None: (0.165, 0.255)}
+    if content.count > 1:
+        sizes = {"small": (0.11, 0.125), None: (0.14, 0.165)}
+    low, high = sizes[content.size]
+    while True:
+        radii = rng.uniform(low, high, content.count)
+        centres = rng.uniform(radii + MARGIN, 1 - radii - MARGIN, (2, content.count)).T
+        if content.place == "middle":
+            centres[:] = rng.uniform(0.45, 0.55, 2)
+        elif content.place is not None:
+            edge = rng.uniform(radii[0] + MARGIN, max(0.3, radii[0] + 2 * MARGIN))
+            axis = int(content.place in ("left", "right"))
+            centres[:, axis] = edge if content.place in ("top", "left") else 1 - edge
+        distances = np.linalg.norm(centres[:, None] - centres, axis=-1)
+        apart = distances >= radii[:, None] + radii + APART
+        if np.all(apart | np.eye(content.count, dtype=bool)):
+            return tuple(map(functools.partial(_thing, content.kind), centres, radii))
+
+
+def _place_apart(content: Content, rng: np.random.Generator) -> tuple[Thing, ...]:
+    """The first above the other, or left of it, and nearly in line with it."""
+    sizes = {"small": (0.12, 0.145), "large": (0.285, 0.31), None: (0.165, 0.215)}
+    first, other = (rng.uniform(*sizes[size]) for size in (content.size, content.other_size))
+    room = 1 - 2 * (first + other) - 3 * MARGIN  # along the relation's axis
+    before, between = rng.uniform(0, 1, 2) * room / 2
+    near = before + MARGIN + first
+    along = near, near + first + MARGIN + between + other
+    largest = max(first, other) + MARGIN
+    across = np.clip(
+        rng.uniform(largest, 1 - largest) + rng.uniform(-0.08, 0.08, 2), largest, 1 - largest
+    )
+    centres = np.stack([along, across], axis=1)
+    if content.relation == "left of":
+        centres = centres[:, ::-1]
+    return _thing(content.kind, centres[0], first), _thing(content.other, centres[1], other)
+
+
+def _place_inside(content: Content, rng: np.random.Generator) -> tuple[Thing, ...]:
+    """The other one large, and the first on top of it, not quite in its centre."""
+    outer, inner = rng.uniform(0.33, 0.4), rng.uniform(0.13, 0.16)
+    centre = rng.uniform(outer + MARGIN, 1 - outer - MARGIN, 2)
+    offset = rng.uniform(-0.05, 0.05, 2)
+    return _thing(content.other, centre, outer), _thing(content.kind, centre, inner, offset)
+
+
+def _thing(kind: Kind, centre: np.ndarray, radius: float, offset: Sequence = (0.0, 0.0)) -> Thing:
+    return Thing(kind, tuple(map(float, centre)), float(radius), tuple(map(float, offset)))
