@@ -81,8 +81,8 @@ def _open(spec: str, heldout_fraction: float, data_dir: str | os.PathLike | None
     paths = [path] if path.is_file() else _matching(spec)
     if not paths:
         raise UserError(
-            f"no source {spec!r}: give 'bundled', 'scenes', a folder, a .tar shard or a glob of them, "
-            "or tfds:NAME[:SPLIT]"
+            f"no source {spec!r}: give 'bundled', 'scenes', a folder, a .tar shard or a glob of "
+            "them, or tfds:NAME[:SPLIT]"
         )
     for path in paths:
         if kinds.split_name(path.name)[1] in kinds.ARCHIVES:

@@ -211,8 +211,8 @@ def _placed(content: Content, found: Sequence[Found]) -> bool | None:
         return None
     axis = int(content.place in ("left", "right"))
     for one in found:
-        height, width = one.mask.shape
-        share = [c * min(height, width) / n for c, n in zip(one.centre, one.mask.shape, strict=True)]
+        size = one.mask.shape
+        share = [c * min(size) / n for c, n in zip(one.centre, size, strict=True)]
         part = share[axis] if content.place in ("top", "left") else 1 - share[axis]
         middle = all(1 / 3 < part < 2 / 3 for part in share)
         if not (middle if content.place == "middle" else part < 0.4):
