@@ -23,7 +23,7 @@ THEORY = MODEL | {
     "imagen",
 }
 ALL = THEORY | {
-    *("checkpoint", "pipeline", "interop", "data", "distributed", "flops", "storage"),
+    *("checkpoint", "pipeline", "interop", "data", "distributed", "flops", "metrics", "storage"),
     "imagen_jax",
 }
 MAY_IMPORT = {
@@ -53,6 +53,7 @@ MAY_IMPORT = {
     "interop": THEORY | {"checkpoint", "storage", "interop.torch_file"},
     "interop.torch_file": set(),
     "data": LEAVES | {"text"},
+    "metrics": LEAVES | {"data"},
     "errors": set(),
     "distributed": set(),
     "flops": set(),

@@ -19,9 +19,9 @@ one.
 import functools
 import itertools
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, SupportsIndex
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -62,7 +62,6 @@ LEVELS = ("pairs", "combinations", "counts")
 TRAINING, HELDOUT = 1_000_000, 1_000  # scenes of the source: to train on, and of each level
 
 Relation = Literal["above", "left of", "inside"]
-Part = Literal["train", "heldout", "pairs", "combinations", "counts"]
 
 
 class Kind(NamedTuple):
@@ -236,7 +235,7 @@ def scene(number: int) -> Scene:
     return heldout_scene(LEVELS[number % len(LEVELS)], number // len(LEVELS))
 
 
-def open_scenes(part: Part | None = None) -> Source:
+def open_scenes(part: str | None = None) -> Source:
     """The scenes as a source: `TRAINING` to train on, and `HELDOUT` of each level; or a part."""
     rows, numbers = np.arange(TRAINING + len(LEVELS) * HELDOUT), None
     if part in LEVELS:
@@ -269,7 +268,7 @@ class _Keys(Sequence):
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, number: int) -> str:
+    def __getitem__(self, number: SupportsIndex) -> str:
         return f"scene{number}"
 
     def __iter__(self) -> Iterator[str]:
@@ -344,5 +343,7 @@ def _place_inside(content: Content, rng: np.random.Generator) -> tuple[Thing, ..
     return _thing(content.other, centre, outer), _thing(content.kind, centre, inner, offset)
 
 
-def _thing(kind: Kind, centre: np.ndarray, radius: float, offset: Sequence = (0.0, 0.0)) -> Thing:
+def _thing(
+    kind: Kind, centre: Iterable[float], radius: float, offset: Iterable[float] = (0.0, 0.0)
+) -> Thing:
     return Thing(kind, tuple(map(float, centre)), float(radius), tuple(map(float, offset)))

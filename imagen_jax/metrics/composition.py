@@ -135,8 +135,10 @@ def _on(
         taken |= filled
         hole = filled & ~region
         if hole.sum() >= least:
-            found += _on(PALETTE[colour], image, ndimage.binary_dilation(hole) & filled)
-        mine = ndimage.binary_dilation(filled, np.ones((3, 3))) & where
+            found += _on(
+                PALETTE[colour], image, ndimage.binary_dilation(hole, np.ones((3, 3)), 2) & filled
+            )
+        mine = ndimage.binary_dilation(filled, np.ones((3, 3)), 2) & where
         mine &= filled | ~np.any([one[2] for one in regions], axis=0)
         solid = filled & ndimage.binary_dilation(hole, np.ones((3, 3)), 2)
         found.append(_describe(colour, np.where(solid, 1, covered * mine), mine, filled))
