@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 
 import commands
+from commands.sampling import progress_bars
 from imagen_jax import Pipeline
 from imagen_jax.data import NEW_COMBINATIONS, decode, demo_captions, labelled_grid, open_source
 from imagen_jax.presets import RECIPES
 from imagen_jax.streams import image_seeds
-from sample import outputs
 from train import loop
 from train.settings import Settings
 
@@ -83,7 +83,7 @@ def draw(workdir: Path, prompts: list[str]) -> np.ndarray:
         seeds=image_seeds(SEED, len(prompts)),
         batch_size=BATCH_SIZE,
         cond_scale=COND_SCALE,
-        progress=outputs.progress_bars,
+        progress=progress_bars,
     )
     return np.stack([image for _, image in images])
 

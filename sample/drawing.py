@@ -16,6 +16,7 @@ from etils import epath
 from PIL import Image
 
 import commands
+from commands.sampling import open_pipeline, progress_bars
 from imagen_jax import checkpoint, storage, text
 from imagen_jax.config import ImagenConfig
 from imagen_jax.data import read_lines
@@ -68,35 +69,17 @@ class Drawing:
 
         Prints which steps are passed over, and where no average is stored. Raises UserError.
         """
-        commands.use_precision(given.compute_dtype)
         config = checkpoint.read_config(given.run)
         options, numbers = given.options(config), given.unet_numbers(config, first)
         hooks = Hooks.open(given)
-        pipeline = Pipeline.load(
-            given.run,
-            mesh=given.mesh,
-            dtype=given.compute_dtype,
-            weights=given.weights,
-            t5=given.t5,
-            unet_numbers=numbers,
-        )
-        drawing = cls(
+        return cls(
             command=command,
             given=given,
-            pipeline=pipeline,
+            pipeline=open_pipeline(given, given.say, numbers),
             options=options,
             first=first,
             hooks=hooks,
         )
-        for number, read in pipeline.choices.items():
-            for note in read.notes:
-                drawing.say(f"note: {note}")
-            if read.weights != given.weights:
-                drawing.say(
-                    f"note: {given.run} holds no averaged weights (ema) of U-Net {number}: its "
-                    "online weights are used."
-                )
-        return drawing
 
     @property
     def config(self) -> ImagenConfig:
@@ -108,8 +91,7 @@ class Drawing:
         return storage.folder(self.given.out or self.given.run / "samples" / self.command)
 
     def say(self, line: str) -> None:
-        """To standard output, or to standard error where that holds JSON alone."""
-        print(line, file=sys.stderr if self.given.json else sys.stdout, flush=True)
+        self.given.say(line)
 
     def jobs(self, prompts: Sequence[str] | None, each: int = 1) -> list[Job]:
         """`each` images of every prompt, or in all for a cascade without captions."""
@@ -179,7 +161,7 @@ class Drawing:
             per_image=images,
             batch_size=batch_size,
             pad_to=pad_to,
-            progress=outputs.progress_bars,
+            progress=progress_bars,
             return_all_unet_outputs=True,
             **options,
         )

@@ -17,6 +17,7 @@ import numpy as np
 import tyro
 
 import commands
+from commands.sampling import progress_bars
 from imagen_jax.data import labelled_grid
 from imagen_jax.diffusion.samplers import SAMPLERS
 from imagen_jax.errors import UserError
@@ -97,7 +98,7 @@ def draw_cells(
             embeddings,
             negatives=negatives,
             seeds=[job.seed],
-            progress=outputs.progress_bars,
+            progress=progress_bars,
             batch_size=1,
             **own,
         )

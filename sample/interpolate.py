@@ -19,6 +19,7 @@ import numpy as np
 import tyro
 
 import commands
+from commands.sampling import progress_bars
 from imagen_jax.errors import UserError
 from imagen_jax.pipeline import Embeddings
 from imagen_jax.pixels import to_pil
@@ -106,7 +107,7 @@ def draw_frames(drawing: Drawing, jobs: list[Job]) -> list[np.ndarray]:
         seeds=seeds[before].tolist(),
         per_image={"other_key": seed_keys(seeds[before + 1].tolist()), "mix": mix},
         batch_size=drawing.given.batch_size,
-        progress=outputs.progress_bars,
+        progress=progress_bars,
         **drawing.options,
     )
     try:

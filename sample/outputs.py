@@ -1,12 +1,11 @@
 """Output of the sampling commands: images with their recipes, contact sheets, progress bars."""
 
-import contextlib
 import importlib.metadata
 import io
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,13 +14,10 @@ from etils import epath
 from jaxtyping import Float, UInt8
 from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
-from tqdm import tqdm
 
-import commands
 from imagen_jax.data import labelled_grid
 from imagen_jax.errors import UserError
 from imagen_jax.pixels import to_pil
-from imagen_jax.sampling import Progress
 
 CELLS = (128, 256)  # pixels: the smallest and the largest image of a grid
 COLUMNS = 8
@@ -192,44 +188,6 @@ def write_grid(
         ]
     longest = max(len(row[1]) for row in rows)
     _save(path, labelled_grid(rows, cell=cell, columns=min(COLUMNS, longest)))
-
-
-_seen: set[int] = set()
-"""U-Nets of which this process has drawn a step."""
-
-
-@contextlib.contextmanager
-def progress_bars(indices: np.ndarray, count: int) -> Iterator[Progress]:
-    """The `progress` of `Imagen.sample` as one bar a stage, with the time left.
-
-    `indices` are those of the batch's images, of `count` in all. Until its first steps are done, a
-    stage that is new to this process says that it is compiled, or read from the cache.
-    """
-    first, last = indices[0] + 1, indices[-1] + 1
-    label = f"image {last} of {count}" if first == last else f"images {first}-{last} of {count}"
-    with contextlib.ExitStack() as stack:
-        bars: dict[int, tqdm] = {}
-
-        def progress(unet_number: int, done: int, steps: int) -> None:
-            if unet_number not in bars:
-                bar = tqdm(
-                    total=steps,
-                    desc=f"{label}, U-Net {unet_number}",
-                    unit="step",
-                    leave=False,
-                    mininterval=commands.bar_interval(),
-                )
-                bars[unet_number] = stack.enter_context(bar)
-                if unet_number not in _seen:
-                    bar.set_postfix_str("compiling")
-            elif done and unet_number not in _seen:
-                _seen.add(unet_number)
-                bars[unet_number].set_postfix_str("")
-            bars[unet_number].update(done - bars[unet_number].n)
-            if done == steps:
-                bars[unet_number].refresh()  # the last update may come too soon to be shown
-
-        yield progress
 
 
 def version() -> str:

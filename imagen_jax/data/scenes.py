@@ -227,6 +227,14 @@ def heldout_scene(level: str, seed: int) -> Scene:
     return compose(_with_sizes(form[seed % len(form)], rng), rng)
 
 
+def seen_scene(seed: int) -> Scene:
+    """A scene with two objects of a combination that is trained on, to compare the held-out ones
+    with; itself it is none of the records."""
+    rng = np.random.default_rng((1 + len(LEVELS), seed))
+    form = _by_form(None)[2]
+    return compose(_with_sizes(form[rng.integers(len(form))], rng), rng)
+
+
 def scene(number: int) -> Scene:
     """The scene of a record: to train on, and after these held out, the levels in turn."""
     if number < TRAINING:

@@ -222,7 +222,32 @@ def _placed(content: Content, found: Sequence[Found]) -> bool | None:
     return bool(found)
 
 
-def wilson(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
+class Share(NamedTuple):
+    """What part of `count` is right, with its 95 % interval (Wilson)."""
+
+    share: float
+    low: float
+    high: float
+    count: int
+
+
+def summary(contents: Sequence[Content], verdicts: Sequence[Verdict]) -> dict[str, Share]:
+    """The verdicts of a set of images, by the fields of `Verdict`: of `objects` and `attributes`
+    the share of all objects, of the others that of the images whose captions speak of it."""
+    shares = {}
+    for field in Verdict._fields:
+        values = [getattr(verdict, field) for verdict in verdicts]
+        if field in ("objects", "attributes"):
+            weights = [one.count + (one.other is not None) for one in contents]
+        else:
+            weights = [int(value is not None) for value in values]
+        right = sum(w * v for w, v in zip(weights, values, strict=True) if w)
+        count = sum(weights)
+        shares[field] = Share(right / max(count, 1), *wilson(right, count), count)
+    return shares
+
+
+def wilson(right: float, count: int, z: float = 1.96) -> tuple[float, float]:
     """The interval of a share (Wilson 1927), by default the one that holds it in 95 % of cases."""
     if count == 0:
         return 0.0, 1.0

@@ -1,0 +1,265 @@
+"""What commands that sample share: their settings, loading the cascade, bars of progress.
+
+class Settings(Sampling): ...             # and the command's own flags
+pipeline = open_pipeline(given, say)      # with notes on the weights that it uses
+pipeline.generate(..., progress=progress_bars, **given.options(pipeline.config))
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from etils import epath
+from tqdm import tqdm
+
+import commands
+from imagen_jax import checkpoint, nn, sharding, storage
+from imagen_jax.config import ImagenConfig, NullUnetConfig
+from imagen_jax.diffusion.grids import SPACINGS
+from imagen_jax.diffusion.guidance import SCHEDULES, make_interval
+from imagen_jax.diffusion.samplers import SAMPLERS
+from imagen_jax.errors import UserError
+from imagen_jax.pipeline import SAMPLER, Pipeline, sampling_defaults
+from imagen_jax.sampling import Progress
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How to sample from a trained cascade."""
+
+    checkpoint: Path
+    """Run directory of the cascade: what training calls --workdir."""
+    weights: checkpoint.Weights = "ema"
+    """The running average of the parameters, or the parameters themselves."""
+    t5: str | None = None
+    """Where the text encoder is: folder or name of a T5, or `demo`. Default: the cascade's
+    text_encoder_name. One of other weights than in training is refused."""
+    stop_at_unet_number: str | None = None
+    """Last U-Net to run: 1, 2, 3 or base, sr256, sr1024. Default: the cascade's last."""
+
+    seed: int = 0
+    """Seed of the first image. The others' are derived from it and their places; the one in an
+    image's file repeats it alone."""
+    cond_scale: tuple[float, ...] | None = None
+    """Guidance weight, one or one per U-Net; 1 is unguided. Default: 3 for the base, 1 for the
+    others; 1 for all in a cascade that was trained with cond_drop_prob 0."""
+    negative_prompt: str = ""
+    """What guidance leads away from, in place of no text."""
+    steps: tuple[int, ...] | None = None
+    """Denoising steps, one or one per U-Net. Default: 20 15 10."""
+    sampler: Literal["cascade", *SAMPLERS] = SAMPLER
+    """`dpm++2m`, `dpm++3m` and `heun` (two evaluations a step) need few steps; `ancestral` and
+    `dpm++2m-sde` draw noise at every step, `ddim` only at the start (more with --eta). `cascade` is
+    the reference's, `ancestral` or (elucidated) `heun`, with the cascade's timesteps."""
+    spacing: Literal[SPACINGS] | None = None
+    """Noise levels of the steps: `t`, equal steps of time, `log_snr` or `karras`. Default: log_snr,
+    or karras for elucidated cascades; t with `--sampler cascade`."""
+    eta: float = 0.0
+    """Noise of ddim, from 0 (none) to 1 (as much as the ancestral sampler's)."""
+    guidance_interval: tuple[float, float] | None = None
+    """Lowest and highest noise level, sigma / alpha, that is guided; the others cost half. Default:
+    all."""
+    guidance_schedule: Literal[tuple(SCHEDULES)] | None = None
+    """How the guidance weight grows from noise to image. Default: it is constant."""
+    guidance_rescale: float = 0.0
+    """0 to 1: keeps the contrast of the unguided image (0.7 is usual)."""
+    lowres_sample_noise_level: float | None = None
+    """Noise put on an image before it is upsampled, 0 to 1; more invents more detail. Default: the
+    cascade's."""
+    batch_size: int = 8
+    """Images drawn at once. They do not depend on it: each has its own seed."""
+    mesh: str | None = None
+    """DATAxMODEL devices, as 8x1, or `auto` for all: images are split over the first, channels over
+    the second, weights over both. Default: one device."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What the networks compute in; `auto` is bfloat16 on accelerators and float32 on a CPU.
+    float32 is exact there too (no TF32), at several times the cost."""
+
+    def __post_init__(self):
+        counts = [(name, (getattr(self, name),)) for name in self.counts] + [("steps", self.steps)]
+        for name, values in counts:
+            if values is not None and min(values, default=0) < 1:
+                raise UserError(f"{commands.flag(name)} {' '.join(map(str, values))}: at least 1.")
+        for name, last in [("seed", 2**32 - 1)] + [(name, 1) for name in self.fractions]:
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= last:
+                raise UserError(f"{commands.flag(name)} {value} must lie in 0 .. {last}.")
+        if self.mesh not in (None, "auto"):
+            sharding.parse(self.mesh)
+        if self.guidance_interval is not None:
+            make_interval(self.guidance_interval)
+        if self.eta and self.sampler != "ddim":
+            raise UserError(f"--eta {self.eta} belongs to --sampler ddim.")
+
+    @property
+    def counts(self) -> tuple[str, ...]:
+        """Names of the fields that count something."""
+        return ("batch_size",)
+
+    @property
+    def fractions(self) -> tuple[str, ...]:
+        """Names of the fields from 0 to 1."""
+        return ("eta", "guidance_rescale", "lowres_sample_noise_level")
+
+    @property
+    def run(self) -> epath.Path:
+        """The run directory."""
+        return storage.folder(self.checkpoint)
+
+    @property
+    def compute_dtype(self) -> Any:
+        return nn.compute_dtype(None if self.dtype == "auto" else self.dtype)
+
+    def last_stage(self, config: ImagenConfig) -> int:
+        """Number of the last U-Net to run. Raises ValueError if the cascade has none such."""
+        count = len(config.unets)
+        if self.stop_at_unet_number is None:
+            return count
+        number = commands.stage_number(self.stop_at_unet_number)
+        if number > count:
+            raise UserError(
+                f"--stop-at-unet-number {self.stop_at_unet_number}: the cascade of "
+                f"{self.run} has {count} U-Nets."
+            )
+        return number
+
+    def options(self, config: ImagenConfig) -> dict[str, Any]:
+        """The arguments of `Imagen.sample` that these settings decide.
+
+        Raises ValueError for numbers that do not fit the cascade.
+        """
+        last, count = self.last_stage(config), len(config.unets)
+        defaults = sampling_defaults(config)
+        if config.cond_drop_prob == 0 or not config.condition_on_text:
+            if any(scale != 1 for scale in self.cond_scale or ()) or self.negative_prompt:
+                name = "negative_prompt" if self.negative_prompt else "cond_scale"
+                raise UserError(
+                    f"{commands.flag(name)}: guidance needs a cascade trained with captions and "
+                    "cond_drop_prob above 0."
+                )
+        timesteps, sampler = defaults["timesteps"], self.sampler
+        spacing = self.spacing or defaults["spacing"]
+        if sampler == "cascade":
+            spacing = self.spacing
+            sampler = config.stage(last).process.sampler
+            numbers = range(1, count + 1)
+            timesteps = tuple(config.sampling_defaults(number).num_steps for number in numbers)
+        level = self.lowres_sample_noise_level
+        if level is None:
+            level = config.lowres_sample_noise_level
+        return dict(
+            stop_at_unet_number=last,
+            cond_scale=self._per_unet("cond_scale", defaults["cond_scale"], last),
+            timesteps=self._per_unet("steps", timesteps, last),
+            sampler=sampler,
+            spacing=spacing,
+            eta=self.eta,
+            guidance_interval=self.guidance_interval,
+            guidance_schedule=self.guidance_schedule,
+            guidance_rescale=self.guidance_rescale,
+            lowres_sample_noise_level=level,
+        )
+
+    def _per_unet(self, name: str, default: Sequence, last: int) -> tuple:
+        """One entry per U-Net of the cascade; those after the last that runs may be left out."""
+        given = getattr(self, name)
+        if given is None:
+            return tuple(default)
+        if len(given) not in {1, last, len(default)}:
+            runs = "the U-Net that runs" if last == 1 else f"each of the {last} U-Nets that run"
+            raise UserError(
+                f"{commands.flag(name)} has {len(given)} values: give one, or one for {runs}."
+            )
+        return (given * len(default) if len(given) == 1 else given + default)[: len(default)]
+
+    def unet_numbers(self, config: ImagenConfig, first: int = 1) -> range:
+        """Numbers of the U-Nets that are to run, from `first` on.
+
+        Raises UserError for one without weights, with the command that trains it.
+        """
+        numbers = range(first, self.last_stage(config) + 1)
+        for number in numbers:
+            if isinstance(config.unets[number - 1], NullUnetConfig):
+                raise UserError(
+                    f"U-Net {number} of {self.run} is a NullUnet: this cascade upsamples "
+                    "images and draws none from text."
+                )
+            if checkpoint.latest_step(self.run, number) is None:
+                raise UserError(_untrained(self.run, number, first))
+        return numbers
+
+
+def _untrained(run: epath.Path, number: int, first: int) -> str:
+    command = "train.base" if number == 1 else f"train.super_res --unet-number {number}"
+    advice = f"train it: python -m {command} --workdir {run} --config {run / 'config.json'}"
+    if number > first:
+        advice += f"; or stop before it: --stop-at-unet-number {number - 1}"
+    return f"U-Net {number} of {run} has no weights; {advice}"
+
+
+def open_pipeline(
+    given: Sampling, say: Callable[[str], None], unet_numbers: Sequence[int] | None = None
+) -> Pipeline:
+    """The cascade of a run; its weights are read when they are needed.
+
+    Says which steps are passed over, and where no average is stored. Raises UserError.
+    """
+    commands.use_precision(given.compute_dtype)
+    pipeline = Pipeline.load(
+        given.run,
+        mesh=given.mesh,
+        dtype=given.compute_dtype,
+        weights=given.weights,
+        t5=given.t5,
+        unet_numbers=unet_numbers,
+    )
+    for number, read in pipeline.choices.items():
+        for note in read.notes:
+            say(f"note: {note}")
+        if read.weights != given.weights:
+            say(
+                f"note: {given.run} holds no averaged weights (ema) of U-Net {number}: its online "
+                "weights are used."
+            )
+    return pipeline
+
+
+_seen: set[int] = set()
+"""U-Nets of which this process has drawn a step."""
+
+
+@contextlib.contextmanager
+def progress_bars(indices: np.ndarray, count: int) -> Iterator[Progress]:
+    """The `progress` of `Imagen.sample` as one bar a stage, with the time left.
+
+    `indices` are those of the batch's images, of `count` in all. Until its first steps are done, a
+    stage that is new to this process says that it is compiled, or read from the cache.
+    """
+    first, last = indices[0] + 1, indices[-1] + 1
+    label = f"image {last} of {count}" if first == last else f"images {first}-{last} of {count}"
+    with contextlib.ExitStack() as stack:
+        bars: dict[int, tqdm] = {}
+
+        def progress(unet_number: int, done: int, steps: int) -> None:
+            if unet_number not in bars:
+                bar = tqdm(
+                    total=steps,
+                    desc=f"{label}, U-Net {unet_number}",
+                    unit="step",
+                    leave=False,
+                    mininterval=commands.bar_interval(),
+                )
+                bars[unet_number] = stack.enter_context(bar)
+                if unet_number not in _seen:
+                    bar.set_postfix_str("compiling")
+            elif done and unet_number not in _seen:
+                _seen.add(unet_number)
+                bars[unet_number].set_postfix_str("")
+            bars[unet_number].update(done - bars[unet_number].n)
+            if done == steps:
+                bars[unet_number].refresh()  # the last update may come too soon to be shown
+
+        yield progress

@@ -1,0 +1,169 @@
+"""How well a cascade composes: images of captions about coloured shapes, judged object by object.
+
+    python -m evaluate.composition --checkpoint RUN
+
+The cascade must have been trained on `--data scenes`, which never shows three kinds of captions:
+new pairs of colour and shape, new combinations of two objects and a relation, new counts. A fourth
+kind, `seen`, are combinations of the training set, placed anew. What is drawn is judged by
+`imagen_jax.metrics.composition`, by fixed rules and without a network.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import tyro
+from etils import epath
+
+import commands
+from commands.sampling import Sampling, open_pipeline, progress_bars
+from imagen_jax import checkpoint, storage
+from imagen_jax.data import labelled_grid, scenes
+from imagen_jax.errors import UserError
+from imagen_jax.metrics import composition
+from imagen_jax.pipeline import Pipeline
+from imagen_jax.streams import image_seeds
+
+KINDS = (*scenes.LEVELS, "seen")
+SHOWN, COLUMNS = 16, 8  # images of a level on the sheet
+HEADS = {
+    "right": "all right",
+    "objects": "shape",
+    "attributes": "and colour",
+    "count": "number",
+    "relation": "relation",
+    "size": "size",
+    "place": "place",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(Sampling):
+    """Measures what a cascade trained on scenes makes of captions that it was never shown."""
+
+    levels: tuple[Literal[KINDS], ...] = KINDS
+    """Kinds of captions to draw."""
+    num_images: int = 200
+    """Images of each kind."""
+    batch_size: int = 64
+    """Images drawn at once. They do not depend on it: each has its own seed."""
+    out: Path | None = None
+    """Folder for composition.json and composition.png. Default: evaluation in the run directory."""
+
+    @property
+    def counts(self) -> tuple[str, ...]:
+        return (*super().counts, "num_images")
+
+
+def main() -> None:
+    given = tyro.cli(Settings, prog="python -m evaluate.composition")
+    config = checkpoint.read_config(given.run)
+    if not config.condition_on_text or config.channels != 3:
+        raise UserError(f"{given.run}: the cascade must draw captions, in three channels.")
+    options, numbers = given.options(config), given.unet_numbers(config)
+    pipeline = open_pipeline(given, print, numbers)
+    folder = storage.folder(given.out or given.run / "evaluation")
+    results, rows = {}, []
+    for level in dict.fromkeys(given.levels):
+        chosen = scenes_of(level, given.num_images)
+        drawn = draw(pipeline, chosen, given, options, level)
+        verdicts = [
+            composition.judge(scene.content, composition.find(image))
+            for scene, image in zip(chosen, drawn, strict=True)
+        ]
+        contents = [scene.content for scene in chosen]
+        results[level] = composition.summary(contents, verdicts)
+        rows += sheet_rows(level, chosen, drawn, verdicts)
+    print(table(results))
+    folder.mkdir(parents=True, exist_ok=True)
+    write(folder / "composition.json", results, given, options, pipeline)
+    with (folder / "composition.png").open("wb") as file:
+        labelled_grid(rows).save(file, format="PNG")
+    print(f"{folder / 'composition.json'}; what was drawn: {folder / 'composition.png'}")
+
+
+def scenes_of(level: str, count: int) -> list[scenes.Scene]:
+    if level == "seen":
+        return [scenes.seen_scene(seed) for seed in range(count)]
+    return [scenes.heldout_scene(level, seed) for seed in range(count)]
+
+
+def draw(
+    pipeline: Pipeline, chosen: list[scenes.Scene], given: Settings, options: dict, level: str
+) -> np.ndarray:
+    """One image a scene, (n, h, w, 3) in [0, 1]; their seeds depend on the level too."""
+    captions = [scene.caption for scene in chosen]
+    seeds = image_seeds(given.seed, len(KINDS) * len(chosen))[KINDS.index(level) :: len(KINDS)]
+    drawn = pipeline.generate(
+        pipeline.encode(captions, batch_size=given.batch_size),
+        seeds=seeds,
+        batch_size=given.batch_size,
+        progress=progress_bars,
+        **options,
+    )
+    return np.stack([image for _, image in drawn])
+
+
+def table(results: dict[str, dict[str, composition.Share]]) -> str:
+    """Percentages; what is all right with its interval."""
+    lines = [["captions", "images", *HEADS.values()]]
+    for level, shares in results.items():
+        right = shares["right"]
+        cells = [f"{100 * right.share:.0f} % ({100 * right.low:.0f}-{100 * right.high:.0f})"]
+        for field in list(HEADS)[1:]:
+            one = shares[field]
+            cells.append(f"{100 * one.share:.0f} %" if one.count else "-")
+        lines.append([level, str(right.count), *cells])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def sheet_rows(
+    level: str,
+    chosen: list[scenes.Scene],
+    drawn: np.ndarray,
+    verdicts: list[composition.Verdict],
+) -> list[tuple]:
+    """Rows of the sheet: a true image of each caption, and what was drawn, right or wrong."""
+    rows, size = [], drawn.shape[1:3]
+    for i in range(0, min(SHOWN, len(chosen)), COLUMNS):
+        part = slice(i, i + COLUMNS)
+        true = [scene.draw(size) for scene in chosen[part]]
+        labels = [
+            f"{'right' if verdict.right else 'WRONG'}: {scene.caption}"
+            for scene, verdict in zip(chosen[part], verdicts[part], strict=True)
+        ]
+        rows.append((f"{level}: true", true, []))
+        rows.append(("drawn", list(drawn[part]), labels))
+    return rows
+
+
+def write(
+    path: epath.Path,
+    results: dict[str, dict[str, composition.Share]],
+    given: Settings,
+    options: dict,
+    pipeline: Pipeline,
+) -> None:
+    """The results, and what they are results of."""
+    data = {
+        "checkpoint": str(given.checkpoint),
+        "checkpoint_steps": {f"unet{n}": read.step for n, read in pipeline.choices.items()},
+        "weights": {f"unet{n}": read.weights for n, read in pipeline.choices.items()},
+        "seed": given.seed,
+        "options": options,
+        "levels": {
+            level: {field: share._asdict() for field, share in shares.items()}
+            for level, shares in results.items()
+        },
+    }
+    path.write_text(json.dumps(data, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    commands.run(main)
