@@ -225,7 +225,7 @@ def _placed(content: Content, found: Sequence[Found]) -> bool | None:
 class Share(NamedTuple):
     """What part of `count` is right, with its 95 % interval (Wilson)."""
 
-    share: float
+    share: int | float
     low: float
     high: float
     count: int
@@ -247,7 +247,7 @@ def summary(contents: Sequence[Content], verdicts: Sequence[Verdict]) -> dict[st
     return shares
 
 
-def wilson(right: float, count: int, z: float = 1.96) -> tuple[float, float]:
+def wilson(right: int | float, count: int, z: float = 1.96) -> tuple[float, float]:
     """The interval of a share (Wilson 1927), by default the one that holds it in 95 % of cases."""
     if count == 0:
         return 0.0, 1.0

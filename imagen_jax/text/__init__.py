@@ -14,6 +14,8 @@ from imagen_jax.text.encoder import (
     cascade_encoder,
     encode_or_absent,
     load_encoder,
+    save_encoder,
+    with_params,
 )
 from imagen_jax.text.identity import Identity, read_beside
 from imagen_jax.text.t5 import T5Config, encode
@@ -30,7 +32,9 @@ __all__ = [
     "load_encoder",
     "load_tokenizer",
     "read_beside",
+    "save_encoder",
     "tokenize",
     "trim",
     "valid",
+    "with_params",
 ]

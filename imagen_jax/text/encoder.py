@@ -209,6 +209,23 @@ def load_encoder(
     )
 
 
+def with_params(encoder: TextEncoder, params: Params, name: str = "trained") -> TextEncoder:
+    """The encoder with other weights, in float32."""
+    flat = traverse_util.flatten_dict(params)
+    digests = {path: identity.digest(np.asarray(value)) for path, value in flat.items()}
+    if None in digests.values():
+        raise UserError(f"text encoder {name!r}: its weights are not finite.")
+    sha256 = identity.weights_hash(digests)
+    return dataclasses.replace(encoder, name=name, params=params, sha256=sha256)
+
+
+def save_encoder(encoder: TextEncoder, folder: str | Path) -> None:
+    """Writes the folder of a Hugging Face T5 encoder with its tokenizer, for `load_encoder`."""
+    folder = Path(folder)
+    loading.save_params(folder, encoder.config, encoder.params)
+    encoder.tokenizer.save(str(folder / "tokenizer.json"))
+
+
 def _demo_params(dtype: DTypeLike, layout: Layout | None) -> tuple[Params, str]:
     """Drawn by numpy's PCG64, in sorted order of the names: the same on every version of JAX.
 

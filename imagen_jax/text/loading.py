@@ -5,6 +5,7 @@ host and put on the device, so that the peak is the model in its final dtype and
 that does not fit is gathered and raised once.
 """
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ import numpy as np
 from flax import traverse_util
 from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from imagen_jax.errors import UserError, first_line
 from imagen_jax.interop.torch_file import read_torch_file
@@ -24,26 +26,29 @@ from imagen_jax.text import identity
 from imagen_jax.text.t5 import T5Config, abstract_encoder
 from imagen_jax.types import Params
 
-# Name in the checkpoint -> path in our parameters, and whether the matrix is transposed
-# (torch keeps (out, in)). A full T5 names its table `shared`, some encoders only `embed_tokens`.
-_ATTENTION = r"encoder\.block\.(\d+)\.layer\.0\."
-_FEED_FORWARD = r"encoder\.block\.(\d+)\.layer\.1\."
-_TABLE: tuple[tuple[str, str, bool], ...] = (
-    (r"(?:shared|encoder\.embed_tokens)\.weight", "embedding", False),
+# Name in the checkpoint, path in our parameters, and whether the matrix is transposed (torch keeps
+# (out, in)); {0} is the number of a block, {1} one of the words listed. A path is written under
+# the name of its first row: a full T5 names its table `shared`, some encoders `embed_tokens`.
+_BLOCK = "encoder.block.{0}.layer."
+_TABLE: tuple[tuple[str, str, bool, str], ...] = (
+    ("shared.weight", "embedding", False, ""),
+    ("encoder.embed_tokens.weight", "embedding", False, ""),
     (
-        r"encoder\.block\.0\.layer\.0\.SelfAttention\.relative_attention_bias\.weight",
+        "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
         "position_bias",
         False,
+        "",
     ),
-    (_ATTENTION + r"layer_norm\.weight", r"blocks/\1/attention_norm/scale", False),
-    (_ATTENTION + r"SelfAttention\.([qkvo])\.weight", r"blocks/\1/attention/\2/kernel", True),
-    (_FEED_FORWARD + r"layer_norm\.weight", r"blocks/\1/feed_forward_norm/scale", False),
+    (_BLOCK + "0.layer_norm.weight", "blocks/{0}/attention_norm/scale", False, ""),
+    (_BLOCK + "0.SelfAttention.{1}.weight", "blocks/{0}/attention/{1}/kernel", True, "q|k|v|o"),
+    (_BLOCK + "1.layer_norm.weight", "blocks/{0}/feed_forward_norm/scale", False, ""),
     (
-        _FEED_FORWARD + r"DenseReluDense\.(wi|wi_0|wi_1|wo)\.weight",
-        r"blocks/\1/feed_forward/\2/kernel",
+        _BLOCK + "1.DenseReluDense.{1}.weight",
+        "blocks/{0}/feed_forward/{1}/kernel",
         True,
+        "wi|wi_0|wi_1|wo",
     ),
-    (r"encoder\.final_layer_norm\.weight", "norm/scale", False),
+    ("encoder.final_layer_norm.weight", "norm/scale", False, ""),
 )
 _IGNORED = r"decoder\..*|lm_head\..*"  # the other half of a full T5
 
@@ -228,12 +233,30 @@ def _tensors(file: Path) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
         raise UserError(f"{file} is not a readable safetensors file: {error}") from error
 
 
-def _translate(name: str) -> tuple[str | None, bool]:
-    for pattern, target, transpose in _TABLE:
+def _translate(name: str, *, back: bool = False) -> tuple[str | None, bool]:
+    """A name of the checkpoint as our path, or `back`; and whether the matrix is transposed."""
+    for row in _TABLE:
+        source, target = (row[1], row[0]) if back else row[:2]
+        pattern = re.escape(source).replace(r"\{0\}", r"(\d+)").replace(r"\{1\}", f"({row[3]})")
         match = re.fullmatch(pattern, name)
         if match:
-            return match.expand(target), transpose
+            return target.format(*match.groups()), row[2]
     return None, False
+
+
+def save_params(folder: Path, config: T5Config, params: Params) -> None:
+    """Writes `config.json` and `model.safetensors` as transformers' `T5EncoderModel` has them, in
+    float32: what `load_params` reads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for path, value in traverse_util.flatten_dict(params).items():
+        name, transpose = _translate("/".join(map(str, path)), back=True)
+        value = np.asarray(value, np.float32)
+        tensors[name] = np.ascontiguousarray(value.T if transpose else value)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    fields = dataclasses.asdict(config)
+    about = {"model_type": "t5", "architectures": ["T5EncoderModel"], "is_encoder_decoder": False}
+    (folder / "config.json").write_text(json.dumps(about | fields, indent=1) + "\n")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

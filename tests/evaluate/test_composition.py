@@ -1,0 +1,84 @@
+"""`python -m evaluate.composition`: what is drawn is judged, and the report says what of."""
+
+import dataclasses
+import json
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from evaluate import composition
+from imagen_jax.errors import UserError
+from tests.sample.conftest import cascade, save_run
+
+FEW = ("--steps", "2", "1")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return save_run(tmp_path_factory.mktemp("evaluated") / "tiny", cascade())
+
+
+@pytest.fixture
+def command(monkeypatch):
+    def start(run, *arguments):
+        monkeypatch.setattr(sys, "argv", ["", "--checkpoint", *map(str, (run, *arguments))])
+        composition.main()
+        return json.loads((run / "evaluation" / "composition.json").read_text())
+
+    return start
+
+
+def test_random_weights_are_all_wrong(run, command, capsys):
+    report = command(run, "--num-images", "5", *FEW)
+    assert set(report["levels"]) == {"pairs", "combinations", "counts", "seen"}
+    for level in report["levels"].values():
+        assert level["right"]["share"] == 0 and level["right"]["count"] == 5
+        assert 0.3 < level["right"]["high"] < 0.5  # of five images
+    assert report["options"]["timesteps"] == [2, 1] and report["checkpoint_steps"]["unet1"] == 7
+    lines = capsys.readouterr().out.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("captions"))
+    assert lines[start + 2].startswith("combinations  5       0 % (0-43)")
+    with Image.open(run / "evaluation" / "composition.png") as sheet:
+        assert sheet.width > 5 * 96
+
+
+def test_true_images_are_right(run, command, monkeypatch):
+    """With the scenes themselves in place of what the cascade draws."""
+
+    def true(pipeline, chosen, given, options, level):
+        return np.stack([scene.draw(32) for scene in chosen]) / 255
+
+    monkeypatch.setattr(composition, "draw", true)
+    report = command(run, "--num-images", "24", *FEW)
+    for level, shares in report["levels"].items():
+        assert shares["right"]["share"] == 1, level
+    assert report["levels"]["combinations"]["relation"]["count"] == 24
+    assert report["levels"]["counts"]["relation"]["count"] == 0
+
+
+def test_images_do_not_depend_on_their_number_or_batch(run, monkeypatch, command):
+    drawn = {}
+    draw = composition.draw
+
+    def kept(pipeline, chosen, given, options, level):
+        images = draw(pipeline, chosen, given, options, level)
+        drawn[len(chosen), given.batch_size] = images
+        return images
+
+    monkeypatch.setattr(composition, "draw", kept)
+    command(run, "--levels", "pairs", "--num-images", "6", "--batch-size", "2", *FEW)
+    command(run, "--levels", "pairs", "--num-images", "3", "--batch-size", "4", *FEW)
+    np.testing.assert_allclose(drawn[6, 2][:3], drawn[3, 4], atol=1e-5)
+
+
+def test_mistakes_are_named(run, command, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        command(run, "--num-images", "0")
+    assert "--num-images 0: at least 1." in capsys.readouterr().err
+    silent = dataclasses.replace(cascade(), condition_on_text=False)
+    unets = tuple(dataclasses.replace(u, cond_on_text=False) for u in silent.unets)
+    silent = dataclasses.replace(silent, unets=unets, text_encoder_name=silent.text_encoder_name)
+    with pytest.raises(UserError, match="must draw captions"):
+        command(save_run(tmp_path / "silent", silent))
