@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from imagen_jax.compiling import compiler_options
 from tools import chips, hlo, report
-from train.step import _compiler_options
 
 COUNT, SIZE, PICTURES = 3, 16, 8  # kernels; pixels; pictures on each device
 
@@ -74,7 +74,7 @@ def compiled(mesh, spec, channels: int, by_hand: bool) -> list[hlo.Collective]:
     traced = jax.jit(step, donate_argnums=0, out_shardings=[split] * COUNT).trace(
         [kernel] * COUNT, x
     )
-    options = _compiler_options(mesh.devices.flat[0])
+    options = compiler_options(mesh.devices.flat[0])
     text = traced.lower().compile(compiler_options=options).as_text()
     return hlo.collectives(text, mesh.size)
 

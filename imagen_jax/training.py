@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from imagen_jax.conditioning import Condition, Conditioning
 from imagen_jax.diffusion.process import Level, q_sample
 from imagen_jax.errors import UserError
 from imagen_jax.nn import Network
 from imagen_jax.resize import resize
+from imagen_jax.sharding import constrain
 from imagen_jax.stage import Stage, show, to_float
 from imagen_jax.streams import stream
 from imagen_jax.types import AnyArray, PRNGKey, Size, TextEmbeds, TextMask
@@ -209,6 +210,15 @@ def _on_its_own_prediction(
 
     x0_previous = jax.lax.cond(coin, own, lambda: jnp.zeros_like(x))
     return functools.partial(predict, x0_previous=x0_previous)
+
+
+def split_rows(tree: PyTree) -> PyTree:
+    """Splits the batch over the devices. Arrays of four axes are images, scalars have no batch."""
+
+    def split(x: Array) -> Array:
+        return constrain(x, "b h w _" if x.ndim == 4 else "b ...") if x.ndim else x
+
+    return jax.tree.map(split, tree)
 
 
 def default_text_mask(text_embeds: TextEmbeds, text_masks: TextMask | None) -> TextMask:

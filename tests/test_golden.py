@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 
 from imagen_jax import nn, sampling, training
+from imagen_jax.compiling import compiler_options
 from imagen_jax.imagen import Imagen
 from imagen_jax.interop import keys
 from tests import OPTIMISED
 from tests.golden import record
-from train.step import _compiler_options
 
 
 def compiled(fn):
-    return jax.jit(fn, compiler_options=OPTIMISED | (_compiler_options(jax.devices()[0]) or {}))
+    return jax.jit(fn, compiler_options=OPTIMISED | (compiler_options(jax.devices()[0]) or {}))
 
 
 @pytest.fixture(autouse=True)

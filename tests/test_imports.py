@@ -23,7 +23,18 @@ THEORY = MODEL | {
     "imagen",
 }
 ALL = THEORY | {
-    *("checkpoint", "pipeline", "interop", "data", "distributed", "flops", "metrics", "storage"),
+    *(
+        "checkpoint",
+        "pipeline",
+        "interop",
+        "data",
+        "distributed",
+        "flops",
+        "metrics",
+        "storage",
+        "compiling",
+        "evaluation",
+    ),
     "imagen_jax",
 }
 MAY_IMPORT = {
@@ -55,14 +66,17 @@ MAY_IMPORT = {
     "data": LEAVES | {"text"},
     "metrics": LEAVES | {"data"},
     "errors": set(),
+    "compiling": set(),
+    "evaluation": LEAVES | {"compiling", "diffusion", "nn", "stage", "training"},
     "distributed": set(),
     "flops": set(),
     "imagen_jax": ALL,
     "train": ALL,
     "sample": ALL,
+    "evaluate": ALL,
     "tools": ALL | {"train"},
 }
-TOPS = ("imagen_jax", "train", "sample", "tools")
+TOPS = ("imagen_jax", "train", "sample", "evaluate", "tools")
 FOREIGN = {"torch", "torchvision", "imagen_pytorch", "tensorflow"}
 
 

@@ -17,6 +17,7 @@ from imagen_jax.data import Record, labelled_grid, pad_embeds
 from imagen_jax.diffusion import samplers
 from imagen_jax.diffusion.guidance import Guidance
 from imagen_jax.errors import UserError
+from imagen_jax.evaluation import LOG_SNR_EDGES, bin_labels, make_eval_step
 from imagen_jax.sampling import Progress
 from imagen_jax.stage import SamplingDefaults, to_float
 from imagen_jax.streams import row_keys, stream
@@ -26,7 +27,6 @@ from train.feed import Feed
 from train.log import Metrics
 from train.run import RunDir
 from train.settings import Watching
-from train.step import LOG_SNR_EDGES, make_eval_step
 
 SHOWN = 8
 
@@ -147,9 +147,3 @@ class Previews:
             progress=progress,
         )
         return layout.fetch(images)
-
-
-def bin_labels() -> list[str]:
-    """Names of the log-SNR bins: `..-10`, `-10..-7.5`, ..., `10..`."""
-    edges = [f"{edge:g}" for edge in LOG_SNR_EDGES]
-    return [f"{a}..{b}" for a, b in zip(["", *edges], [*edges, ""], strict=True)]

@@ -1,30 +1,23 @@
-"""One optimiser step, and the evaluation: pure functions, each compiled once."""
+"""One optimiser step: a pure function, compiled once."""
 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.sharding import SingleDeviceSharding
-from jax.typing import DTypeLike
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
 from imagen_jax import flops, nn, sharding, training
-from imagen_jax.diffusion import losses
-from imagen_jax.sharding import Layout, constrain, single
+from imagen_jax.compiling import compiler_options
+from imagen_jax.sharding import Layout, single
 from imagen_jax.stage import Stage
 from imagen_jax.streams import stream
 from imagen_jax.types import Params, PRNGKey
 from train.optimizer import ema_decay, make_optimizer, update_ema
 from train.settings import Optimization
 from train.state import TrainState
-
-LOG_SNR_EDGES = np.arange(-10.0, 10.1, 2.5, dtype=np.float32)
-"""Between them lie the bins of the evaluation; the first and the last are open."""
 
 Batch = dict[str, Array]  # images, and text_embeds with text_masks where there is text
 
@@ -37,11 +30,6 @@ def make_train_step(stage: Stage, settings: Optimization, layout: Layout | None 
     one would. With accumulation the draws are those of the complete batch.
     """
     return _train_step(stage, settings, layout or single())
-
-
-def make_eval_step(stage: Stage, dtype: DTypeLike, layout: Layout | None = None) -> Callable:
-    """evaluate(params, batch, key) -> (sums, counts) of the loss in the bins of LOG_SNR_EDGES."""
-    return _eval_step(stage, dtype, layout or single())
 
 
 def step_flops(stage: Stage, settings: Optimization) -> int:
@@ -72,13 +60,13 @@ def _train_step(stage: Stage, settings: Optimization, layout: Layout) -> Callabl
         in_shardings=(placed, layout.batch, layout.replicated),
         out_shardings=(placed, layout.replicated),
         donate_argnums=0,
-        compiler_options=_compiler_options(layout.mesh.devices.flat[0]),
+        compiler_options=compiler_options(layout.mesh.devices.flat[0]),
     )
     @layout.on_mesh
     def train_step(state: TrainState, batch: Batch, key: PRNGKey) -> tuple[TrainState, dict]:
         key = jax.random.fold_in(key, state.step)
         size = batch["images"].shape[0]
-        draws = _split_rows(training.complete_draws(stage, size, key, None))
+        draws = training.split_rows(training.complete_draws(stage, size, key, None))
         loss, grads = _accumulated(loss_fn, state.params, batch, draws, key, settings.accumulate)
         grads = jax.lax.with_sharding_constraint(grads, placed.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -95,51 +83,6 @@ def _train_step(stage: Stage, settings: Optimization, layout: Layout) -> Callabl
     return train_step
 
 
-@functools.lru_cache(maxsize=8)
-def _eval_step(stage: Stage, dtype: DTypeLike, layout: Layout) -> Callable:
-    placed = layout.place(nn.abstract(stage.network)[1])
-
-    @functools.partial(
-        jax.jit,
-        in_shardings=(placed, layout.batch, layout.replicated),
-        out_shardings=layout.replicated,
-        compiler_options=_compiler_options(layout.mesh.devices.flat[0]),
-    )
-    @layout.on_mesh
-    def evaluate(params: Params, batch: Batch, key: PRNGKey) -> tuple[Array, Array]:
-        network = nn.bind(stage.network, params, dtype=dtype)
-        size = batch["images"].shape[0]
-        draws = _split_rows(training.complete_draws(stage, size, key, None))
-        loss, log_snr = training.stage_losses(stage, network, draws=draws, **batch)
-        return losses.binned(loss, log_snr, LOG_SNR_EDGES)
-
-    return evaluate
-
-
-_OPTIONS = {
-    # XLA's own convolutions and products, of its YNN library only the reductions: 10 % less time a
-    # step on two cores (benchmarks/README.md).
-    "cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"},
-    # Otherwise libtpu gathers kernels of few input channels as sums of padded arrays, at twice the
-    # bytes. With it the paper-sized base sends 13.8 GB a step on v5e:16x16, without it 15.9.
-    "tpu": {"xla_tpu_prefer_async_allgather_to_allreduce": "true"},
-}
-
-
-@functools.cache
-def _compiler_options(device: jax.Device) -> dict[str, Any] | None:
-    """They are experimental: a compiler that does not know them goes without."""
-    options = _OPTIONS.get(device.platform)
-    if options is None:
-        return None
-    one = jax.ShapeDtypeStruct((), jnp.float32, sharding=SingleDeviceSharding(device))
-    try:
-        jax.jit(lambda x: x).trace(one).lower().compile(compiler_options=options)
-    except jax.errors.JaxRuntimeError:
-        return None
-    return options
-
-
 def _loss(stage: Stage, settings: Optimization) -> Callable:
     """loss(params, batch, draws, key) -> the mean over the batch."""
 
@@ -150,15 +93,6 @@ def _loss(stage: Stage, settings: Optimization) -> Callable:
         return jnp.mean(losses)
 
     return loss
-
-
-def _split_rows(tree: PyTree) -> PyTree:
-    """Splits the batch over the devices. Arrays of four axes are images, scalars have no batch."""
-
-    def split(x: Array) -> Array:
-        return constrain(x, "b h w _" if x.ndim == 4 else "b ...") if x.ndim else x
-
-    return jax.tree.map(split, tree)
 
 
 def _accumulated(
@@ -179,7 +113,7 @@ def _accumulated(
 
     def add(total, part):
         batch, draws, i = part
-        batch, draws = _split_rows((batch, draws))
+        batch, draws = training.split_rows((batch, draws))
         return jax.tree.map(
             jnp.add, total, value_and_grad(params, batch, draws, stream(key, "part", i))
         ), None

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, models, processors
 
 from imagen_jax.interop.reference import import_imagen_pytorch
 from imagen_jax.interop.torch_file import read_torch_file
-from imagen_jax.text import load_encoder, loading
+from imagen_jax.text import load_encoder, loading, save_encoder
 
 import_imagen_pytorch()  # it mends torchvision, which transformers' models import
 
@@ -64,6 +64,28 @@ def params(folder):
 
 def load(folder: Path, dtype=jnp.float32):
     return loading.load_params(folder, loading.read_config(folder), dtype=dtype)[0]
+
+
+def test_what_is_saved_is_the_folder_again(folder, params, tmp_path):
+    """Tensor by tensor; and transformers reads it."""
+    encoder = load_encoder(folder)
+    save_encoder(encoder, tmp_path / "saved")
+    one, two = (
+        safetensors.torch.load_file(where / "model.safetensors")
+        for where in (folder, tmp_path / "saved")
+    )
+    one.pop("encoder.embed_tokens.weight", None)  # the table under its second name
+    assert set(one) == set(two)
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=0, atol=0)
+    assert load_encoder(tmp_path / "saved").sha256 == encoder.sha256
+    ids = torch.tensor([[3, 2, 1]])
+    with torch.no_grad():
+        embeds = [
+            transformers.T5EncoderModel.from_pretrained(where)(ids).last_hidden_state
+            for where in (folder, tmp_path / "saved")
+        ]
+    torch.testing.assert_close(*embeds)
 
 
 def copy_of(folder: Path, to: Path) -> Path:

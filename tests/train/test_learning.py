@@ -17,7 +17,7 @@ from train.settings import Settings
 def test_it_learns_eight_pictures(tmp_path, monkeypatch):
     """Without guidance every caption's sample is nearest to its own picture of the eight."""
     # Hundreds of steps are worth compiling well.
-    monkeypatch.setattr(step, "_compiler_options", lambda *_: OPTIMISED)
+    monkeypatch.setattr(step, "compiler_options", lambda *_: OPTIMISED)
     network = UnetConfig(
         dim=16,
         dim_mults=(1, 2),

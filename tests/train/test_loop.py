@@ -15,12 +15,13 @@ from imagen_jax import checkpoint, flops, nn
 from imagen_jax.data import open_source
 from imagen_jax.data.records import hashed_heldout
 from imagen_jax.errors import UserError
+from imagen_jax.evaluation import bin_labels
 from imagen_jax.imagen import Imagen
 from tests.train import support
 from train import loop
 from train.feed import Feed
 from train.log import Metrics, Window
-from train.previews import Previews, bin_labels
+from train.previews import Previews
 from train.settings import Optimization
 from train.step import make_train_step, step_flops
 

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from imagen_jax import nn
+from imagen_jax.compiling import OPTIONS, compiler_options
 from imagen_jax.sharding import single
 from tests.train import support
 from train.optimizer import make_optimizer
 from train.settings import Optimization
 from train.state import TrainState
-from train.step import _OPTIONS, _compiler_options, make_train_step
+from train.step import make_train_step
 
 
 @pytest.fixture(scope="module")
@@ -114,5 +115,5 @@ def test_options_that_a_compiler_does_not_know_are_left_out(monkeypatch):
         ({"xla_backend_optimization_level": 0}, True),
         ({"xla_cpu_option_of_another_version": True}, False),
     ):
-        monkeypatch.setitem(_OPTIONS, device.platform, options)
-        assert _compiler_options.__wrapped__(device) == (options if taken else None)
+        monkeypatch.setitem(OPTIONS, device.platform, options)
+        assert compiler_options.__wrapped__(device) == (options if taken else None)

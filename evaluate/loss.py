@@ -1,0 +1,147 @@
+"""The loss of a cascade's U-Nets by noise level, on images that it was not trained on.
+
+    python -m evaluate.loss --checkpoint RUN --data SRC
+
+The noise is the same for all runs, so that two of them differ by their weights alone: a number to
+compare runs with, long before their samples can be told apart. Losses at one noise level compare
+between runs of one objective; the mean over all levels only where the schedules are equal too.
+"""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import tyro
+from tqdm import trange
+
+import commands
+from imagen_jax import checkpoint, nn, storage
+from imagen_jax.config import NullUnetConfig
+from imagen_jax.data import Source, make_batches, open_source
+from imagen_jax.errors import UserError
+from imagen_jax.evaluation import LOG_SNR_EDGES, bin_labels, make_eval_step
+from imagen_jax.pipeline import Pipeline
+from imagen_jax.sharding import make_layout
+from imagen_jax.streams import stream
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Measures the loss by noise level on held-out images."""
+
+    checkpoint: Path
+    """Run directory of the cascade: what training calls --workdir."""
+    data: str
+    """Images with captions, as in training; their held-out part is taken."""
+    heldout_fraction: float = 0.02
+    """Share of the images that is held out, as in training."""
+    num_images: int = 1024
+    """Images, each at one noise level; those of a smaller set are used again at others."""
+    batch_size: int = 32
+    """Images at once. They meet other noise in batches of another size."""
+    weights: checkpoint.Weights = "ema"
+    """The running average of the parameters, or the parameters themselves."""
+    t5: str | None = None
+    """Where the text encoder is. Default: the cascade's text_encoder_name."""
+    seed: int = 0
+    """Of the noise."""
+    mesh: str = "1x1"
+    """DATAxMODEL devices, as 8x1, or `auto` for all."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What the networks compute in; `auto` is bfloat16 on accelerators and float32 on a CPU."""
+    out: Path | None = None
+    """Folder for loss.json. Default: evaluation in the run directory."""
+
+    def __post_init__(self):
+        for name in ("num_images", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{commands.flag(name)} {getattr(self, name)}: at least 1.")
+
+
+def main() -> None:
+    given = tyro.cli(Settings, prog="python -m evaluate.loss")
+    run = storage.folder(given.checkpoint)
+    dtype = nn.compute_dtype(None if given.dtype == "auto" else given.dtype)
+    commands.use_precision(dtype)
+    source = open_source(given.data, split="heldout", heldout_fraction=given.heldout_fraction)
+    if not len(source):
+        raise UserError(f"{given.data}: no image is held out; see --heldout-fraction.")
+    pipeline = Pipeline.load(
+        run, mesh=make_layout(given.mesh), dtype=dtype, weights=given.weights, t5=given.t5
+    )
+    numbers = [n for n in pipeline.choices if not is_null(pipeline, n)]
+    results = {}
+    for number in numbers:
+        for note in pipeline.choices[number].notes:
+            print(f"note: {note}")
+        results[f"unet{number}"] = losses(pipeline, number, source, given)
+    print(table(results))
+    folder = storage.folder(given.out or run / "evaluation")
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {"data": source.name, "num_images": given.num_images, "seed": given.seed}
+    about["checkpoint_steps"] = {f"unet{n}": pipeline.choices[n].step for n in numbers}
+    (folder / "loss.json").write_text(json.dumps(about | {"loss": results}, indent=1) + "\n")
+    print(folder / "loss.json")
+
+
+def is_null(pipeline: Pipeline, number: int) -> bool:
+    return isinstance(pipeline.config.unets[number - 1], NullUnetConfig)
+
+
+def losses(
+    pipeline: Pipeline, number: int, source: Source, given: Settings
+) -> dict[str, float | None]:
+    """Mean losses of a U-Net: of all images, and by bin of the log-SNR."""
+    config, layout = pipeline.config, pipeline.layout
+    stage = config.stage(number)
+    params = nn.params_of(pipeline.imagen.unets[number - 1])
+    evaluate = make_eval_step(stage, pipeline.dtype, layout)
+    size = layout.split_rows(given.batch_size)
+    encoder = pipeline.encoder if config.condition_on_text and not source.has_embeds else None
+    sums = counts = np.zeros(len(LOG_SNR_EDGES) + 1)
+    batches = make_batches(
+        source,
+        image_size=stage.size,
+        batch_size=size,
+        seed=given.seed,
+        tokenize=None if encoder is None else encoder.tokenize,
+        channels=config.channels,
+        shuffle=False,
+        text_len=stage.network.text_len,
+        rows=layout.own_rows(size),
+    )
+    with batches:
+        for i in trange(
+            math.ceil(given.num_images / size),
+            desc=f"U-Net {number}",
+            unit="batch",
+            leave=False,
+            mininterval=commands.bar_interval(),
+        ):
+            batch = layout.to_batch(next(batches), size)
+            if encoder is not None:
+                embeds, masks = encoder.embed(batch.pop("tokens"), length=stage.network.text_len)
+                batch |= {"text_embeds": embeds, "text_masks": masks}
+            key = stream(layout.key(given.seed), "evaluation", number, i)
+            more = evaluate(params, batch, key)
+            sums, counts = sums + np.asarray(more[0]), counts + np.asarray(more[1])
+    values: dict[str, float | None] = {"all": float(sums.sum() / counts.sum())}
+    for label, total, count in zip(bin_labels(), sums, counts, strict=True):
+        values[label] = float(total / count) if count else None
+    return values
+
+
+def table(results: dict[str, dict[str, float | None]]) -> str:
+    """A row for each bin of the log-SNR, a column for each U-Net."""
+    lines = [["log-SNR", *results]]
+    for label in ("all", *bin_labels()):
+        values = [result[label] for result in results.values()]
+        lines.append([label, *("-" if value is None else f"{value:.5f}" for value in values)])
+    return "\n".join("  ".join(cell.ljust(12) for cell in line).rstrip() for line in lines)
+
+
+if __name__ == "__main__":
+    commands.run(main)
