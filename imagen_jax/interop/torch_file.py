@@ -52,6 +52,26 @@ def read_torch_file(path: str | os.PathLike) -> Any:
         raise UserError(f"{path} is damaged: its containers hold themselves.") from error
 
 
+def read_script_file(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """The tensors of a TorchScript archive, by name. Its program is read, and not run.
+
+    Raises UserError if torch is missing, or if the file is none.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError(
+            f"{path} is not safetensors: reading a TorchScript file {_NEEDED}."
+        ) from error
+    try:
+        with warnings.catch_warnings():  # the format is old, and so are the files
+            warnings.filterwarnings("ignore", "`torch.jit.load`", DeprecationWarning)
+            state = torch.jit.load(str(path), map_location="cpu").state_dict()
+    except RuntimeError as error:
+        raise UserError(f"{path} is not a TorchScript file: {first_line(error)}") from error
+    return {name: tensor.numpy() for name, tensor in state.items()}
+
+
 def write_torch_file(path: str | os.PathLike, content: dict[str, Any]) -> None:
     """Writes nested dictionaries; numpy arrays in them become tensors, equal ones one storage.
 
