@@ -1,5 +1,7 @@
 """Pixels of an image as uint8 and as a PIL image."""
 
+import io
+
 import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
@@ -34,3 +36,10 @@ def to_pil(image: UInt8[np.ndarray, "..."] | Float[np.ndarray, "..."]) -> Image.
         raise UserError(f"an image is (h, w) or (h, w, c) with c = 1, 3 or 4, got {shape}")
     pixels = to_uint8(image)
     return Image.fromarray(pixels[..., 0] if pixels.ndim == 3 and shape[-1] == 1 else pixels)
+
+
+def png(image: UInt8[np.ndarray, "..."] | Float[np.ndarray, "..."]) -> bytes:
+    """One image, as `to_pil` takes it, as the bytes of a PNG."""
+    file = io.BytesIO()
+    to_pil(image).save(file, format="PNG")
+    return file.getvalue()

@@ -1,0 +1,89 @@
+"""`python -m evaluate.score`, with a network of random weights."""
+
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+from evaluate import score
+from imagen_jax.data import scenes
+from imagen_jax.errors import UserError
+from imagen_jax.metrics import fid
+
+
+class Small(nnx.Module):
+    """In place of Inception: the means of the colours over a grid of 3 x 3."""
+
+    def __call__(self, x):
+        return jax.image.resize(x, (x.shape[0], 3, 3, 3), "linear").reshape(len(x), 27)
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path):
+    monkeypatch.setattr(score, "load_inception", lambda path: Small())
+
+    def start(*arguments):
+        out = tmp_path / "scores.json"
+        words = ["", "--inception", "unused.pt", "--out", out, *arguments]
+        monkeypatch.setattr(sys, "argv", list(map(str, words)))
+        score.main()
+        return json.loads(out.read_text())
+
+    return start
+
+
+def folder_of(path, seeds, size=32):
+    path.mkdir()
+    for seed in seeds:
+        Image.fromarray(scenes.training_scene(seed).draw(size)).save(path / f"{seed}.png")
+    return path
+
+
+def test_scores_of_two_folders(command, tmp_path, capsys):
+    one, two = folder_of(tmp_path / "a", range(40)), folder_of(tmp_path / "b", range(40, 80))
+    found = command("--samples", one, "--reference", two, "--batch-size", "7")
+    x, y = (
+        np.concatenate(
+            [
+                np.asarray(Small()(jnp.asarray(score.prepare(scene.draw(32)[None]))))
+                for scene in map(scenes.training_scene, part)
+            ]
+        )
+        for part in (range(40), range(40, 80))
+    )
+    # A folder's order is that of its names; no score depends on it but KID's subsets.
+    expected = fid.fid(fid.statistics([x]), fid.statistics([y]))
+    np.testing.assert_allclose(found["fid"], expected, rtol=1e-3)
+    np.testing.assert_allclose(found["kid"], fid.kid(x, y, subsets=1).mean, rtol=1e-3)
+    assert (found["precision"], found["recall"]) == fid.precision_recall(x, y)
+    assert found["samples"] == found["reference"] == 40
+    assert "40 samples give covariances of less than full rank" in capsys.readouterr().out
+    same = command("--samples", one, "--reference", one)
+    assert abs(same["fid"]) < 1e-4 * found["fid"] and same["precision"] == 1
+
+
+def test_statistics_take_the_place_of_images(command, tmp_path):
+    one, two = folder_of(tmp_path / "a", range(30)), folder_of(tmp_path / "b", range(30, 60))
+    stored = tmp_path / "b.npz"
+    command("--samples", two, "--reference", one, "--write-statistics", stored, "--metrics", "fid")
+    found = command("--samples", one, "--reference", stored, "--metrics", "fid")
+    straight = command("--samples", one, "--reference", two, "--metrics", "fid")
+    np.testing.assert_allclose(found["fid"], straight["fid"], rtol=1e-6)
+    with pytest.raises(UserError, match="serve FID alone"):
+        command("--samples", one, "--reference", stored)
+
+
+def test_damaged_images_are_counted_and_named(command, tmp_path, capsys):
+    one = folder_of(tmp_path / "a", range(12))
+    (one / "5.png").write_bytes(b"no image")
+    found = command("--samples", one, "--reference", "scenes:counts", "--image-size", "16",
+                    "--limit", "12")  # fmt: skip
+    assert found["samples"] == 11 and found["reference"] == 12
+    assert "1 left out; the first: 5.png: corrupt picture" in capsys.readouterr().out
+    with pytest.raises(UserError, match="is drawn at any size: give --image-size"):
+        command("--samples", "scenes:counts", "--reference", one)
