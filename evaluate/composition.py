@@ -11,7 +11,7 @@ kind, `seen`, are combinations of the training set, placed anew. What is drawn i
 import dataclasses
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import tyro
@@ -57,31 +57,48 @@ class Settings(Sampling):
         return (*super().counts, "num_images")
 
 
+class Measured(NamedTuple):
+    """The scenes of a level, what was drawn of their captions (n, h, w, 3), and the verdicts."""
+
+    scenes: list[scenes.Scene]
+    images: np.ndarray
+    verdicts: list[composition.Verdict]
+
+    @property
+    def summary(self) -> dict[str, composition.Share]:
+        return composition.summary([scene.content for scene in self.scenes], self.verdicts)
+
+
 def main() -> None:
-    given = tyro.cli(Settings, prog="python -m evaluate.composition")
+    measure(tyro.cli(Settings, prog="python -m evaluate.composition"))
+
+
+def measure(given: Settings) -> dict[str, Measured]:
+    """Draws and judges, by level; prints a table, and writes it with a sheet of images."""
     config = checkpoint.read_config(given.run)
     if not config.condition_on_text or config.channels != 3:
         raise UserError(f"{given.run}: the cascade must draw captions, in three channels.")
     options, numbers = given.options(config), given.unet_numbers(config)
     pipeline = open_pipeline(given, print, numbers)
     folder = storage.folder(given.out or given.run / "evaluation")
-    results, rows = {}, []
+    measured = {}
     for level in dict.fromkeys(given.levels):
         chosen = scenes_of(level, given.num_images)
-        drawn = draw(pipeline, chosen, given, options, level)
+        images = draw(pipeline, chosen, given, options, level)
         verdicts = [
             composition.judge(scene.content, composition.find(image))
-            for scene, image in zip(chosen, drawn, strict=True)
+            for scene, image in zip(chosen, images, strict=True)
         ]
-        contents = [scene.content for scene in chosen]
-        results[level] = composition.summary(contents, verdicts)
-        rows += sheet_rows(level, chosen, drawn, verdicts)
+        measured[level] = Measured(chosen, images, verdicts)
+    results = {level: one.summary for level, one in measured.items()}
     print(table(results))
     folder.mkdir(parents=True, exist_ok=True)
     write(folder / "composition.json", results, given, options, pipeline)
+    rows = [row for level, one in measured.items() for row in sheet_rows(level, one)]
     with (folder / "composition.png").open("wb") as file:
         labelled_grid(rows).save(file, format="PNG")
     print(f"{folder / 'composition.json'}; what was drawn: {folder / 'composition.png'}")
+    return measured
 
 
 def scenes_of(level: str, count: int) -> list[scenes.Scene]:
@@ -123,23 +140,18 @@ def table(results: dict[str, dict[str, composition.Share]]) -> str:
     )
 
 
-def sheet_rows(
-    level: str,
-    chosen: list[scenes.Scene],
-    drawn: np.ndarray,
-    verdicts: list[composition.Verdict],
-) -> list[tuple]:
+def sheet_rows(level: str, measured: Measured) -> list[tuple]:
     """Rows of the sheet: a true image of each caption, and what was drawn, right or wrong."""
-    rows, size = [], drawn.shape[1:3]
-    for i in range(0, min(SHOWN, len(chosen)), COLUMNS):
-        part = slice(i, i + COLUMNS)
-        true = [scene.draw(size) for scene in chosen[part]]
+    rows = []
+    for i in range(0, min(SHOWN, len(measured.scenes)), COLUMNS):
+        chosen, images, verdicts = (part[i : i + COLUMNS] for part in measured)
+        true = [scene.draw(images.shape[1:3]) for scene in chosen]
         labels = [
             f"{'right' if verdict.right else 'WRONG'}: {scene.caption}"
-            for scene, verdict in zip(chosen[part], verdicts[part], strict=True)
+            for scene, verdict in zip(chosen, verdicts, strict=True)
         ]
         rows.append((f"{level}: true", true, []))
-        rows.append(("drawn", list(drawn[part]), labels))
+        rows.append(("drawn", list(images), labels))
     return rows
 
 

@@ -25,7 +25,7 @@ from imagen_jax.presets import PRESETS, RECIPES
 class Run:
     """Which cascade, from where to where."""
 
-    preset: Literal["demo", "imagen", "tiny"] = "demo"
+    preset: Literal["demo", "scenes", "imagen", "tiny"] = "demo"
     """Named cascade: `demo` learns on a laptop, `imagen` is the paper's, `tiny` is for tests. Its
     recipe, where it has one, gives steps, batch size, optimiser, rate, warm-up and average."""
     config: Path | None = None
