@@ -7,8 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import demo
+from evaluate import composition
+from imagen_jax import text
 from imagen_jax.data import NEW_COMBINATIONS, demo_captions
 
 ROOT = Path(__file__).parents[1]
@@ -29,9 +32,37 @@ def test_the_grid_shows_every_picture(tmp_path):
     assert (tmp_path / "demo.png").stat().st_size > 50_000
 
 
+def test_the_sheet_shows_held_out_captions(tmp_path, monkeypatch):
+    """With true images in place of what a cascade draws."""
+
+    def measure(given):
+        assert given.checkpoint == tmp_path
+        chosen = {level: composition.scenes_of(level, given.num_images) for level in given.levels}
+        images = {k: np.stack([s.draw(32) for s in part]) / 255 for k, part in chosen.items()}
+        return {k: composition.Measured(chosen[k], images[k], []) for k in chosen}
+
+    monkeypatch.setattr(demo.composition, "measure", measure)
+    demo.draw_scenes(tmp_path, 9)
+    with Image.open(tmp_path / "demo.png") as sheet:
+        assert sheet.height > 9 * 100 and sheet.width > 8 * 96
+
+
+def test_the_encoder_is_trained_once(tmp_path, monkeypatch):
+    made = []
+
+    def train(given):
+        made.append(given)
+        return text.load_encoder("demo"), {}
+
+    monkeypatch.setattr(demo.text_encoder, "train", train)
+    folder = demo.encoder_folder(tmp_path)
+    assert demo.encoder_folder(tmp_path) == folder and len(made) == 1
+    assert text.load_encoder(folder).sha256 == text.load_encoder("demo").sha256
+
+
 @pytest.mark.long
 def test_the_demo_draws_what_it_was_shown(tmp_path):
-    command = [sys.executable, "demo.py", "--workdir", str(tmp_path / "run")]
+    command = [sys.executable, "demo.py", "--data", "bundled", "--workdir", str(tmp_path / "run")]
     out = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     (right,) = re.findall(r"(\d+) of 64 drawn pictures are nearer to their own", out)
     assert int(right) >= 52, out
