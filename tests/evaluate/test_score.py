@@ -87,3 +87,37 @@ def test_damaged_images_are_counted_and_named(command, tmp_path, capsys):
     assert "1 left out; the first: 5.png: corrupt picture" in capsys.readouterr().out
     with pytest.raises(UserError, match="is drawn at any size: give --image-size"):
         command("--samples", "scenes:counts", "--reference", one)
+
+
+def test_clip_scores_images_with_their_captions(command, tmp_path, monkeypatch, capsys):
+    """A stand-in that embeds red in an image, and the word in a text."""
+
+    class Stub:
+        def embed_images(self, images):
+            red = np.array([image[..., 1].min() < 100 for image in images])
+            return np.stack([red, ~red], axis=1).astype(float)
+
+        def embed_texts(self, texts):
+            red = np.array(["red" in text for text in texts])
+            return np.stack([red, ~red], axis=1).astype(float)
+
+    monkeypatch.setattr(score, "load_clip", lambda folder: Stub())
+    folder = tmp_path / "a"
+    folder.mkdir()
+    for name, value, text in (
+        ("0", 0, "red"),
+        ("1", 255, "white"),
+        ("2", 255, "red"),
+        ("3", 0, ""),
+    ):
+        pixels = np.full((8, 8, 3), 255, np.uint8)
+        pixels[..., 1:] = value
+        Image.fromarray(pixels).save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(text)
+    found = command("--samples", folder, "--metrics", "clip", "--clip", "unused")
+    assert found["captioned"] == 3 and found["r_precision"] == pytest.approx(2 / 3)
+    assert found["clip"] == pytest.approx(200 / 3)
+    assert "1 left out; the first: 3.png: empty caption" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        command("--samples", folder)
+    assert "--metrics fid kid pr needs --reference." in capsys.readouterr().err
