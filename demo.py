@@ -1,11 +1,13 @@
-"""The demo behind `make demo`: a small cascade learns to draw captions of coloured shapes.
+"""The demos behind `make demo` and `make demo-scenes`, small cascades that learn on a CPU.
 
-It never sees a red triangle, a tenth of all combinations of two objects, or some numbers of some
-objects, and is asked for these at the end: `scenes` (imagen_jax/data/scenes.py). An encoder learns
-to read captions, three stages (8 -> 16 -> 32 pixels) learn to draw, and RUN/demo.png shows what
-they make of captions that they were never given, beside true images.
+`bundled`: two stages, 16 -> 32 pixels, learn 64 captioned emoji by heart. Every caption is drawn,
+and in a separate row a few new combinations, beside the real pictures.
 
-With `--data bundled` a cascade of two stages learns 64 captioned emoji by heart instead.
+`scenes`: an encoder learns to read captions of coloured shapes, three stages (8 -> 16 -> 32 pixels)
+to draw them. They never see a red triangle, a tenth of all combinations of two objects, or some
+numbers of some objects (imagen_jax/data/scenes.py), are asked for these at the end, and judged.
+
+Either writes RUN/demo.png.
 
 Stopped by Ctrl-C, it resumes when started again.
 """
@@ -30,8 +32,8 @@ from train import loop, text_encoder
 from train.settings import Settings
 
 SEED = 0
-COND_SCALE = {"scenes": (3.0, 1.0, 1.0), "bundled": (2.0, 1.0)}  # guidance, by U-Net
-PRESET = {"scenes": "scenes", "bundled": "demo"}
+COND_SCALE = {"bundled": (2.0, 1.0), "scenes": (3.0, 2.0, 1.0)}  # guidance, by U-Net
+PRESET = {"bundled": "demo", "scenes": "scenes"}
 LONG = 4  # times the steps of the demo
 BATCH_SIZE = 35  # images drawn at once
 COLUMNS = 8
@@ -41,15 +43,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", choices=PRESET, default="scenes", help="default: scenes")
-    parser.add_argument("--workdir", type=Path, help="default: runs/demo, or runs/bundled")
+    parser.add_argument("--data", choices=PRESET, default="bundled", help="default: bundled")
+    parser.add_argument("--workdir", type=Path, help="default: runs/demo, or runs/scenes")
     parser.add_argument("--long", action="store_true", help=f"{LONG} times the steps")
     parser.add_argument("--steps", type=int, nargs="+", help="of each U-Net")
     parser.add_argument(
         "--num-images", type=int, default=100, help="judged of each kind of caption"
     )
     args = parser.parse_args()
-    workdir = args.workdir or Path("runs", "demo" if args.data == "scenes" else args.data)
+    workdir = args.workdir or Path("runs", "demo" if args.data == "bundled" else args.data)
     recipes = RECIPES[PRESET[args.data]]
     steps = args.steps or [recipe.steps * (LONG if args.long else 1) for recipe in recipes]
 

@@ -145,7 +145,7 @@ def scenes() -> ImagenConfig:
         image_sizes=(8, 16, 32),
         text_encoder_name="demo",
         elucidated=ElucidatedConfig(
-            P_mean=(0.3, -0.4, -0.8), sigma_data=0.9, sigma_min=0.02, sigma_max=40
+            P_mean=(0.3, -0.3, -0.8), sigma_data=0.9, sigma_min=0.02, sigma_max=40
         ),
         lowres_noise_schedule="cosine",
         lowres_sample_noise_level=0.1,
@@ -192,9 +192,9 @@ RECIPES: dict[str, tuple[Recipe, ...]] = {
     "imagen": (dataclasses.replace(PAPER, optimizer="adafactor"), PAPER, PAPER),
     "demo": (_DEMO, dataclasses.replace(_DEMO, steps=1000, lr=2e-3)),
     "scenes": (
-        dataclasses.replace(_DEMO, steps=7000, lr=2e-3, ema_decay=0.998),
-        dataclasses.replace(_DEMO, steps=2500, lr=2e-3, ema_decay=0.998),
-        dataclasses.replace(_DEMO, steps=600, lr=2e-3),
+        dataclasses.replace(_DEMO, steps=8000, lr=2e-3, ema_decay=0.998),
+        dataclasses.replace(_DEMO, steps=7000, batch_size=8, lr=2e-3, ema_decay=0.998),
+        dataclasses.replace(_DEMO, steps=700, batch_size=8, lr=2e-3),
     ),
 }
 """By preset, one recipe per U-Net."""
