@@ -26,10 +26,8 @@ from imagen_jax.data.scenes import COLOURS, LARGE, SHAPES, SMALL, Content, Kind,
 
 WORKED_AT = 64  # pixels along the shorter side, at most: larger images are reduced
 BLUR = 0.5  # standard deviation of what noise is smoothed by, in pixels
-BLURS = (
-    0.5,
-    0.9,
-)  # of the shapes that an object is compared with: of sharp images, and of soft ones
+# Standard deviations of the shapes that an object is compared with: of sharp images, and of soft.
+BLURS = (0.5, 0.9)
 LEAST_AREA = 0.006  # of a region that counts, of the shorter side squared: half the smallest object
 LEAST_OVERLAP = 0.75  # with the shape that an object has
 WHITE = np.ones(3, np.float32)
@@ -135,9 +133,8 @@ def _on(
         taken |= filled
         hole = filled & ~region
         if hole.sum() >= least:
-            found += _on(
-                PALETTE[colour], image, ndimage.binary_dilation(hole, np.ones((3, 3)), 2) & filled
-            )
+            inside = ndimage.binary_dilation(hole, np.ones((3, 3)), 2) & filled
+            found += _on(PALETTE[colour], image, inside)
         mine = ndimage.binary_dilation(filled, np.ones((3, 3)), 2) & where
         mine &= filled | ~np.any([one[2] for one in regions], axis=0)
         solid = filled & ndimage.binary_dilation(hole, np.ones((3, 3)), 2)
