@@ -169,7 +169,7 @@ class Theirs:
         return {name: x.numpy().copy() for name, x in self.imagen.unets[0].state_dict().items()}
 
     def step(self, batch: dict[str, np.ndarray]) -> float:
-        given = {name: self.torch.from_numpy(value) for name, value in batch.items()}
+        given = {name: self.torch.tensor(value) for name, value in batch.items()}
         nchw = {name: given[name].permute(0, 3, 1, 2) for name in ("images", "noise")}
         patch = mock.patch.object
         with (
