@@ -22,6 +22,7 @@ from imagen_jax.diffusion.grids import SPACINGS
 from imagen_jax.diffusion.guidance import SCHEDULES, make_interval
 from imagen_jax.diffusion.samplers import SAMPLERS
 from imagen_jax.errors import UserError
+from imagen_jax.memory import Memory
 from imagen_jax.pipeline import SAMPLER, Pipeline, sampling_defaults
 from imagen_jax.sampling import Progress
 
@@ -77,6 +78,10 @@ class Sampling:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """What the networks compute in; `auto` is bfloat16 on accelerators and float32 on a CPU.
     float32 is exact there too (no TF32), at several times the cost."""
+    memory: Memory = "auto"
+    """Where the weights of the encoder and the U-Nets are while another of them runs: `resident` on
+    the device, `streamed` in the host's memory. `auto` streams what would take more than half of
+    the device's memory."""
 
     def __post_init__(self):
         counts = [(name, (getattr(self, name),)) for name in self.counts] + [("steps", self.steps)]
@@ -215,6 +220,7 @@ def open_pipeline(
         weights=given.weights,
         t5=given.t5,
         unet_numbers=unet_numbers,
+        memory=given.memory,
     )
     for number, read in pipeline.choices.items():
         for note in read.notes:

@@ -70,7 +70,12 @@ def main() -> None:
     if not len(source):
         raise UserError(f"{given.data}: no image is held out; see --heldout-fraction.")
     pipeline = Pipeline.load(
-        run, mesh=make_layout(given.mesh), dtype=dtype, weights=given.weights, t5=given.t5
+        run,
+        mesh=make_layout(given.mesh),
+        dtype=dtype,
+        weights=given.weights,
+        t5=given.t5,
+        memory="resident",
     )
     numbers = [n for n in pipeline.choices if not is_null(pipeline, n)]
     results = {}

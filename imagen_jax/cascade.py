@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
@@ -15,6 +16,7 @@ from imagen_jax.diffusion.guidance import Guidance, make_interval, make_schedule
 from imagen_jax.diffusion.process import Process, RenoiseVariance
 from imagen_jax.diffusion.samplers import Grid, make_grid
 from imagen_jax.errors import UserError
+from imagen_jax.memory import to_device
 from imagen_jax.resize import resize
 from imagen_jax.sampling import Given, OnStep, Program, Progress, Randomness
 from imagen_jax.sharding import Layout
@@ -345,8 +347,9 @@ def _sample_stage(
         sigma_max=own("sigma_max"),
     )
     guidance = request.guidance(stage.process, grid, own("cond_scale"))
-    return sampling.sample_stage(
-        params,
+    weights = to_device(params)
+    images = sampling.sample_stage(
+        weights,
         request.program(stage, dtype, guided),
         given,
         randomness,
@@ -357,6 +360,8 @@ def _sample_stage(
         progress=request.progress,
         on_step=request.on_step,
     )
+    # Streamed weights leave the device before those of the next stage come.
+    return images if weights is params else jax.block_until_ready(images)
 
 
 def check_text(config: ImagenConfig, text_embeds: TextEmbeds | None, count: int | None) -> None:

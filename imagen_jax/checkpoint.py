@@ -33,7 +33,7 @@ from etils import epath
 from flax import nnx
 from jax.typing import DTypeLike
 
-from imagen_jax import nn, storage
+from imagen_jax import memory, nn, storage
 from imagen_jax.config import ImagenConfig, NullUnetConfig
 from imagen_jax.errors import UserError, first_line
 from imagen_jax.fields import first_difference
@@ -411,12 +411,14 @@ def load(
     mesh: str | Layout | None = None,
     unet_numbers: Sequence[int] | None = None,
     choices: Mapping[int, Choice] | None = None,
+    on_host: bool = False,
 ) -> Imagen:
     """Loads the cascade of a run directory, with the newest weights of its U-Nets.
 
     The networks compute in `dtype`. Parameters are read in `param_dtype`: float32 for training;
     for sampling only, `dtype` gives the same results. `mesh`, e.g. "8x1" or "auto", distributes
-    them over devices, each of which reads its part.
+    them over devices, each of which reads its part. `on_host`: they wait in the host's memory, and
+    are on the devices while their stage samples.
     `unet_numbers` selects the U-Nets to load. Those not loaded, or never trained, are `NullUnet`s,
     which `Imagen.sample` rejects.
     `weights` "ema" falls back to the online ones if no average is stored. Newer steps that are
@@ -433,6 +435,8 @@ def load(
     unets = [nn.NullUnet() for _ in config.unets]
     for number, choice in choices.items():
         params = load_params(run, number, choice, layout=layout, dtype=param_dtype)
+        if on_host:
+            params = memory.to_host(params)
         unets[number - 1] = nn.bind(config.unets[number - 1], params, dtype=dtype)
     return Imagen(config, unets=unets, layout=layout, text_encoder=read_text_encoder(run))
 

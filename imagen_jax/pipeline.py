@@ -25,6 +25,7 @@ from imagen_jax.checkpoint import Choice, Weights
 from imagen_jax.config import ImagenConfig
 from imagen_jax.errors import UserError
 from imagen_jax.imagen import Imagen
+from imagen_jax.memory import Memory, nbytes, streams, to_host
 from imagen_jax.pixels import to_pil
 from imagen_jax.sampling import OnStep
 from imagen_jax.sharding import Layout, make_layout
@@ -66,6 +67,7 @@ class Pipeline:
     dtype: np.dtype
     layout: Layout | None
     text_encoder_name: str
+    memory: Memory
 
     @classmethod
     def load(
@@ -76,6 +78,7 @@ class Pipeline:
         dtype: DTypeLike | None = None,
         weights: Weights = "ema",
         t5: str | None = None,
+        memory: Memory = "auto",
         unet_numbers: Sequence[int] | None = None,
     ) -> "Pipeline":
         """The cascade of a run directory.
@@ -83,9 +86,11 @@ class Pipeline:
         `mesh`, as "8x1" or "auto", distributes weights and images over devices; None is the first
         one. `dtype` is what weights are kept and computed in (default: `nn.compute_dtype`). `t5` is
         the folder or name of the cascade's encoder, where that is not its `text_encoder_name`.
-        `unet_numbers` are the U-Nets to load. What is read of each is decided here (`choices`),
-        before anything is loaded. Raises UserError if `run` is not a run directory, or for a mesh
-        that the devices do not have.
+        `memory` says where weights are while their network does not run: `resident` on the device,
+        `streamed` in the host's memory; `auto` streams what would take more than half of the
+        device's. `unet_numbers` are the U-Nets to load. What is read of each is decided here
+        (`choices`), before anything is loaded. Raises UserError if `run` is not a run directory, or
+        for a mesh that the devices do not have.
         """
         config = checkpoint.read_config(run)
         return cls(
@@ -95,6 +100,7 @@ class Pipeline:
             dtype=nn.compute_dtype(dtype),
             layout=make_layout(mesh) if isinstance(mesh, str) else mesh,
             text_encoder_name=t5 or config.text_encoder_name,
+            memory=memory,
         )
 
     @functools.cached_property
@@ -107,22 +113,27 @@ class Pipeline:
             param_dtype=self.dtype,
             mesh=self.layout,
             choices=self.choices,
+            on_host=streams(self.memory, self._unet_bytes(), self.layout),
         )
 
     @functools.cached_property
     def encoder(self) -> text.TextEncoder:
         """The text encoder in `dtype`. Raises UserError if it is not the cascade's."""
-        return text.cascade_encoder(
+        encoder = text.cascade_encoder(
             self.config,
             name=self.text_encoder_name,
             dtype=self.dtype,
             layout=self.layout,
             recorded=checkpoint.read_text_encoder(self.run),
         )
+        if streams(self.memory, nbytes(encoder.params) + self._unet_bytes(), self.layout):
+            encoder = dataclasses.replace(encoder, params=to_host(encoder.params))
+        return encoder
 
-    def release_encoder(self) -> None:
-        """Gives the encoder's memory back; the next use reads it again."""
-        self.__dict__.pop("encoder", None)
+    def _unet_bytes(self) -> int:
+        """Of the parameters of the U-Nets to load."""
+        unets = [self.config.unets[number - 1] for number in self.choices]
+        return sum(nbytes(nn.stored_shapes(nn.abstract(one)[1], self.dtype)) for one in unets)
 
     def __call__(
         self,

@@ -104,8 +104,8 @@ class Drawing:
         ]
 
     def encode(self, jobs: Sequence[Job]) -> tuple[Embeddings | None, Embeddings | None]:
-        """Embeddings of the prompts and of the negative ones. Each text is encoded once, and the
-        encoder leaves its memory to the U-Nets afterwards; what it cuts is said."""
+        """Embeddings of the prompts and of the negative ones. Each text is encoded once;
+        what is cut of it is said."""
         if not self.config.condition_on_text:
             return None, None
         if self.pipeline.encoder.is_demo:
@@ -116,7 +116,6 @@ class Drawing:
         if any(job.negative_prompt for job in jobs):
             negative = [job.negative_prompt for job in jobs]
             negatives = self._encoded(negative, self.pipeline.encode_negative)
-        self.pipeline.release_encoder()
         return prompts, negatives
 
     def _encoded(self, texts: Sequence[str], encode: Callable) -> Embeddings:

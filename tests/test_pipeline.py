@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import imagen_jax
-from imagen_jax import ElucidatedConfig, checkpoint, nn, presets
+from imagen_jax import ElucidatedConfig, checkpoint, memory, nn, presets
 from imagen_jax.errors import UserError
 from imagen_jax.pipeline import Embeddings, Pipeline, padded, sampling_defaults
 from imagen_jax.streams import RUN, image_seeds, row_keys, stream
@@ -115,6 +115,52 @@ def test_the_library_holds_one_encoder_of_the_networks_dtype(run, embeddings):
     imagen.release_encoder()
     gc.collect()
     assert encoder() is None
+
+
+@pytest.mark.parametrize("mesh", [None, "2x1"])
+def test_streamed_weights_are_on_the_device_while_their_network_runs(run, mesh):
+    """At every step only one network's weights are there, and the images are the same."""
+    drawn, there, sizes = {}, {}, {}
+    for way in ("resident", "streamed"):
+        gc.collect()
+        before, there[way] = on_device(), {}
+        pipeline = Pipeline.load(run, mesh=mesh, memory=way)
+
+        def look(number, step, *_, before=before, there=there[way]):
+            gc.collect()
+            there[number] = max(there.get(number, 0), on_device() - before)
+
+        embeddings = pipeline.encode(["a red apple"])
+        drawn[way] = images(pipeline, embeddings, [0], on_step=look)
+        sizes = {n: memory.nbytes(nn.params_of(pipeline.imagen.unets[n - 1])) for n in (1, 2)}
+        sizes["encoder"] = memory.nbytes(pipeline.encoder.params)
+        del pipeline
+    np.testing.assert_array_equal(drawn["streamed"], drawn["resident"])
+    for number in (1, 2):
+        elsewhere = sum(sizes.values()) - sizes[number]
+        if mesh is None:
+            assert there["resident"][number] - there["streamed"][number] == elsewhere
+
+
+def on_device() -> int:
+    """Bytes in the first device's memory; arrays that share a buffer count once."""
+    buffers = {}
+    for x in jax.live_arrays():
+        if x.sharding.memory_kind == "device" and x.sharding.device_set == {jax.devices()[0]}:
+            buffers[x.unsafe_buffer_pointer()] = x.nbytes
+    return sum(buffers.values())
+
+
+def test_auto_streams_what_takes_more_than_half_of_the_device(monkeypatch):
+    assert not memory.streams("auto", 2**60)  # a CPU does not say how much it has
+    assert memory.streams("streamed", 1) and not memory.streams("resident", 2**60)
+
+    class Device:
+        def memory_stats(self):
+            return {"bytes_limit": 16 * 2**30}
+
+    monkeypatch.setattr(jax, "devices", lambda: [Device()])
+    assert memory.streams("auto", 9 * 2**30) and not memory.streams("auto", 7 * 2**30)
 
 
 def test_a_run_refuses_another_encoder(run, tmp_path):

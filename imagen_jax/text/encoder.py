@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Int32
 from tokenizers import Tokenizer
 
+from imagen_jax import memory
 from imagen_jax.config import T5_WIDTHS, ImagenConfig
 from imagen_jax.errors import UserError
 from imagen_jax.sharding import Layout
@@ -94,7 +95,7 @@ class TextEncoder:
         `tokens`, so `trim` them where a process has all rows.
         """
         rows = None if self.layout is None else self.layout.rows(len(tokens))
-        return _embed(self.config, length, self.layout, rows)(self.params, tokens)
+        return _embed(self.config, length, self.layout, rows)(memory.to_device(self.params), tokens)
 
     def __call__(
         self, captions: Sequence[str], *, length: int = TEXT_LENGTH
