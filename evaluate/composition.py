@@ -81,6 +81,7 @@ def measure(given: Settings) -> dict[str, Measured]:
     options, numbers = given.options(config), given.unet_numbers(config)
     pipeline = open_pipeline(given, print, numbers)
     folder = storage.folder(given.out or given.run / "evaluation")
+    storage.check_writable(folder)
     measured = {}
     for level in dict.fromkeys(given.levels):
         chosen = scenes_of(level, given.num_images)

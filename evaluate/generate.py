@@ -58,6 +58,7 @@ def main() -> None:
     prompts = read_prompts(given.prompts, given.num_images)
     pipeline = open_pipeline(given, print, numbers)
     folder = storage.folder(given.out)
+    storage.check_writable(folder)
     folder.mkdir(parents=True, exist_ok=True)
     start(folder / RECORD, record(pipeline, given, options, prompts))
     done = {path.name for path in folder.iterdir()}

@@ -64,6 +64,8 @@ class Settings:
 def main() -> None:
     given = tyro.cli(Settings, prog="python -m evaluate.loss")
     run = storage.folder(given.checkpoint)
+    folder = storage.folder(given.out or run / "evaluation")
+    storage.check_writable(folder)
     dtype = nn.compute_dtype(None if given.dtype == "auto" else given.dtype)
     commands.use_precision(dtype)
     source = open_source(given.data, split="heldout", heldout_fraction=given.heldout_fraction)
@@ -84,7 +86,6 @@ def main() -> None:
             print(f"note: {note}")
         results[f"unet{number}"] = losses(pipeline, number, source, given)
     print(table(results))
-    folder = storage.folder(given.out or run / "evaluation")
     folder.mkdir(parents=True, exist_ok=True)
     about = {"data": source.name, "num_images": given.num_images, "seed": given.seed}
     about["checkpoint_steps"] = {f"unet{n}": pipeline.choices[n].step for n in numbers}

@@ -43,6 +43,17 @@ def check_clients(path: epath.Path) -> None:
         raise UserError(f"{path}: {error}. It needs: pip install -e '.[gcs]'") from error
 
 
+def check_writable(path: epath.Path) -> None:
+    """Raises UserError for a local folder, which need not exist yet, that cannot be written to."""
+    if is_remote(path):
+        return
+    nearest = next(one for one in (path, *path.parents) if one.exists())
+    if not nearest.is_dir():
+        raise UserError(f"{nearest} is a file: no folder can be there.")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"{nearest}: no permission to write there.")
+
+
 def is_remote(path: str | os.PathLike) -> bool:
     """Whether this is an object store."""
     return "://" in os.fspath(path)

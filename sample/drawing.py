@@ -65,14 +65,15 @@ class Drawing:
 
     @classmethod
     def open(cls, command: str, given: Settings, *, first: int = 1) -> "Drawing":
-        """Checks the settings against the cascade; its weights are read when they are needed.
+        """Checks the settings against the cascade, and the folder to write to; weights are read
+        when they are needed.
 
         Prints which steps are passed over, and where no average is stored. Raises UserError.
         """
         config = checkpoint.read_config(given.run)
         options, numbers = given.options(config), given.unet_numbers(config, first)
         hooks = Hooks.open(given)
-        return cls(
+        drawing = cls(
             command=command,
             given=given,
             pipeline=open_pipeline(given, given.say, numbers),
@@ -80,6 +81,8 @@ class Drawing:
             first=first,
             hooks=hooks,
         )
+        storage.check_writable(drawing.folder)
+        return drawing
 
     @property
     def config(self) -> ImagenConfig:

@@ -6,6 +6,9 @@ from collections.abc import Iterator
 
 import jax
 
+PROGRAMS = {"jit(start)", "jit(advance)", "jit(finish)"}
+"""Of a stage's sampling."""
+
 
 @contextlib.contextmanager
 def compilations(caplog) -> Iterator[list[str]]:

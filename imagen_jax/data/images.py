@@ -34,7 +34,6 @@ _DAMAGED = (
     OverflowError,
     struct.error,
     zlib.error,
-    Image.DecompressionBombError,
 )
 
 
@@ -120,6 +119,9 @@ def _one_line_for_damage() -> Iterator[None]:
         raise
     except UnidentifiedImageError as error:  # its message shows the address of the buffer
         raise UserError("corrupt picture: no known format") from error
+    except Image.DecompressionBombError as error:
+        most = 2 * Image.MAX_IMAGE_PIXELS
+        raise UserError(f"too large: at most {most:,} pixels are read") from error
     except _DAMAGED as error:
         why = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"corrupt picture: {why}") from error

@@ -1,6 +1,8 @@
 """Decoding: every kind of image becomes the right pixels, or one line that says why not."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -19,6 +21,14 @@ def encode(picture: Image.Image, kind: str = "png", **options) -> bytes:
 
 def flat(mode: str, colour, size=(10, 8)) -> Image.Image:
     return Image.new(mode, size, colour)
+
+
+def claims(height: int, width: int) -> bytes:
+    """A small PNG whose header says that it has this size."""
+    data = bytearray(encode(flat("L", 0)))
+    data[16:24] = struct.pack(">II", width, height)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    return bytes(data)
 
 
 TRANSPARENT_PALETTE = flat("P", 1)
@@ -174,6 +184,7 @@ def test_pixels_are_accepted_as_they_are():
         (b"", 3, "corrupt picture"),
         (encode(flat("RGB", 0, (64, 64)), "jpeg")[:-40], 3, "corrupt picture"),
         (encode(Image.effect_noise((64, 64), 90))[:-900], 3, "corrupt picture"),
+        (claims(40_000, 40_000), 3, "too large: at most 178,956,970 pixels are read"),
         (encode(flat("RGB", 0, (40, 5))), 3, "smaller than 8x8 pixels .*: 5x40"),
         (encode(flat("F", 0.5), "tiff"), 3, "mode F have no fixed range"),
         (encode(flat("RGB", 0)), 2, "channels must be 1, 3 or 4, got 2"),

@@ -5,27 +5,33 @@ import pytest
 from PIL import Image
 
 from imagen_jax.errors import UserError
+from tests.compilations import PROGRAMS, compilations
 from tests.sample.conftest import pixels, recorded
 
 
-def test_strength(run, command, tmp_path):
-    """The stronger, the further from the file; a stage larger than the file draws freely."""
+def test_strength(run, command, tmp_path, caplog):
+    """The stronger, the further from the file, with one compiled program; a stage larger than the
+    file draws freely."""
     gradient = np.tile(np.linspace(0, 255, 48).astype(np.uint8)[None, :, None], (32, 1, 3))
     Image.fromarray(gradient).save(tmp_path / "large.png")
     Image.fromarray(gradient[8:20, 8:20]).save(tmp_path / "small.png")
     start = np.asarray(
         Image.open(tmp_path / "large.png").resize((24, 16), Image.Resampling.BICUBIC)
     )[:, 4:20].astype(int)
-    distances = []
+    distances, compiled = [], []
     for strength in (0.1, 0.5, 1.0):
         out = tmp_path / str(strength)
-        command(
-            run, "--image", tmp_path / "large.png", "--prompt", "x", "--strength", strength,
-            "--steps", 10, "--out", out, name="image_to_image",
-        )  # fmt: skip
-        found = pixels(out / "x-0.png")
-        assert found.shape == (16, 16, 3) and recorded(out / "x-0.png")["strength"] == strength
+        with compilations(caplog) as names:
+            command(
+                run, "--image", tmp_path / "large.png", "--prompt", "x", "--strength", strength,
+                "--seed", int(10 * strength), "--steps", 10, "--out", out, name="image_to_image",
+            )  # fmt: skip
+        compiled.append(PROGRAMS & set(names))
+        (path,) = out.glob("x-*.png")
+        found = pixels(path)
+        assert found.shape == (16, 16, 3) and recorded(path)["strength"] == strength
         distances.append(np.abs(found - start).mean())
+    assert compiled[1:] == [set(), set()]
     assert distances[0] < distances[1] < distances[2]
     command(
         run, "--image", tmp_path / "small.png", "--prompt", "x", "--steps", 3,

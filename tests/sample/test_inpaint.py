@@ -6,6 +6,7 @@ from PIL import Image
 
 from imagen_jax.errors import UserError
 from sample import inpaint
+from tests.compilations import PROGRAMS, compilations
 from tests.sample.conftest import pixels, recorded
 
 RANDOM = np.random.default_rng(0)
@@ -35,6 +36,16 @@ def test_the_rest_keeps_its_pixels(run, command, tmp_path, height, width):
     assert np.abs(found - before)[again].mean() > 20
     recipe = recorded(path)
     assert recipe["image"] == "image.png" and recipe["size"] == [height, width]
+
+
+def test_another_image_mask_or_number_compiles_nothing(run, command, tmp_path, caplog):
+    first, _ = files(tmp_path, 16, 16, (4, 8, 4, 8))
+    command(run, *first, *STEPS, "--out", tmp_path / "out", name="inpaint")
+    other, _ = files(tmp_path, 30, 41, (0, 9, 20, 30))
+    more = ("--prompt", "y", "--steps", 3, "--resample-times", 1, "--seed", 4, "--cond-scale", 5, 1)
+    with compilations(caplog) as names:
+        command(run, *other, *more, "--out", tmp_path / "out", name="inpaint")
+    assert not PROGRAMS & set(names)
 
 
 def test_the_cut_holds_the_mask():

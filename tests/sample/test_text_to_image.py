@@ -226,6 +226,22 @@ def test_a_mistake_is_named_and_nothing_written(run, command, tmp_path, argument
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["text_to_image", "image_to_image", "upscale", "interpolate"])
+def test_a_folder_that_cannot_be_is_named_before_anything_is_drawn(
+    run, command, tmp_path, monkeypatch, name
+):
+    monkeypatch.setattr(Pipeline, "generate", None)
+    image = tmp_path / "image.png"
+    Image.new("RGB", (16, 16)).save(image)
+    given = ("--image", image) if name in ("image_to_image", "upscale") else ()
+    with pytest.raises(UserError, match="image.png is a file: no folder can be there"):
+        prompts = ("--prompt", "x") * (2 if name == "interpolate" else 1)
+        command(run, *given, *prompts, "--out", image / "deeper", name=name)
+    with pytest.raises(UserError, match="no permission to write there"):
+        monkeypatch.setattr(os, "access", lambda *_: False)
+        command(run, *given, *prompts, "--out", tmp_path / "new", name=name)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
