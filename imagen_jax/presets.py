@@ -8,6 +8,7 @@ import dataclasses
 from typing import Literal
 
 from imagen_jax.config import ElucidatedConfig, ImagenConfig, UnetConfig
+from imagen_jax.if_config import IFUnetConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,35 @@ def SRUnet256(**overrides) -> UnetConfig:
 def SRUnet1024(**overrides) -> UnetConfig:
     """The 256 -> 1024 U-Net: `SRUnet256` without self-attention."""
     return SRUnet256(**dict(layer_attns=False) | overrides)
+
+
+def ImagenBase64(**overrides) -> IFUnetConfig:
+    """The paper's own base (appendix F.1), text to 64 x 64: text and image attended to at once,
+    BigGAN's resampling, pooled text. 2.3 billion parameters with T5-XXL."""
+    paper = dict(dim=512, activation="silu", learned_variance=False)
+    return IFUnetConfig(**paper | overrides)
+
+
+def IFStageI(size: Literal["M", "L", "XL"] = "XL", **overrides) -> IFUnetConfig:
+    """DeepFloyd IF's base, text to 64 x 64: 0.4, 0.9 or 4.3 billion parameters. Of M and L no
+    configuration is public: their widths are inferred from published sizes."""
+    return IFUnetConfig(**dict(dim={"M": 192, "L": 320, "XL": 704}[size]) | overrides)
+
+
+def IFStageII(size: Literal["M", "L"] = "L", **overrides) -> IFUnetConfig:
+    """DeepFloyd IF's 64 -> 256: 0.5 or 1.2 billion parameters (the width of M is inferred)."""
+    dim = {"M": 96, "L": 160}[size]
+    published = dict(
+        dim=dim,
+        dim_mults=(1, 2, 4, 6, 8),
+        num_resnet_blocks=(2, 2, 3, 5, 5),
+        layer_attns=(False, False, False, True, True),
+        time_cond_dim=8 * dim,
+        lowres_cond=True,
+        activate_time_once=True,
+        skip_scale=1 / 0.7071,
+    )
+    return IFUnetConfig(**published | overrides)
 
 
 def imagen() -> ImagenConfig:

@@ -71,6 +71,7 @@ AXES = dict.fromkeys("fwmldk_") | {"b": DATA, "h": MODEL, "p": MODEL, "c": MODEL
 # split by rows: split by columns, one half of the devices would hold the keys and the other the
 # values. Kernels not named here are split along the larger of the two axes.
 _COLUMN = {"block1", "res_conv", "to_q", "expand", "squeeze", "q", "k", "v", "wi", "wi_0", "wi_1"}
+_COLUMN |= {"text_k", "text_v"}
 _ROW = {"block2", "to_kv", "to_context", "to_out", "contract", "excite", "time_mlp", "o", "wo"}
 
 

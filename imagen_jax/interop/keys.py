@@ -18,7 +18,7 @@ import numpy as np
 from imagen_jax import nn
 from imagen_jax.config import NullUnetConfig, UnetConfig
 from imagen_jax.errors import UserError
-from imagen_jax.interop.table import UNET, Change
+from imagen_jax.interop.table import UNET, Change, Table
 from imagen_jax.types import Params
 
 SHOWN = 40  # rows of a table of problems
@@ -51,7 +51,9 @@ class MisfitError(UserError):
         super().__init__(f"{len(problems)} of {count} tensors do not fit.\n  {table}")
 
 
-def to_jax(state_dict: Mapping[str, Any], target: Params, *, prefix: str = "") -> Params:
+def to_jax(
+    state_dict: Mapping[str, Any], target: Params, *, prefix: str = "", table: Table = UNET
+) -> Params:
     """The parameters of a U-Net from the state dict of the reference's, as NumPy arrays.
 
     `target` says what must come out: the pure dict of arrays or `jax.ShapeDtypeStruct`s that
@@ -60,7 +62,7 @@ def to_jax(state_dict: Mapping[str, Any], target: Params, *, prefix: str = "") -
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(target)
     wanted = {_join(path): leaf.shape for path, leaf in leaves}
-    counterparts = _counterparts(tuple(wanted))
+    counterparts = _counterparts(tuple(wanted), table)
     expected = {
         theirs: change.to_torch(np.broadcast_to(0, wanted[ours])).shape
         for ours, (theirs, change) in counterparts.items()
@@ -72,7 +74,7 @@ def to_jax(state_dict: Mapping[str, Any], target: Params, *, prefix: str = "") -
     )
 
 
-def to_torch(params: Params) -> dict[str, np.ndarray]:
+def to_torch(params: Params, *, table: Table = UNET) -> dict[str, np.ndarray]:
     """The state dict of the reference's U-Net that holds these parameters, as NumPy arrays.
 
     Raises ValueError that lists every parameter which is not in the table.
@@ -80,7 +82,7 @@ def to_torch(params: Params) -> dict[str, np.ndarray]:
     leaves = flatten(params)
     return {
         theirs: change.to_torch(np.asarray(leaves[ours]))
-        for ours, (theirs, change) in _counterparts(tuple(leaves)).items()
+        for ours, (theirs, change) in _counterparts(tuple(leaves), table).items()
     }
 
 
@@ -119,7 +121,7 @@ def flatten(params: Params) -> dict[str, Any]:
     return {_join(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
 
 
-def _entries(table: Iterable, prefix: tuple[str, str] = ("", "")) -> Iterator[tuple]:
+def _entries(table: Table, prefix: tuple[str, str] = ("", "")) -> Iterator[tuple]:
     for theirs, ours, entry in table:
         names = prefix[0] + theirs, prefix[1] + ours
         if isinstance(entry, Change):
@@ -129,7 +131,7 @@ def _entries(table: Iterable, prefix: tuple[str, str] = ("", "")) -> Iterator[tu
 
 
 @functools.lru_cache(maxsize=16)
-def _counterparts(names: tuple[str, ...]) -> dict[str, tuple[str, Change]]:
+def _counterparts(names: tuple[str, ...], table: Table) -> dict[str, tuple[str, Change]]:
     """Our name -> the reference's, and how the array changes; for all of a U-Net's names.
 
     Raises ValueError for names that are not in the table.
@@ -139,7 +141,7 @@ def _counterparts(names: tuple[str, ...]) -> dict[str, tuple[str, Change]]:
         block, layered, rest = name.partition(".layers.")
         is_linear = layered and f"{block}.layers.0.attn.to_k.0.kernel" in names
         marked = f"{block}.linear_layers.{rest}" if is_linear else name
-        for pattern, theirs, change in _rules().get(re.sub(r"\d+", "#", marked), ()):
+        for pattern, theirs, change in _rules(table).get(re.sub(r"\d+", "#", marked), ()):
             if match := pattern.fullmatch(marked):
                 for number in match.groups():
                     theirs = theirs.replace("#", number, 1)
@@ -153,10 +155,10 @@ def _counterparts(names: tuple[str, ...]) -> dict[str, tuple[str, Change]]:
 
 
 @functools.cache
-def _rules() -> dict[str, list[tuple[re.Pattern[str], str, Change]]]:
+def _rules(table: Table) -> dict[str, list[tuple[re.Pattern[str], str, Change]]]:
     """The table by our names, their own numbers hidden too: few patterns are left to try."""
     rules = {}
-    for theirs, ours, change in _entries(UNET):
+    for theirs, ours, change in _entries(table):
         pattern = re.compile(re.escape(ours).replace(r"\#", r"(\d+)"))
         rules.setdefault(re.sub(r"\d+", "#", ours), []).append((pattern, theirs, change))
     return rules

@@ -23,6 +23,9 @@ class Change(NamedTuple):
     to_torch: Callable[[np.ndarray], np.ndarray]
 
 
+Table = tuple
+"""Entries (their name, our name, a `Change` or another table)."""
+
 SAME = Change(lambda a: a, lambda a: a)
 FLIP = Change(lambda a: a.T, lambda a: a.T)
 IMAGE = Change(lambda a: a.transpose(2, 3, 1, 0), lambda a: a.transpose(3, 2, 0, 1))

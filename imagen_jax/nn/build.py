@@ -11,6 +11,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
+from imagen_jax.if_config import IFUnetConfig
+from imagen_jax.nn.if_unet import IFUnet
 from imagen_jax.nn.unet import Unet
 from imagen_jax.sharding import Layout
 from imagen_jax.streams import ParamKeys
@@ -25,6 +27,8 @@ from imagen_jax.types import (
     TextMask,
 )
 from imagen_jax.unet_config import UnetConfig
+
+NetworkConfig = UnetConfig | IFUnetConfig
 
 
 @runtime_checkable
@@ -51,12 +55,15 @@ class Network(Protocol):
     ) -> Array: ...
 
 
-NETWORKS: dict[type, Callable[..., nnx.Module]] = {UnetConfig: Unet}
+NETWORKS: dict[type, Callable[..., nnx.Module]] = {
+    UnetConfig: Unet,
+    IFUnetConfig: IFUnet,
+}
 """Type of a configuration -> its network: `Module(config, *, dtype, remat, rngs)`."""
 
 
 def build(
-    config: UnetConfig,
+    config: NetworkConfig,
     *,
     dtype: DTypeLike = jnp.float32,
     remat: str | None = None,
@@ -68,7 +75,7 @@ def build(
 
 @functools.lru_cache(maxsize=64)
 def abstract(
-    config: UnetConfig, dtype: DTypeLike = jnp.float32, remat: str | None = None
+    config: NetworkConfig, dtype: DTypeLike = jnp.float32, remat: str | None = None
 ) -> tuple[nnx.GraphDef, Params]:
     """(graph, a pure dict of ShapeDtypeStructs) of a network, without allocating its parameters."""
     module = nnx.eval_shape(
@@ -78,13 +85,13 @@ def abstract(
     return graph, nnx.to_pure_dict(state)
 
 
-def init_params(config: UnetConfig, key: PRNGKey) -> Params:
+def init_params(config: NetworkConfig, key: PRNGKey) -> Params:
     """New parameters as a pure dict. `init_fn` compiles this function."""
     return params_of(build(config, rngs=ParamKeys(key)))
 
 
 @functools.lru_cache(maxsize=8)
-def init_fn(config: UnetConfig, layout: Layout | None = None) -> Callable[[PRNGKey], Params]:
+def init_fn(config: NetworkConfig, layout: Layout | None = None) -> Callable[[PRNGKey], Params]:
     """A compiled function: key -> new parameters, created where `layout` places them, never
     unsharded.
 
@@ -98,7 +105,11 @@ def init_fn(config: UnetConfig, layout: Layout | None = None) -> Callable[[PRNGK
 
 
 def bind(
-    config: UnetConfig, params: Params, *, dtype: DTypeLike = jnp.float32, remat: str | None = None
+    config: NetworkConfig,
+    params: Params,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    remat: str | None = None,
 ) -> Any:
     """The network with these parameters, as a callable; cheap, also inside a traced function."""
     return nnx.merge(abstract(config, dtype, remat)[0], params)

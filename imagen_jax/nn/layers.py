@@ -31,15 +31,22 @@ def torch_bias_init(fan_in: int):
 
 
 def linear(
-    c_in: int, c_out: int, *, use_bias: bool = True, dtype: DTypeLike, rngs: nnx.Rngs
+    c_in: int,
+    c_out: int,
+    *,
+    use_bias: bool = True,
+    kernel_init=torch_kernel_init,
+    bias_init=None,
+    dtype: DTypeLike,
+    rngs: nnx.Rngs,
 ) -> nnx.Linear:
     """`torch.nn.Linear`, its kernel stored as (c_in, c_out)."""
     return Linear(
         c_in,
         c_out,
         use_bias=use_bias,
-        kernel_init=torch_kernel_init,
-        bias_init=torch_bias_init(c_in),
+        kernel_init=kernel_init,
+        bias_init=bias_init or torch_bias_init(c_in),
         dtype=dtype,
         rngs=rngs,
     )

@@ -13,6 +13,7 @@ decides which quantity is predicted. There are four kinds of conditioning:
 (`text_cond=`).
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -27,6 +28,7 @@ from imagen_jax.nn.attention import KeyValue
 from imagen_jax.nn.blocks import ConvBlock, ResnetBlock
 from imagen_jax.nn.embeddings import TextEmbedding, TimeEmbedding
 from imagen_jax.nn.layers import CrossEmbed, affine_layer_norm, conv, linear
+from imagen_jax.nn.remat import check_policy, join_channels, run
 from imagen_jax.nn.transformer import PerceiverResampler, Transformer
 from imagen_jax.resize import resize
 from imagen_jax.sharding import constrain
@@ -41,15 +43,6 @@ from imagen_jax.types import (
     TextMask,
 )
 from imagen_jax.unet_config import UnetConfig
-
-REMAT_POLICIES = (
-    "nothing_saveable",
-    "dots_with_no_batch_dims_saveable",
-    "dots_saveable",
-    "everything_saveable",
-)
-"""Names in `jax.checkpoint_policies`: what the forward pass saves of a block, least first. Other
-names there are aliases, or functions that build a policy from arguments."""
 
 
 class TextCond(NamedTuple):
@@ -80,8 +73,7 @@ class Unet(nnx.Module):
         remat: str | None = None,
         rngs: nnx.Rngs,
     ):
-        if remat not in (None, *REMAT_POLICIES):
-            raise UserError(f"remat = {remat!r} is not one of {', '.join(REMAT_POLICIES)}.")
+        check_policy(remat)
         self.config, self.dtype, self.remat = config, dtype, remat
         make = dict(dtype=dtype, rngs=rngs)
         cond = dict(time_cond_dim=config.time_cond_dim, norm=config.norm, **make)
@@ -306,7 +298,7 @@ class Unet(nnx.Module):
         key: PRNGKey | None,
     ) -> Array:
         """Computes the prediction from the first convolution's output."""
-        config, run = self.config, self._run
+        config, step = self.config, functools.partial(run, remat=self.remat)
         n = len(self.downs)
         none = [(None, None)] * n
         text_downs, text_ups = (none, none) if text is None else (text.downs, text.ups)
@@ -317,33 +309,33 @@ class Unet(nnx.Module):
         skip_scale = 2**-0.5 if config.scale_skip_connection else 1.0
 
         if self.init_resnet_block is not None:
-            x = run(self.init_resnet_block, x, t)
+            x = step(self.init_resnet_block, x, t)
         skips = []
         for i, level, (text_init, text_attn) in zip(range(n), self.downs, text_downs, strict=True):
             with jax.named_scope(f"down{i}"):
                 x = x if level.before is None else level.before(x)
-                x = run(level.init_block, x, t, tokens, text_init)
+                x = step(level.init_block, x, t, tokens, text_init)
                 for block in level.resnets:
-                    x = run(block, x, t)
+                    x = step(block, x, t)
                     skips.append(x)
                 if level.attn is not None:
-                    x = run(level.attn, x, tokens, text_attn, key=keys[i])
+                    x = step(level.attn, x, tokens, text_attn, key=keys[i])
                 skips.append(x)
                 x = x if level.after is None else level.after(x)
 
         with jax.named_scope("middle"):
-            x = run(self.mid_block1, x, t, tokens, text_mid1)
-            x = x if self.mid_attn is None else run(self.mid_attn, x)
-            x = run(self.mid_block2, x, t, tokens, text_mid2)
+            x = step(self.mid_block1, x, t, tokens, text_mid1)
+            x = x if self.mid_attn is None else step(self.mid_attn, x)
+            x = step(self.mid_block2, x, t, tokens, text_mid2)
 
         features = []
         for i, level, (text_init, text_attn) in zip(range(n), self.ups, text_ups, strict=True):
             with jax.named_scope(f"up{n - 1 - i}"):
-                x = run(level.init_block, x, t, tokens, text_init, skip=skips.pop() * skip_scale)
+                x = step(level.init_block, x, t, tokens, text_init, skip=skips.pop() * skip_scale)
                 for block in level.resnets:
-                    x = run(block, x, t, skip=skips.pop() * skip_scale)
+                    x = step(block, x, t, skip=skips.pop() * skip_scale)
                 if level.attn is not None:
-                    x = run(level.attn, x, tokens, text_attn, key=keys[n + i])
+                    x = step(level.attn, x, tokens, text_attn, key=keys[n + i])
                 features.append(x)
                 x = x if level.after is None else level.after(x)
 
@@ -360,27 +352,14 @@ class Unet(nnx.Module):
                 block(resize(feature, size))
                 for block, feature in zip(self.upsample_combiner, features, strict=True)
             ]
-            x = _join([x, *combined])
+            x = join_channels([x, *combined])
         if self.config.init_conv_to_final_conv_residual:
-            x = _join([x, residual])
+            x = join_channels([x, residual])
         if self.final_res_block is not None:
-            x = self._run(self.final_res_block, x, t)
+            x = run(self.final_res_block, x, t, remat=self.remat)
         if lowres is not None:
-            x = _join([x, jnp.asarray(lowres, x.dtype)])
+            x = join_channels([x, jnp.asarray(lowres, x.dtype)])
         return constrain(self.final_conv(x), "b h w _")
-
-    def _run(
-        self, block: nnx.Module, x: Array, *args, skip: Array | None = None, **kwargs
-    ) -> Array:
-        """Applies the block to `x`, joined with `skip` if given. `remat` recomputes all of this."""
-
-        def call(x, skip, *args, **kwargs):
-            return block(x if skip is None else _join([x, skip]), *args, **kwargs)
-
-        if self.remat is not None:
-            call = jax.checkpoint(call, policy=getattr(jax.checkpoint_policies, self.remat))
-        with jax.named_scope(type(block).__name__):
-            return call(x, skip, *args, **kwargs)
 
 
 class NullUnet(nnx.Module):
@@ -388,11 +367,6 @@ class NullUnet(nnx.Module):
 
     def __init__(self, *, rngs: nnx.Rngs | None = None):
         self.dummy_parameter = nnx.Param(jnp.zeros((1,)))
-
-
-def _join(parts: list[Array]) -> Array:
-    """Concatenates channels, gathered: sharded ones would have to be redistributed."""
-    return jnp.concatenate([constrain(part, "b h w _") for part in parts], axis=-1)
 
 
 def _keep_mask(
