@@ -1,7 +1,13 @@
 """Imagen, the text-to-image cascade, in JAX and Flax."""
 
 from imagen_jax.checkpoint import load, save
-from imagen_jax.config import ElucidatedConfig, ImagenConfig, NullUnetConfig, UnetConfig
+from imagen_jax.config import (
+    DiscreteConfig,
+    ElucidatedConfig,
+    ImagenConfig,
+    NullUnetConfig,
+    UnetConfig,
+)
 from imagen_jax.errors import UserError
 from imagen_jax.imagen import Draws, Imagen
 from imagen_jax.nn import NullUnet, Unet
@@ -15,6 +21,7 @@ __all__ = [
     "Imagen",
     "ImagenConfig",
     "NullUnet",
+    "DiscreteConfig",
     "NullUnetConfig",
     "Pipeline",
     "SRUnet256",

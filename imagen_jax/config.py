@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
+from imagen_jax.diffusion.discrete import Betas, Discrete
 from imagen_jax.diffusion.edm import EDM, RawTimeVP
 from imagen_jax.diffusion.losses import Loss, Objective
 from imagen_jax.diffusion.process import Process
@@ -20,9 +21,12 @@ from imagen_jax.diffusion.schedules import Schedule
 from imagen_jax.diffusion.vp import VP
 from imagen_jax.errors import UserError
 from imagen_jax.fields import Config
+from imagen_jax.if_config import IFUnetConfig
 from imagen_jax.stage import LowRes, SamplingDefaults, Stage, show
 from imagen_jax.types import Size, pair
 from imagen_jax.unet_config import NullUnetConfig, ResizeMode, UnetConfig
+
+AnyUnet = UnetConfig | IFUnetConfig | NullUnetConfig
 
 Real = int | float  # the reference's config class has integers where both make sense
 T = TypeVar("T")
@@ -75,16 +79,40 @@ class ElucidatedConfig(Config):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class DiscreteConfig(Config):
+    """Diffusion in discrete steps, as DeepFloyd IF's (diffusion/discrete.py).
+
+    One value, or one per U-Net, for `sample_max_value`: the most that dynamic thresholding divides
+    by (diffusers' name; IF has 1.5 and 1.0).
+    """
+
+    betas: Betas = "squaredcos_cap_v2"
+    num_train_timesteps: int = 1000
+    sample_max_value: float | tuple[float, ...] = 1.5
+
+    def __post_init__(self):
+        self._check_types()
+        if self.num_train_timesteps < 2:
+            raise UserError(f"num_train_timesteps = {self.num_train_timesteps}: at least 2.")
+        values = self.sample_max_value
+        if min(values if isinstance(values, tuple) else (values,)) < 1:
+            raise UserError(f"sample_max_value = {values} must be at least 1.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ImagenConfig(Config):
     """A cascade. Fields are those of the reference's `Imagen`, without the video ones.
 
-    `elucidated` is added: the hyper-parameters of an `ElucidatedImagen`, None for an `Imagen`.
+    `elucidated` and `discrete` are added: the hyper-parameters of an `ElucidatedImagen`, or of
+    discrete steps; None for an `Imagen`. So is `lowres_noise_range`: the times that the noise of
+    the low-resolution image is drawn from in training. All of it, as in the reference, spends half
+    of the training on images in which the stage cannot see what it is to enlarge.
     The U-Nets are adapted as in the reference: the first has no low-resolution input, all others
     have one, and all get the cascade's text width and channels. After construction, `unets` and
     `image_sizes` are tuples. Each U-Net's size is an integer or (h, w), all of one aspect ratio.
     """
 
-    unets: UnetConfig | NullUnetConfig | tuple[UnetConfig | NullUnetConfig, ...]
+    unets: AnyUnet | tuple[AnyUnet, ...]
     image_sizes: int | Size | tuple[int | Size, ...]
     text_encoder_name: str = "google/t5-v1_1-base"
     text_embed_dim: int | None = None
@@ -98,6 +126,7 @@ class ImagenConfig(Config):
     lowres_noise_schedule: Schedule = "linear"
     lowres_sample_noise_level: float = 0.2
     per_sample_random_aug_noise_level: bool = False
+    lowres_noise_range: tuple[float, float] = (0.0, 1.0)
     condition_on_text: bool = True
     auto_normalize_img: bool = True
     dynamic_thresholding: bool | tuple[bool, ...] = True
@@ -107,9 +136,10 @@ class ImagenConfig(Config):
     min_snr_loss_weight: bool | tuple[bool, ...] = True
     min_snr_gamma: float | tuple[float, ...] = 5.0
     elucidated: ElucidatedConfig | None = None
+    discrete: DiscreteConfig | None = None
 
     def __post_init__(self):
-        if isinstance(self.unets, (UnetConfig, NullUnetConfig)):
+        if isinstance(self.unets, AnyUnet):
             object.__setattr__(self, "unets", (self.unets,))
         self._check_types()
         object.__setattr__(self, "image_sizes", _sizes(self.image_sizes, len(self.unets)))
@@ -142,16 +172,22 @@ class ImagenConfig(Config):
             value = getattr(self, name)
             if isinstance(value, tuple) and len(value) != count:
                 raise UserError(f"{name} = {value} has {len(value)} entries for {count} unets.")
-        for name, value in vars(self.elucidated).items() if self.elucidated else ():
-            if isinstance(value, tuple) and len(value) != count:
-                raise UserError(
-                    f"elucidated.{name} = {value} has {len(value)} entries for {count} unets."
-                )
+        if self.elucidated is not None and self.discrete is not None:
+            raise UserError("elucidated and discrete are two kinds of diffusion: give one of them.")
+        for kind in ("elucidated", "discrete"):
+            part = getattr(self, kind)
+            for name, value in () if part is None else vars(part).items():
+                if isinstance(value, tuple) and len(value) != count:
+                    raise UserError(
+                        f"{kind}.{name} = {value} has {len(value)} entries for {count} unets."
+                    )
         schedules = self.noise_schedules
         if isinstance(schedules, tuple) and len(schedules) > count:
             raise UserError(
                 f"noise_schedules = {schedules} has {len(schedules)} entries for {count} unets."
             )
+        if self.discrete is None and any(getattr(u, "learned_variance", False) for u in self.unets):
+            raise UserError("learned_variance needs a diffusion in discrete steps: discrete.")
         if any(isinstance(unet, NullUnetConfig) for unet in self.unets[1:]):
             raise UserError("a NullUnet can only be the first of the unets.")
         if self.per_stage("random_crop_sizes")[0] is not None:
@@ -168,6 +204,11 @@ class ImagenConfig(Config):
         ):
             if not lo <= getattr(self, name) <= hi:
                 raise UserError(f"{name} = {getattr(self, name)} must lie in [{lo}, {hi}].")
+        low, high = self.lowres_noise_range
+        if not 0 <= low <= high <= 1:
+            raise UserError(
+                f"lowres_noise_range = {self.lowres_noise_range} must rise, within [0, 1]."
+            )
         if self.elucidated is not None:
             for i in range(len(self.unets)):
                 self._process(i).grid(1)  # rejects an empty range of noise
@@ -194,13 +235,13 @@ class ImagenConfig(Config):
                     f"image_sizes = {self.image_sizes}: all stages must have one aspect ratio; "
                     f"{show(size)} is not a multiple of {show(sizes[0])}."
                 )
-            if isinstance(unet, UnetConfig) and any(n % unet.downsampling for n in trained):
+            if not isinstance(unet, NullUnetConfig) and any(n % unet.downsampling for n in trained):
                 raise UserError(
                     f"U-Net {number} reduces the resolution to 1/{unet.downsampling}; "
                     f"its size {show(trained)} is not a multiple of that."
                 )
 
-    def _cast(self, index: int, unet: UnetConfig | NullUnetConfig) -> UnetConfig | NullUnetConfig:
+    def _cast(self, index: int, unet: AnyUnet) -> AnyUnet:
         if isinstance(unet, NullUnetConfig):
             return unet
         return dataclasses.replace(
@@ -249,7 +290,7 @@ class ImagenConfig(Config):
     @property
     def text_len(self) -> int:
         """The number of a caption's tokens that at least one U-Net reads; the rest are cut off."""
-        lengths = [unet.text_len for unet in self.unets if isinstance(unet, UnetConfig)]
+        lengths = [unet.text_len for unet in self.unets if not isinstance(unet, NullUnetConfig)]
         return max(lengths, default=0)
 
     def sampling_defaults(self, unet_number: int) -> SamplingDefaults:
@@ -259,9 +300,14 @@ class ImagenConfig(Config):
         if own is not None:
             steps = int(own.of_stage(i, "num_sample_steps")["num_sample_steps"])
             options = Options(**own.of_stage(i, "S_churn", "S_tmin", "S_tmax", "S_noise"))
+        most = float("inf")
+        if self.discrete is not None:
+            values = self.discrete.sample_max_value
+            most = float(values[i] if isinstance(values, tuple) else values)
         return SamplingDefaults(
             num_steps=steps,
             percentile=self.dynamic_thresholding_percentile,
+            most=most,
             lowres_noise_level=self.lowres_sample_noise_level,
             options=options,
         )
@@ -274,6 +320,13 @@ class ImagenConfig(Config):
     def _process(self, i: int) -> Process:
         if self.elucidated is not None:
             return EDM(**self.elucidated.of_stage(i, *_EDM))
+        if self.discrete is not None:
+            return Discrete(
+                betas=self.discrete.betas,
+                steps=self.discrete.num_train_timesteps,
+                learned_variance=getattr(self.unets[i], "learned_variance", False),
+                loss_type=self.loss_type,
+            )
         gamma = self.per_stage("min_snr_gamma")[i]
         return VP(
             schedule=self.per_stage("noise_schedules")[i],
@@ -286,12 +339,19 @@ class ImagenConfig(Config):
         if i == 0:
             return None
         process = VP(schedule=self.lowres_noise_schedule)
+        if self.discrete is not None:
+            process = Discrete(
+                betas=self.discrete.betas,
+                steps=self.discrete.num_train_timesteps,
+                learned_variance=False,
+            )
         raw = self.elucidated is not None and self.elucidated.lowres_conditioning == "time"
         return LowRes(
             size=pair(self.image_sizes[i - 1]),
             process=process,
             sampling_process=RawTimeVP(schedule=process.schedule) if raw else process,
             per_sample=self.per_sample_random_aug_noise_level,
+            noise_range=self.lowres_noise_range,
         )
 
     @classmethod
@@ -307,6 +367,8 @@ class ImagenConfig(Config):
             data = {**data, "unets": unets}
         if isinstance(data.get("elucidated"), Mapping):
             data = {**data, "elucidated": ElucidatedConfig.from_dict(data["elucidated"])}
+        if isinstance(data.get("discrete"), Mapping):
+            data = {**data, "discrete": DiscreteConfig.from_dict(data["discrete"])}
         return super().from_dict(data)
 
 
@@ -322,7 +384,10 @@ def _sizes(sizes: int | Size | tuple[int | Size, ...], count: int) -> tuple[int 
     return tuple(s if isinstance(s, int) or s[0] != s[1] else s[0] for s in sizes)
 
 
-def _unet_from(data: Any) -> UnetConfig | NullUnetConfig:
+def _unet_from(data: Any) -> AnyUnet:
+    """The kind of network shows in fields that no other has."""
     if not isinstance(data, Mapping):
         return data
-    return (NullUnetConfig if "is_null" in data else UnetConfig).from_dict(data)
+    kinds = {"is_null": NullUnetConfig, "pool_heads": IFUnetConfig}
+    kind = next((kinds[name] for name in kinds if name in data), UnetConfig)
+    return kind.from_dict(data)

@@ -6,7 +6,7 @@ samples at pixel centres, and its linear and cubic modes antialias when downsamp
 """
 
 import functools
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from jaxtyping import Float, Shaped
 from imagen_jax.errors import UserError
 from imagen_jax.types import AnyArray, Size, pair
 
-Mode = Literal["nearest", "bilinear", "bicubic", "area"]
+Mode = Literal["nearest", "bilinear", "bicubic", "area", "bilinear_corners"]
 
 
 def resize(
@@ -73,7 +73,8 @@ def nearest_indices(n_in: int, n_out: int) -> np.ndarray:
 
 @functools.cache
 def weights(n_in: int, n_out: int, mode: Mode) -> Float[np.ndarray, "n_out n_in"]:
-    """One axis of `bilinear`, `bicubic` (Keys' kernel with a = -0.75) or `area` as a matrix."""
+    """One axis of a mode as a matrix: `bicubic` is Keys' kernel with a = -0.75, `bilinear_corners`
+    aligns the corners to enlarge (DeepFloyd IF) and reduces by area."""
     match mode:
         case "bilinear":
             return _gather(np.maximum(_centres(n_in, n_out), 0.0), n_in, _linear)
@@ -81,7 +82,11 @@ def weights(n_in: int, n_out: int, mode: Mode) -> Float[np.ndarray, "n_out n_in"
             return _gather(_centres(n_in, n_out), n_in, _cubic)
         case "area":
             return _area(n_in, n_out)
-    raise UserError(f"mode = {mode!r} is not one of 'nearest', 'bilinear', 'bicubic', 'area'.")
+        case "bilinear_corners":
+            if n_out < n_in:
+                return _area(n_in, n_out)
+            return _gather(np.linspace(0, n_in - 1, n_out, dtype=np.float32), n_in, _linear)
+    raise UserError(f"mode = {mode!r} is not one of {', '.join(get_args(Mode))}.")
 
 
 def _centres(n_in: int, n_out: int) -> np.ndarray:

@@ -72,6 +72,7 @@ class Numbers(NamedTuple):
 
     guidance: Guidance
     percentile: Float[AnyArray, ""]
+    most: Float[AnyArray, ""]
     options: samplers.Options
 
 
@@ -233,6 +234,7 @@ def advance(
         noise=randomness.steps(grid, place, stage.sample_shape, times),
         options=numbers.options,
         percentile=numbers.percentile if stage.dynamic_thresholding else None,
+        most=numbers.most,
         self_cond=stage.network.self_cond,
         inpaint=inpaint,
         variance=program.inpaint_variance,
@@ -306,7 +308,8 @@ def sample_stage(
 
 def numbers_for(defaults: SamplingDefaults, guidance: Guidance, *, eta: float = 0.0) -> Numbers:
     """The traced numbers of a stage, as float32."""
-    numbers = Numbers(guidance, defaults.percentile, defaults.options._replace(eta=eta))
+    options = defaults.options._replace(eta=eta)
+    numbers = Numbers(guidance, defaults.percentile, defaults.most, options)
     return jax.tree.map(np.float32, numbers)
 
 

@@ -11,10 +11,11 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from imagen_jax.diffusion.process import Process
+from imagen_jax.diffusion.process import PerSample, Process
 from imagen_jax.diffusion.samplers import Options
+from imagen_jax.if_config import IFUnetConfig
 from imagen_jax.resize import Mode
-from imagen_jax.types import AnyArray, Size
+from imagen_jax.types import AnyArray, PRNGKey, Size
 from imagen_jax.unet_config import NullUnetConfig, UnetConfig
 
 
@@ -29,6 +30,14 @@ class LowRes:
     """The same, in sampling."""
     per_sample: bool
     """In training: one noise level per image, instead of one for the batch."""
+    noise_range: tuple[float, float] = (0.0, 1.0)
+    """In training: the first and the last time that the noise level is drawn from."""
+
+    def draw(self, key: PRNGKey, count: int) -> PerSample:
+        """Times for training."""
+        low, high = self.noise_range
+        times = self.process.draw(key, count)
+        return times if (low, high) == (0, 1) else low + (high - low) * times
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,7 +45,7 @@ class Stage:
     """One stage of an `ImagenConfig`, with its per-U-Net tuples resolved."""
 
     unet_number: int
-    network: UnetConfig | NullUnetConfig
+    network: UnetConfig | IFUnetConfig | NullUnetConfig
     process: Process
     size: Size
     channels: int
@@ -78,6 +87,8 @@ class SamplingDefaults:
 
     num_steps: int
     percentile: float
+    most: float
+    """What dynamic thresholding divides by, at most."""
     lowres_noise_level: float
     """A time of the low-resolution process, in [0, 1]."""
     options: Options

@@ -184,7 +184,7 @@ def _wanted(stage: Stage, b: int) -> dict[str, tuple[tuple[int, ...], Any]]:
         lowres, levels = stage.lowres, b if stage.lowres.per_sample else 1
         wanted["lowres_times"] = (
             (b,),
-            lambda k: jnp.broadcast_to(lowres.process.draw(k, levels), (b,)),
+            lambda k: jnp.broadcast_to(lowres.draw(k, levels), (b,)),
         )
         wanted["lowres_noise"] = (shown, lambda k: jax.random.normal(k, shown))
     if stage.crop is not None:

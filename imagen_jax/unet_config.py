@@ -11,7 +11,7 @@ from typing import Any, Literal
 from imagen_jax.errors import UserError
 from imagen_jax.fields import Config
 
-ResizeMode = Literal["nearest", "bilinear", "bicubic", "area"]
+ResizeMode = Literal["nearest", "bilinear", "bicubic", "area", "bilinear_corners"]
 
 TEXT_LENGTH = 256
 """The length, in tokens, at which captions are encoded (imagen-pytorch's t5.py, MAX_LENGTH)."""

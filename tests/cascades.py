@@ -15,7 +15,7 @@ import torch
 from imagen_jax import nn
 from imagen_jax.config import ImagenConfig, NullUnetConfig, UnetConfig
 from imagen_jax.imagen import Imagen
-from imagen_jax.interop.configuration import HYPER_PARAMETERS, NOT_ELUCIDATED
+from imagen_jax.interop.configuration import HYPER_PARAMETERS, NOT_ELUCIDATED, OURS
 from imagen_jax.interop.reference import import_imagen_pytorch
 from imagen_jax.training import Draws
 from tests import SMALLEST_UNET, parity
@@ -49,7 +49,8 @@ def ours(config: ImagenConfig) -> Imagen:
 def theirs(config: ImagenConfig, unets: list[torch.nn.Module] | None = None) -> torch.nn.Module:
     """The reference's cascade, with networks that all tests share unless others are given."""
     arguments = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    del arguments["unets"], arguments["text_encoder_name"], arguments["elucidated"]
+    for name in ("unets", "text_encoder_name", "elucidated", *OURS):
+        del arguments[name]
     unets = unets or [_networks(unet, i)[0] for i, unet in enumerate(config.unets)]
     if config.elucidated is None:
         return import_imagen_pytorch().imagen_pytorch.Imagen(unets, **arguments).eval()

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LEAVES = {"types", "fields", "unet_config", "resize", "pixels", "sharding", "streams", "tiling"}
+LEAVES = {"types", "fields", "unet_config", "if_config", "resize", "pixels", "sharding"}
+LEAVES |= {"streams", "tiling", "memory"}
 MODEL = LEAVES | {"diffusion", "stage", "config", "presets"}  # what a cascade is, as data
 THEORY = MODEL | {
     "nn",
@@ -41,15 +42,17 @@ MAY_IMPORT = {
     "types": set(),
     "fields": set(),
     "unet_config": {"fields"},
+    "if_config": {"fields", "unet_config"},
     "resize": {"types"},
     "pixels": set(),
     "sharding": {"types"},
     "streams": {"types"},
     "tiling": {"types"},
+    "memory": {"sharding"},
     "diffusion": {"types"},
     "stage": LEAVES | {"diffusion"},
     "config": LEAVES | {"diffusion", "stage"},
-    "presets": {"config"},
+    "presets": {"config", "if_config"},
     "nn": LEAVES,
     "text": LEAVES | {"nn", "config", "interop.torch_file"},
     "conditioning": LEAVES | {"diffusion", "nn"},

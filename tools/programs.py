@@ -109,7 +109,7 @@ def sampling_step(stage: Stage, batch_size: int, dtype: DTypeLike, layout: Layou
     scalar = Shape((), jnp.float32, sharding=layout.replicated)
     bound = Shape((), jnp.int32, sharding=layout.replicated)
     options = samplers.Options(*[scalar] * len(samplers.Options()))
-    numbers = sampling.Numbers(Guidance(scalar, scalar), scalar, options)
+    numbers = sampling.Numbers(Guidance(scalar, scalar), scalar, scalar, options)
     with layout.use():
         traced = sampling.advance.trace(
             params, state, conditioning, inpaint, numbers, grid, bound, bound, randomness,

@@ -161,13 +161,14 @@ def threshold(
     x: Sample,
     level: Level,
     percentile: float | Float[AnyArray, ""] | None,
+    most: float | Float[AnyArray, ""] = np.inf,
 ) -> Prediction:
     """The prediction with x_0 in range: dynamically by `percentile`, or clipped where it is None.
 
     The noise follows from x and the new x_0, so that the two stay consistent.
     """
     x0 = prediction.x0
-    x0 = static_threshold(x0) if percentile is None else dynamic_threshold(x0, percentile)
+    x0 = static_threshold(x0) if percentile is None else dynamic_threshold(x0, percentile, most)
     return prediction._replace(x0=x0, eps=eps_from_x0(x, x0, level))
 
 
@@ -176,14 +177,19 @@ def static_threshold(x0: Sample) -> Sample:
     return jnp.clip(x0, -1.0, 1.0)
 
 
-def dynamic_threshold(x0: Sample, percentile: float | Float[AnyArray, ""]) -> Sample:
-    """Clips each sample to [-s, s] and divides by s, its |x_0|'s quantile but at least 1.
+def dynamic_threshold(
+    x0: Sample,
+    percentile: float | Float[AnyArray, ""],
+    most: float | Float[AnyArray, ""] = np.inf,
+) -> Sample:
+    """Clips each sample to [-s, s] and divides by s, its |x_0|'s quantile, but at least 1 and at
+    most `most` (diffusers' `sample_max_value`).
 
     Imagen (Saharia et al. 2022), Section 2.3; imagen_pytorch.py, `Imagen.p_mean_variance`.
     `percentile` is a fraction in [0, 1].
     """
     size = jnp.abs(x0).reshape(x0.shape[0], -1)
-    s = jnp.maximum(quantile(size, percentile), 1.0).reshape(-1, *(1,) * (x0.ndim - 1))
+    s = jnp.clip(quantile(size, percentile), 1.0, most).reshape(-1, *(1,) * (x0.ndim - 1))
     return jnp.clip(x0, -s, s) / s
 
 

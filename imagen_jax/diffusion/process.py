@@ -53,8 +53,9 @@ class Prediction(NamedTuple):
 
     x0: Sample
     eps: Sample
-    log_variance: Sample | None = None
-    """Of the posterior, from networks that learn it."""
+    fraction: Sample | None = None
+    """From networks that learn the variance of a step: where its logarithm lies between those of
+    `posterior_bounds`, from 0 to 1."""
 
 
 Network = Callable[[Sample, Level], Array]
@@ -111,6 +112,14 @@ def q_sample(x0: Sample, level: Level, noise: Sample) -> Sample:
 def eps_from_x0(x: Sample, x0: Sample, level: Level) -> Sample:
     """The eps that leads from x_0 to x in (1)."""
     return (x - beside(level.alpha, x) * x0) / beside(level.sigma, x)
+
+
+def posterior_bounds(level: Level, less_noisy: Level) -> tuple[PerSample, PerSample]:
+    """Logarithms of the variances of (2) and (3), at least 1e-20: the shortest and the longest that
+    a step can have (Nichol & Dhariwal 2021, Section 3.1)."""
+    c = -jnp.expm1(level.log_snr - less_noisy.log_snr)
+    short, long = less_noisy.sigma**2 * c, level.sigma**2 * c
+    return jnp.log(jnp.maximum(short, 1e-20)), jnp.log(jnp.maximum(long, 1e-20))
 
 
 def posterior(x: Sample, x0: Sample, level: Level, less_noisy: Level) -> tuple[Sample, Array]:

@@ -40,6 +40,7 @@ from imagen_jax.diffusion.process import (
     Sample,
     beside,
     posterior,
+    posterior_bounds,
     q_sample,
     renoise,
 )
@@ -119,9 +120,12 @@ class Inpaint(NamedTuple):
 
 
 def ancestral(state: State, estimate: Estimate, step: Step) -> State:
-    """A draw from the posterior (1)."""
+    """A draw from the posterior (1), with the variance that the network learned if it did."""
     prediction = estimate(state.x, step.now, state.x0)
     mean, log_variance = posterior(state.x, prediction.x0, step.now, step.next)
+    if prediction.fraction is not None:
+        short, long = (beside(end, mean) for end in posterior_bounds(step.now, step.next))
+        log_variance = short + prediction.fraction * (long - short)
     std = jnp.where(step.last, 0.0, jnp.exp(0.5 * log_variance))
     return State(mean + std * step.noise, prediction.x0)
 
@@ -178,7 +182,7 @@ def make_grid(
     ]
     steps = len(positions) - 1
     padded = np.pad(positions, (0, -steps % multiple), mode="edge")
-    return Grid(padded, np.int32(steps), np.int32(num_steps))
+    return Grid(padded, np.int32(steps), np.int32(steps + skip_steps))
 
 
 def count_noises(num_steps: int, *, resample_times: int | None = None) -> int:
@@ -224,6 +228,7 @@ def run_slice(
     noise: Noise,
     options: Options = Options(),  # noqa: B008 - immutable
     percentile: Scalar | None = None,
+    most: Scalar = np.inf,
     self_cond: bool = False,
     inpaint: Inpaint | None = None,
     variance: RenoiseVariance = "exact",
@@ -231,7 +236,8 @@ def run_slice(
     """Steps `first` to `stop` (excluded) of the grid; numbers and arrays may all be traced.
 
     `network(x, level)`, and with `self_cond` `network(x, level, previous x_0)`, answers as the
-    process asks. `percentile` chooses dynamic thresholding, None static. `variance` is that of
+    process asks. `percentile` chooses dynamic thresholding, by at most `most`, None static.
+    `variance` is that of
     `renoise`, between resamplings.
     """
 
@@ -241,7 +247,7 @@ def run_slice(
 
     def estimate(x: Sample, level: Level, previous: Sample) -> Prediction:
         answer = (lambda x, level: network(x, level, previous)) if self_cond else network
-        return threshold(process.predict(answer, x, level), x, level, percentile)
+        return threshold(process.predict(answer, x, level), x, level, percentile, most)
 
     def advance(i: Array, state: State) -> State:
         now, then, last = at(i), at(i + 1), i == grid.num_steps - 1

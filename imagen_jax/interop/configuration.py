@@ -13,6 +13,7 @@ from typing import Any, Literal
 from imagen_jax import storage
 from imagen_jax.config import ElucidatedConfig, ImagenConfig
 from imagen_jax.errors import UserError
+from imagen_jax.if_config import IFUnetConfig
 from imagen_jax.interop import infer
 from imagen_jax.stage import show
 
@@ -31,6 +32,8 @@ NOT_ELUCIDATED = (
     "min_snr_loss_weight",
     "min_snr_gamma",
 )
+OURS = ("discrete", "lowres_noise_range")
+"""Fields of `ImagenConfig` that the reference does not have."""
 Kind = Literal["original", "elucidated"]
 
 
@@ -105,14 +108,17 @@ def cascade(fields: Mapping[str, Any], kind: Kind) -> ImagenConfig:
 def to_theirs(config: ImagenConfig) -> tuple[Kind, dict[str, Any]]:
     """(`imagen_type`, `imagen_params`) for the reference's config classes; every field given.
 
-    Raises ValueError for images that are not square, which it does not have.
+    How the noise of the low-resolution image was drawn in training is left out. Raises UserError
+    for networks and images that it does not have.
     """
+    if config.discrete is not None or any(isinstance(u, IFUnetConfig) for u in config.unets):
+        raise UserError("imagen-pytorch has no U-Net of DeepFloyd IF; to-diffusers writes it.")
     for number, size in enumerate(config.image_sizes, 1):
         if not isinstance(size, int):
             raise UserError(
                 f"U-Net {number} is {show(size)}: imagen-pytorch has square images only."
             )
-    params = config.to_dict()
+    params = {name: value for name, value in config.to_dict().items() if name not in OURS}
     own = params.pop("elucidated")
     for unet in params["unets"]:
         unet.pop("norm", None)

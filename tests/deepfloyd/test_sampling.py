@@ -1,0 +1,119 @@
+"""Sampling loops of DeepFloyd IF against diffusers' pipelines, with the same noises."""
+
+import numpy as np
+import pytest
+import torch
+
+from imagen_jax.diffusion.discrete import PRESETS, Discrete
+from tests.deepfloyd import networks
+from tests.deepfloyd.networks import diffusers, published
+
+B = 2
+EMPTY = dict(
+    watermarker=None, tokenizer=None, text_encoder=None, safety_checker=None, feature_extractor=None
+)
+
+
+@pytest.fixture
+def noises(monkeypatch):
+    """What diffusers draws, in its order, as it is drawn: (b, h, w, c)."""
+    drawn, random = [], np.random.default_rng(2)
+
+    def randn_tensor(shape, *_, **__):
+        drawn.append(random.normal(size=shape).astype(np.float32).transpose(0, 2, 3, 1))
+        return torch.from_numpy(drawn[-1].transpose(0, 3, 1, 2).copy())
+
+    for module in (
+        "diffusers.pipelines.deepfloyd_if.pipeline_if",
+        "diffusers.pipelines.deepfloyd_if.pipeline_if_superresolution",
+        "diffusers.schedulers.scheduling_ddpm",
+    ):
+        monkeypatch.setattr(f"{module}.randn_tensor", randn_tensor)
+    return drawn
+
+
+def given(weight: float) -> dict:
+    mask = np.ones((B, networks.TOKENS), bool)
+    return dict(
+        text_embeds=networks.embeddings(B),
+        text_masks=mask,
+        negative_text_embeds=networks.embeddings(B, seed=8),
+        negative_text_masks=mask,
+        cond_scale=weight,
+        sampler="ancestral",
+        cfg_remove_parallel_component=False,
+    )
+
+
+def theirs(weight: float) -> dict:
+    arguments = given(weight)
+    return dict(
+        prompt_embeds=torch.from_numpy(arguments["text_embeds"]),
+        negative_prompt_embeds=torch.from_numpy(arguments["negative_text_embeds"]),
+        guidance_scale=weight,
+        output_type="np",
+        clean_caption=False,
+    )
+
+
+def filled(drawn: list[np.ndarray], steps: int, before: int) -> np.ndarray:
+    """Their noises in our order: the last step's, which is not used, is added."""
+    assert len(drawn) == before + steps - 1
+    return np.stack([*drawn, np.zeros_like(drawn[-1])])
+
+
+@pytest.mark.parametrize("spacing, weight", [("smart27", 3.0), (None, 7.0)])
+def test_the_base_draws_what_diffusers_draws(noises, spacing, weight):
+    """Rounding grows from step to step, the more so the stronger the guidance."""
+    unet, schedule = networks.networks()[0], networks.scheduler(0)
+    pipe = diffusers.IFPipeline(
+        unet=unet, scheduler=schedule, requires_safety_checker=False, **EMPTY
+    )
+    pipe.set_progress_bar_config(disable=True)
+    steps = 27 if spacing else 10
+    listed = published.smart27_timesteps if spacing else None
+    size = dict(height=networks.SIZES[0], width=networks.SIZES[0])
+    wanted = pipe(num_inference_steps=steps, timesteps=listed, **size, **theirs(weight)).images
+    got = networks.imagen().sample(
+        draws=[filled(noises, steps, 1)],
+        timesteps=steps,
+        spacing=spacing,
+        stop_at_unet_number=1,
+        **given(weight),
+    )
+    np.testing.assert_allclose(got, wanted, atol=1e-3)
+    assert np.std(wanted) > 0.1
+
+
+def test_super_resolution_draws_what_diffusers_draws(noises):
+    unet, schedule = networks.networks()[1], networks.scheduler(1)
+    pipe = diffusers.IFSuperResolutionPipeline(
+        unet=unet,
+        scheduler=schedule,
+        image_noising_scheduler=networks.scheduler(1, thresholding=False),
+        requires_safety_checker=False,
+        **EMPTY,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    small = np.random.default_rng(4).uniform(size=(B, *[networks.SIZES[0]] * 2, 3))
+    small = small.astype(np.float32)
+    image = torch.from_numpy(small.transpose(0, 3, 1, 2) * 2 - 1)
+    size = dict(height=networks.SIZES[1], width=networks.SIZES[1])
+    wanted = pipe(image=image, num_inference_steps=6, noise_level=250, **size, **theirs(4.0)).images
+    first, lowres, *rest = noises
+    got = networks.imagen().sample(
+        draws=[filled([lowres, first, *rest], 6, 2)],
+        timesteps=6,
+        start_at_unet_number=2,
+        start_image_or_video=small,
+        **given(4.0),
+    )
+    np.testing.assert_allclose(got, wanted, atol=1e-3)
+    assert np.std(wanted) > 0.1
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_respacing_presets_are_diffusers(name):
+    grid = Discrete().grid(1, spacing=name)
+    assert grid[:-1].astype(int).tolist() == getattr(published, f"{name}_timesteps")
+    assert grid[-1] == -1
