@@ -293,6 +293,16 @@ class ImagenConfig(Config):
         lengths = [unet.text_len for unet in self.unets if not isinstance(unet, NullUnetConfig)]
         return max(lengths, default=0)
 
+    @property
+    def reads_padding(self) -> bool:
+        """Whether a U-Net attends to all positions of a text, the padded ones too."""
+        return any(isinstance(unet, IFUnetConfig) for unet in self.unets)
+
+    @property
+    def encodes_blank_text(self) -> bool:
+        """Whether the empty text, encoded, stands for no text."""
+        return any(getattr(unet, "null_text", None) == "encoded" for unet in self.unets)
+
     def sampling_defaults(self, unet_number: int) -> SamplingDefaults:
         """The default numbers for sampling U-Net `unet_number` (from 1)."""
         i, own = self._index(unet_number), self.elucidated

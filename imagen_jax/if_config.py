@@ -47,6 +47,9 @@ class IFUnetConfig(Config):
     lowres_cond: bool = False
     cond_on_text: bool = True
     max_text_len: int = IF_TEXT_LENGTH
+    null_text: Literal["zeros", "encoded"] = "zeros"
+    """What stands for no text: zeros, as in the Imagen paper, or, as in DeepFloyd IF, the embedding
+    of the empty text."""
     activation: Literal["gelu", "silu"] = "gelu"
     """`gelu` with the error function, as IF; `silu` as the paper."""
     activate_time_once: bool = False

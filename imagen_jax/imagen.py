@@ -182,8 +182,12 @@ class Imagen(nnx.Module):
         if self.config.condition_on_text:
             if texts is not None and text_embeds is None:
                 arguments["text_embeds"], arguments["text_masks"] = self.encode_text(texts)
+            blank = self.config.encodes_blank_text
+            if blank and texts is not None and negative_texts is None:
+                negative_texts = [""] * len(texts)
             if negative_texts is not None and negative_text_embeds is None:
-                embeds, masks = text.encode_or_absent(self.encode_text, negative_texts)
+                encode = self.encode_text
+                embeds, masks = text.encode_or_absent(encode, negative_texts, blank=blank)
                 arguments |= dict(negative_text_embeds=embeds, negative_text_masks=masks)
         outputs = self._sample(Request(**arguments))
         if return_pil_images:

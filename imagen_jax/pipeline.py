@@ -207,7 +207,8 @@ class Pipeline:
     def encode_negative(self, prompts: Sequence[str], *, batch_size: int = 8) -> Embeddings:
         """Embeddings of negative prompts; a blank one is no text."""
         encode = functools.partial(self.encode, batch_size=batch_size)
-        return Embeddings(*text.encode_or_absent(encode, prompts))
+        blank = self.config.encodes_blank_text
+        return Embeddings(*text.encode_or_absent(encode, prompts, blank=blank))
 
     def generate(
         self,
@@ -231,6 +232,8 @@ class Pipeline:
         `return_all_unet_outputs` the pixels are a list, of every stage that ran.
         """
         arguments = self.defaults() | arguments
+        if self.config.encodes_blank_text and embeddings is not None and negatives is None:
+            negatives = repeated(self.encode_negative([""]), len(embeddings.embeds))
         size = pad_to or padded(min(len(seeds), batch_size), batch_size)
         if self.layout is not None:
             size = self.layout.split_rows(size)
@@ -279,12 +282,26 @@ def sampling_defaults(config: ImagenConfig) -> dict[str, Any]:
     """
     count = len(config.unets)
     guided = config.condition_on_text and config.cond_drop_prob > 0
+    if config.discrete is not None:
+        # DeepFloyd IF's own: plain guidance, of both stages.
+        guided_by = (7.0,) + (4.0,) * (count - 1) if guided else (1.0,) * count
+        return dict(
+            sampler=SAMPLER,
+            spacing="log_snr",
+            timesteps=_few_steps(count),
+            cond_scale=guided_by,
+            cfg_remove_parallel_component=False,
+        )
     return dict(
         sampler=SAMPLER,
         spacing=SPACING if config.elucidated is None else None,
-        timesteps=tuple(STEPS[min(i, len(STEPS) - 1)] for i in range(count)),
+        timesteps=_few_steps(count),
         cond_scale=(GUIDANCE if guided else 1.0,) + (1.0,) * (count - 1),
     )
+
+
+def _few_steps(count: int) -> tuple[int, ...]:
+    return tuple(STEPS[min(i, len(STEPS) - 1)] for i in range(count))
 
 
 def repeated(embeddings: Embeddings, times: int) -> Embeddings:

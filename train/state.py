@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import optax
 
 from imagen_jax import nn
-from imagen_jax.config import UnetConfig
 from imagen_jax.types import Params
 
 
@@ -30,6 +29,8 @@ class TrainState:
         )
 
     @classmethod
-    def shapes(cls, unet: UnetConfig, optimizer: optax.GradientTransformation) -> "TrainState":
+    def shapes(
+        cls, unet: nn.NetworkConfig, optimizer: optax.GradientTransformation
+    ) -> "TrainState":
         """The state of a U-Net as ShapeDtypeStructs, nothing allocated."""
         return jax.eval_shape(lambda params: cls.create(params, optimizer), nn.abstract(unet)[1])

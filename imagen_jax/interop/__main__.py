@@ -1,8 +1,9 @@
-"""Weights to and from imagen-pytorch and safetensors.
+"""Weights to and from imagen-pytorch, DeepFloyd IF (diffusers) and safetensors.
 
     python -m imagen_jax.interop from-torch imagen.pt runs/imagen --verify
     python -m imagen_jax.interop to-torch runs/imagen imagen.pt --verify
     python -m imagen_jax.interop inspect imagen.pt
+    python -m imagen_jax.interop from-diffusers IF-I-XL-v1.0 IF-II-L-v1.0 runs/if
 
 A run directory made this way is sampled from like any other (`python -m sample.text_to_image
 --checkpoint DIR`), and trained on with `python -m train.base --init-from DIR --workdir NEW`.
@@ -10,6 +11,7 @@ A run directory made this way is sampled from like any other (`python -m sample.
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,7 +21,14 @@ from tyro.conf import Positional, arg, subcommand
 from imagen_jax import checkpoint
 from imagen_jax.checkpoint import Weights
 from imagen_jax.errors import UserError
-from imagen_jax.interop import imagen_pytorch, inspect, safetensors_file, verify
+from imagen_jax.interop import (
+    deepfloyd,
+    imagen_pytorch,
+    inspect,
+    safetensors_file,
+    verify,
+    verify_if,
+)
 from imagen_jax.interop.imagen_pytorch import Checkpoint
 from imagen_jax.interop.run_dir import RunDir
 from imagen_jax.interop.target import replacing
@@ -153,6 +162,93 @@ class FromSafetensors:
 
 
 @dataclasses.dataclass(frozen=True)
+class FromDiffusers:
+    """Folders of DeepFloyd IF (diffusers' layout or the original) to a run directory: its base, its
+    super-resolution stage, or both as one cascade."""
+
+    folders: Annotated[Positional[tuple[Path, ...]], arg(metavar="DIR [DIR ...] OUT_DIR")]
+    """The stages, from small to large, and last the run directory to write."""
+    variant: deepfloyd.Variant | None = None
+    """Files of another dtype, as `--variant fp16`."""
+    verify: bool = False
+    """Compare each network with diffusers' on the same inputs before it takes its place: see
+    `verify-if`."""
+    overwrite: bool = False
+    """Replace an existing run directory."""
+
+    def run(self) -> None:
+        if len(self.folders) < 2:
+            raise UserError("from-diffusers needs a folder to read and a directory to write.")
+        *sources, out = self.folders
+        stages = [deepfloyd.read(folder, self.variant) for folder in sources]
+        config = deepfloyd.cascade(stages)
+        first = 1 + len(config.unets) - len(stages)
+        trees = {n: {"ema": stage.params} for n, stage in enumerate(stages, first)}
+        with replacing(out, overwrite=self.overwrite, source=sources[0]) as partial:
+            checkpoint.write(partial, config, trees, dict.fromkeys(trees, 0))
+            if self.verify:
+                compare(sources, self.variant)
+        print(f"{out}: {inspect.summary(config)}")
+        print(deepfloyd.LICENCE)
+
+
+@dataclasses.dataclass(frozen=True)
+class ToDiffusers:
+    """A U-Net of DeepFloyd IF in a run directory to a folder that diffusers loads."""
+
+    checkpoint: Annotated[Positional[Path], arg(metavar="RUN_DIR")]
+    """A run directory."""
+    out: Annotated[Positional[Path], arg(metavar="OUT_DIR")]
+    """The folder to write: `IFPipeline.from_pretrained` and `IFSuperResolutionPipeline` take it,
+    with a text encoder of their own or embeddings."""
+    unet_number: int = 1
+    """Which U-Net."""
+    weights: Weights = "ema"
+    """The averaged weights (the online ones, with a note, where there are none) or the online."""
+    variant: deepfloyd.Variant | None = None
+    """Write this dtype, in files that `variant=` of from_pretrained selects. Default: float32."""
+    overwrite: bool = False
+    """Replace an existing folder."""
+
+    def run(self) -> None:
+        run = opened(self.checkpoint)
+        which = chosen(run, self.weights)[0]
+        if not 1 <= self.unet_number <= len(run.config.unets):
+            raise UserError(f"--unet-number {self.unet_number}: 1 .. {len(run.config.unets)}.")
+        with replacing(self.out, overwrite=self.overwrite, source=self.checkpoint) as partial:
+            deepfloyd.write(partial, run, self.unet_number, which, self.variant)
+        print(f"{self.out}: U-Net {self.unet_number}, weights {which}")
+        print(deepfloyd.LICENCE)
+
+
+@dataclasses.dataclass(frozen=True)
+class VerifyIf:
+    """For people with access to DeepFloyd IF's weights: each network's answer beside diffusers', on
+    the same noise, steps and text; with its weights as they are in the folder, in float32. Needs
+    torch and diffusers."""
+
+    folders: Annotated[Positional[tuple[Path, ...]], arg(metavar="DIR [DIR ...]")]
+    """The stages' folders, in diffusers' layout."""
+    variant: deepfloyd.Variant | None = None
+    """Files of another dtype, as `--variant fp16`."""
+
+    def run(self) -> None:
+        if not self.folders:
+            raise UserError("verify-if needs a folder.")
+        compare(self.folders, self.variant)
+
+
+def compare(folders: Sequence[Path], variant: deepfloyd.Variant | None) -> None:
+    """Prints how far each stage is from diffusers'. Raises UserError if one does not agree."""
+    for folder in folders:
+        found = verify_if.difference(deepfloyd.read(folder, variant), variant)
+        line = f"{folder}: {found:.1e} of the largest answer apart from diffusers"
+        if not found <= verify_if.TOLERANCE:
+            raise UserError(f"{line}; allowed are {verify_if.TOLERANCE:.0e}.")
+        print(line)
+
+
+@dataclasses.dataclass(frozen=True)
 class Inspect:
     """What a file or a run directory holds: networks, sizes, dtypes, steps, configuration."""
 
@@ -262,6 +358,9 @@ Command = (
     | Annotated[ToTorch, subcommand("to-torch")]
     | Annotated[ToSafetensors, subcommand("to-safetensors")]
     | Annotated[FromSafetensors, subcommand("from-safetensors")]
+    | Annotated[FromDiffusers, subcommand("from-diffusers")]
+    | Annotated[ToDiffusers, subcommand("to-diffusers")]
+    | Annotated[VerifyIf, subcommand("verify-if")]
     | Annotated[Inspect, subcommand("inspect")]
     | Annotated[Verify, subcommand("verify")]
 )

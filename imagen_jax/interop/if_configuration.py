@@ -84,6 +84,7 @@ def from_diffusers(config: Mapping[str, Any]) -> tuple[IFUnetConfig, int]:
         text_embed_dim=text,
         cond_dim=cond,
         time_cond_dim=config.get("time_embedding_dim") or 4 * dim,
+        null_text="encoded",
         pool_heads=config.get("addition_embed_type_num_heads", 64),
         channels=channels,
         channels_out=channels,
@@ -153,6 +154,7 @@ def from_original(config: Mapping[str, Any]) -> tuple[IFUnetConfig, int]:
         text_embed_dim=text,
         cond_dim=cond,
         time_cond_dim=params.get("time_embed_dim") or (dim * mults[-1] if lowres else 4 * dim),
+        null_text="encoded",
         pool_heads=params.get("att_pool_heads", 64),
         channels=3,
         channels_out=3,
@@ -192,4 +194,5 @@ def _resolved(unet: IFUnetConfig) -> IFUnetConfig:
         time_cond_dim=unet.time_dim,
         channels_out=unet.channels,
         max_text_len=IF_TEXT_LENGTH,
+        null_text="encoded",
     )

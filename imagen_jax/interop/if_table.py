@@ -95,14 +95,14 @@ def from_original(
 
     Raises UserError that lists the names which such a U-Net does not have.
     """
-    modules = _modules(config)
+    known = modules(config)
     found, unknown = {}, []
     for name, array in state_dict.items():
-        match = next((m for m in modules if name.startswith(m + ".")), None)
+        match = next((m for m in known if name.startswith(m + ".")), None)
         if match is None:
             unknown.append(name)
             continue
-        theirs, inner = modules[match]
+        theirs, inner = known[match]
         part, _, kind = name[len(match) + 1 :].rpartition(".")
         if inner is None:
             found[".".join(filter(None, (theirs, part, kind)))] = array
@@ -131,12 +131,12 @@ def _by_head(array: np.ndarray, parts: int, config: IFUnetConfig) -> list[np.nda
     return [split[:, i].reshape(-1, *array.shape[1:]) for i in range(parts)]
 
 
-def _modules(config: IFUnetConfig) -> dict[str, tuple[str, Mapping[str, str] | None]]:
+def modules(config: IFUnetConfig) -> dict[str, tuple[str, Mapping[str, str] | None]]:
     """Original module -> diffusers' module, and how names inside change (None: they do not).
 
     The original numbers its blocks through all levels; a level's last one resamples.
     """
-    modules: dict[str, tuple[str, Mapping[str, str] | None]] = {
+    found: dict[str, tuple[str, Mapping[str, str] | None]] = {
         name: (theirs, None) for name, theirs in _ORIGINAL.items()
     }
     depths, last = config.levels("num_resnet_blocks"), len(config.dim_mults) - 1
@@ -144,26 +144,26 @@ def _modules(config: IFUnetConfig) -> dict[str, tuple[str, Mapping[str, str] | N
     for i, depth in enumerate(depths):
         for j in range(depth):
             block = f"input_blocks.{place}"
-            modules[f"{block}.0"] = f"down_blocks.{i}.resnets.{j}", _ORIGINAL_BLOCK
+            found[f"{block}.0"] = f"down_blocks.{i}.resnets.{j}", _ORIGINAL_BLOCK
             if config.layer_attns[i]:
-                modules[f"{block}.1"] = f"down_blocks.{i}.attentions.{j}", _ORIGINAL_ATTENTION
+                found[f"{block}.1"] = f"down_blocks.{i}.attentions.{j}", _ORIGINAL_ATTENTION
             place += 1
         if i < last:
             resampler = f"down_blocks.{i}.downsamplers.0"
-            modules[f"input_blocks.{place}.0"] = resampler, _ORIGINAL_BLOCK
+            found[f"input_blocks.{place}.0"] = resampler, _ORIGINAL_BLOCK
             place += 1
-    modules["middle_block.0"] = "mid_block.resnets.0", _ORIGINAL_BLOCK
-    modules["middle_block.1"] = "mid_block.attentions.0", _ORIGINAL_ATTENTION
-    modules["middle_block.2"] = "mid_block.resnets.1", _ORIGINAL_BLOCK
+    found["middle_block.0"] = "mid_block.resnets.0", _ORIGINAL_BLOCK
+    found["middle_block.1"] = "mid_block.attentions.0", _ORIGINAL_ATTENTION
+    found["middle_block.2"] = "mid_block.resnets.1", _ORIGINAL_BLOCK
     place = 0
     for up, i in enumerate(reversed(range(last + 1))):
         for j in range(depths[i] + 1):
             block, after = f"output_blocks.{place}", 1
-            modules[f"{block}.0"] = f"up_blocks.{up}.resnets.{j}", _ORIGINAL_BLOCK
+            found[f"{block}.0"] = f"up_blocks.{up}.resnets.{j}", _ORIGINAL_BLOCK
             if config.layer_attns[i]:
-                modules[f"{block}.1"] = f"up_blocks.{up}.attentions.{j}", _ORIGINAL_ATTENTION
+                found[f"{block}.1"] = f"up_blocks.{up}.attentions.{j}", _ORIGINAL_ATTENTION
                 after = 2
             if i and j == depths[i]:
-                modules[f"{block}.{after}"] = f"up_blocks.{up}.upsamplers.0", _ORIGINAL_BLOCK
+                found[f"{block}.{after}"] = f"up_blocks.{up}.upsamplers.0", _ORIGINAL_BLOCK
             place += 1
-    return modules
+    return found

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from imagen_jax import nn
-from imagen_jax.config import NullUnetConfig, UnetConfig
+from imagen_jax.config import AnyUnet, NullUnetConfig
 from imagen_jax.errors import UserError
 from imagen_jax.interop.table import UNET, Change, Table
 from imagen_jax.types import Params
@@ -109,7 +109,7 @@ def check(
         raise MisfitError(named, len(shapes.keys() | expected.keys()))
 
 
-def target(unet: UnetConfig | NullUnetConfig) -> Params:
+def target(unet: AnyUnet) -> Params:
     """The shapes that a U-Net's parameters have here."""
     if isinstance(unet, NullUnetConfig):
         return {"dummy_parameter": jax.ShapeDtypeStruct((1,), np.float32)}

@@ -84,7 +84,7 @@ def read(path: str | os.PathLike) -> Contents:
         raise UserError(f"{path}: its metadata are damaged: weights {fields['weights']!r}")
     config = ImagenConfig.from_dict(fields["config"])
     steps = {int(number): step for number, step in fields["steps"].items()}
-    tensors = _views(path)
+    tensors = views(path)
     return Contents(
         config=config,
         params=_params(config, tensors, steps),
@@ -94,7 +94,7 @@ def read(path: str | os.PathLike) -> Contents:
     )
 
 
-def _views(path: Path) -> dict[str, np.ndarray]:
+def views(path: Path) -> dict[str, np.ndarray]:
     """The tensors of a file that is known to be sound, mapped into memory: reading one costs one.
 
     The library's own reader copies, and does not know every dtype.

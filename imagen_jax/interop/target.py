@@ -28,7 +28,8 @@ def replacing(
         raise UserError(f"{path} is a symbolic link: give the place itself.")
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists: choose another name, or replace it with --overwrite.")
-    if path.is_dir() and not (path / "config.json").is_file():
+    marks = ("config.json", "model_index.json")  # a run's, and a folder of diffusers
+    if path.is_dir() and not any((path / name).is_file() for name in marks):
         raise UserError(f"{path} is a directory without a config.json: it is not replaced.")
     if source is not None and path.resolve() in (source.resolve(), *source.resolve().parents):
         raise UserError(f"{path} holds what is to be converted: choose another place.")

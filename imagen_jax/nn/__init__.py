@@ -3,6 +3,7 @@
 from imagen_jax.nn.build import (
     NETWORKS,
     Network,
+    NetworkConfig,
     abstract,
     bind,
     build,
@@ -17,6 +18,7 @@ from imagen_jax.nn.unet import NullUnet, TextCond, Unet
 
 __all__ = [
     "NETWORKS",
+    "NetworkConfig",
     "Network",
     "NullUnet",
     "TextCond",

@@ -115,8 +115,8 @@ class IFUnet(nnx.Module):
         """Everything the text contributes to a step.
 
         Embeddings are those of all tokens, padding included; there is no mask, and `text_mask` has
-        no effect. Rows with `keep_mask` False get zeros, as in the Imagen paper. IF itself was
-        trained with the embedding of the empty text there: guide it with that as the negative one.
+        no effect. Rows with `keep_mask` False get zeros, as in the Imagen paper; where `null_text`
+        is "encoded", no row is: the empty text is given like any other.
         """
         config = self.config
         if text_embeds.shape[-1] != config.text_embed_dim:

@@ -52,7 +52,9 @@ class TextEncoder:
     Captions are encoded at 256 tokens, as by the reference, and the embeddings are cut to what is
     read. (T5 sees a caption in both directions: encoding fewer tokens gives other embeddings.)
     `params` is a pure dict for `encode`, in the dtype that the encoder computes in, placed as
-    `layout` says.
+    `layout` says. With `keeps_padding` captions are encoded at the length that is read, cut to it
+    with their end, and the embeddings of padded positions are kept: networks such as DeepFloyd
+    IF's attend to them.
     """
 
     name: str
@@ -61,6 +63,7 @@ class TextEncoder:
     tokenizer: Tokenizer = dataclasses.field(repr=False)
     sha256: str
     layout: Layout | None = None
+    keeps_padding: bool = False
 
     @property
     def width(self) -> int:
@@ -84,7 +87,7 @@ class TextEncoder:
 
     def tokenize(self, captions: Sequence[str]) -> Int32[np.ndarray, "b 256"]:
         """See `imagen_jax.text.tokenize`. No device is used."""
-        return tokenizer.tokenize(self.tokenizer, captions)
+        return tokenizer.tokenize(self.tokenizer, captions, blank=self.keeps_padding)
 
     def embed(
         self, tokens: Int32[AnyArray, "b l2"], *, length: int = TEXT_LENGTH
@@ -95,7 +98,8 @@ class TextEncoder:
         `tokens`, so `trim` them where a process has all rows.
         """
         rows = None if self.layout is None else self.layout.rows(len(tokens))
-        return _embed(self.config, length, self.layout, rows)(memory.to_device(self.params), tokens)
+        compiled = _embed(self.config, length, self.layout, rows, self.keeps_padding)
+        return compiled(memory.to_device(self.params), tokens)
 
     def __call__(
         self, captions: Sequence[str], *, length: int = TEXT_LENGTH
@@ -117,9 +121,17 @@ class TextEncoder:
 
 
 def encode_or_absent(
-    encode: Callable[[list[str]], tuple[TextEmbeds, TextMask]], texts: Sequence[str]
+    encode: Callable[[list[str]], tuple[TextEmbeds, TextMask]],
+    texts: Sequence[str],
+    *,
+    blank: bool = False,
 ) -> tuple[TextEmbeds, TextMask]:
-    """Embeddings and masks of texts by `encode`; a blank text is absent: its mask is all False."""
+    """Embeddings and masks of texts by `encode`; a blank text is absent: its mask is all False.
+
+    With `blank` it is encoded like any other (`ImagenConfig.encodes_blank_text`).
+    """
+    if blank:
+        return encode(list(texts))
     absent = np.array([not text.strip() for text in texts])
     embeds, masks = encode(
         ["-" if blank else text for blank, text in zip(absent, texts, strict=True)]
@@ -129,9 +141,15 @@ def encode_or_absent(
 
 @functools.lru_cache(maxsize=8)
 def _embed(
-    config: T5Config, length: int, layout: Layout | None, rows: NamedSharding | None
+    config: T5Config,
+    length: int,
+    layout: Layout | None,
+    rows: NamedSharding | None,
+    keeps_padding: bool = False,
 ) -> Callable[[Params, AnyArray], tuple[TextEmbeds, TextMask]]:
     def embed(params: Params, tokens: AnyArray) -> tuple[TextEmbeds, TextMask]:
+        if keeps_padding:
+            return encode(params, config, tokenizer.fitted(tokens, length), keeps_padding=True)
         embeds, mask = (x[:, :length] for x in encode(params, config, tokens))
         missing = (0, length - mask.shape[1])
         return jnp.pad(embeds, ((0, 0), missing, (0, 0))), jnp.pad(mask, ((0, 0), missing))
@@ -157,6 +175,7 @@ def cascade_encoder(
     """
     name = name or config.text_encoder_name
     encoder = load_encoder(name, dtype=dtype, layout=layout)
+    encoder = dataclasses.replace(encoder, keeps_padding=config.reads_padding)
     if encoder.width != config.text_embed_dim:
         raise UserError(
             f"{encoder.name} has embeddings of {encoder.width}, the cascade text_embed_dim = "

@@ -225,9 +225,15 @@ def abstract_encoder(
 
 
 def encode(
-    params: Params, config: T5Config, tokens: Int[Array | np.ndarray, "b l"]
+    params: Params,
+    config: T5Config,
+    tokens: Int[Array | np.ndarray, "b l"],
+    *,
+    keeps_padding: bool = False,
 ) -> tuple[TextEmbeds, TextMask]:
     """Embeddings, float32 and zero where the tokens are padding (0), and the mask of real tokens.
+
+    With `keeps_padding` the encoder's output is kept there (it looks at the real tokens alone).
 
     Computes in the dtype that the parameters were loaded in. Jit with `config` static. As in the
     reference's `t5_encode_tokenized_text`.
@@ -235,4 +241,6 @@ def encode(
     graphdef, _ = abstract_encoder(config, params["embedding"].dtype)
     mask = jnp.asarray(tokens) != 0
     embeds = nnx.merge(graphdef, params)(tokens, mask)
-    return constrain(jnp.where(mask[:, :, None], embeds, 0), "b l d"), mask
+    if not keeps_padding:
+        embeds = jnp.where(mask[:, :, None], embeds, 0)
+    return constrain(embeds, "b l d"), mask

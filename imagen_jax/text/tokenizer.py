@@ -9,13 +9,16 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Array, Int32
 from tokenizers import Tokenizer
 
 from imagen_jax.errors import UserError, first_line
+from imagen_jax.types import AnyArray
 from imagen_jax.unet_config import TEXT_LENGTH
 
+END = 1  # the id of T5's end token
 SHORTEST = 32
 """Columns of tokens that `trim` leaves at least."""
 
@@ -45,11 +48,16 @@ def load_tokenizer(folder: str | Path | None = None) -> Tokenizer:
 
 
 def tokenize(
-    tokenizer: Tokenizer, texts: Sequence[str], *, max_length: int = TEXT_LENGTH
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    *,
+    max_length: int = TEXT_LENGTH,
+    blank: bool = False,
 ) -> Int32[np.ndarray, "b {max_length}"]:
     """Token ids, padded with 0; a longer caption is cut and still ends with the end token.
 
-    Raises UserError that names a caption without text, counted from 1.
+    Raises UserError that names a caption without text, counted from 1, unless `blank` allows it: it
+    is then the end token alone.
     """
     if isinstance(texts, str):
         raise UserError(f"texts must be a list of captions, not one string: {texts[:40]!r}.")
@@ -57,7 +65,7 @@ def tokenize(
         raise UserError(f"max_length = {max_length} must be positive.")
     tokens = np.zeros((len(texts), max_length), np.int32)
     for i, text in enumerate(texts):
-        if not isinstance(text, str) or not text.strip():
+        if not isinstance(text, str) or not (blank or text.strip()):
             raise UserError(f"caption {i + 1} of {len(texts)} is empty: {text!r}.")
         # One by one: the library's own batching starts threads, which do not survive a fork.
         ids = tokenizer.encode(valid(text)).ids
@@ -75,6 +83,12 @@ def trim(tokens: Int32[np.ndarray, "b l"]) -> Int32[np.ndarray, "b l2"]:
     """
     longest = max(np.flatnonzero(tokens.any(axis=0)), default=0) + 1
     return tokens[:, : max(SHORTEST, 1 << int(longest - 1).bit_length())]
+
+
+def fitted(tokens: Int32[AnyArray, "b l"], length: int) -> Int32[Array, "b l2"]:
+    """Tokens cut to `length`, still with the end token, or padded with 0."""
+    cut = jnp.pad(jnp.asarray(tokens), ((0, 0), (0, max(0, length - tokens.shape[1]))))[:, :length]
+    return cut.at[:, -1].set(jnp.where(cut[:, -1] == 0, 0, END))
 
 
 def valid(text: str) -> str:

@@ -1,0 +1,73 @@
+"""A stage of DeepFloyd IF here beside diffusers' own, on the same inputs."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from imagen_jax import nn
+from imagen_jax.errors import UserError, first_line
+from imagen_jax.if_config import IF_TEXT_LENGTH, IFUnetConfig
+from imagen_jax.interop import if_configuration, keys
+from imagen_jax.interop.deepfloyd import Read, Variant
+from imagen_jax.interop.if_table import IF_UNET
+
+TOLERANCE = 1e-4
+"""Of the largest value of the answer, in float32."""
+
+
+def difference(read: Read, variant: Variant | None = None) -> float:
+    """The largest difference of the two networks' answers, of the largest answer. Raises UserError
+    where torch or diffusers are missing, or cannot read the folder."""
+    given = inputs(read.unet, read.size)
+    wanted = theirs(read, variant, given)
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), read.params)
+    with jax.default_matmul_precision("highest"):
+        got = np.asarray(nn.bind(read.unet, params)(**given))
+    return float(np.abs(got - wanted).max() / np.abs(wanted).max())
+
+
+def inputs(unet: IFUnetConfig, size: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """Noise, steps and text for two images."""
+    random = np.random.default_rng(seed)
+    found = {
+        "x": random.normal(size=(2, size, size, unet.channels)),
+        "time": np.array([7, 900]),
+        "text_embeds": random.normal(size=(2, IF_TEXT_LENGTH, unet.text_embed_dim)),
+    }
+    if unet.lowres_cond:
+        found["lowres_cond_img"] = random.normal(size=found["x"].shape)
+        found["lowres_noise_times"] = np.array([250, 10])
+    return {name: value.astype(np.float32) for name, value in found.items()}
+
+
+def theirs(read: Read, variant: Variant | None, given: dict[str, np.ndarray]) -> np.ndarray:
+    """diffusers' answer, from its own reading of the folder; of the original layout, which it does
+    not read, from the same weights."""
+    try:
+        import torch
+        from diffusers import UNet2DConditionModel
+    except (ImportError, RuntimeError) as error:
+        raise UserError(f"comparing needs torch and diffusers: {first_line(error)}") from error
+    if (read.folder / "unet").is_dir():
+        network = UNet2DConditionModel.from_pretrained(
+            read.folder / "unet", variant=variant, torch_dtype=torch.float32
+        )
+    else:
+        described = if_configuration.to_diffusers(read.unet, read.size)
+        network = UNet2DConditionModel.from_config(described)
+        state = keys.to_torch(read.params, table=IF_UNET)
+        network.load_state_dict(
+            {name: torch.from_numpy(np.array(value, np.float32)) for name, value in state.items()}
+        )
+    images = [given[name] for name in ("x", "lowres_cond_img") if name in given]
+    labels: Any = given.get("lowres_noise_times")
+    with torch.no_grad():
+        answer = network.eval()(
+            torch.from_numpy(np.concatenate(images, -1)).permute(0, 3, 1, 2),
+            torch.from_numpy(given["time"]),
+            torch.from_numpy(given["text_embeds"]),
+            class_labels=None if labels is None else torch.from_numpy(labels),
+        ).sample
+    return answer.permute(0, 2, 3, 1).numpy()
