@@ -18,7 +18,7 @@ import tyro
 from tqdm import trange
 
 import commands
-from imagen_jax import checkpoint, nn, storage
+from imagen_jax import checkpoint, nn, storage, text
 from imagen_jax.config import NullUnetConfig
 from imagen_jax.data import Source, make_batches, open_source
 from imagen_jax.errors import UserError
@@ -131,6 +131,9 @@ def losses(
             if encoder is not None:
                 embeds, masks = encoder.embed(batch.pop("tokens"), length=stage.network.text_len)
                 batch |= {"text_embeds": embeds, "text_masks": masks}
+                if config.encodes_blank_text:
+                    shape = embeds.shape[:2]
+                    batch["null_text_embeds"] = text.empty_text(encoder, *shape, layout)
             key = stream(layout.key(given.seed), "evaluation", number, i)
             more = evaluate(params, batch, key)
             sums, counts = sums + np.asarray(more[0]), counts + np.asarray(more[1])

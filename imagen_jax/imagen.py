@@ -80,12 +80,14 @@ class Imagen(nnx.Module):
         than the stage. What `draws` leaves open is drawn from `key`. Raises ValueError for unfit
         input.
         """
-        config = self.config
+        config, null = self.config, None
         unet_number = _training_number(config, unet_number)
         if texts is not None and text_embeds is None and config.condition_on_text:
             if len(texts) != len(images):
                 raise UserError(f"{len(texts)} texts for {len(images)} images.")
             text_embeds, text_masks = self.encode_text(texts)
+            if config.encodes_blank_text:
+                null = self.encode_text([""] * len(texts))[0]
         check_text(config, text_embeds, len(images))
         losses, _ = stage_losses(
             config.stage(unet_number),
@@ -95,6 +97,7 @@ class Imagen(nnx.Module):
             draws=draws,
             text_embeds=text_embeds,
             text_masks=text_masks,
+            null_text_embeds=null,
             cond_images=cond_images,
         )
         return jnp.mean(losses)

@@ -69,6 +69,7 @@ def stage_losses(
     draws: Draws | None = None,
     text_embeds: TextEmbeds | None = None,
     text_masks: TextMask | None = None,
+    null_text_embeds: TextEmbeds | None = None,
     cond_images: AnyArray | None = None,
 ) -> tuple[Float[Array, "b"], Float[Array, "b"]]:
     """Returns each image's weighted loss, and the log-SNR at which it was computed.
@@ -78,6 +79,8 @@ def stage_losses(
     self-conditioning does not change the target (there it replaces x_0 by the prediction), and it
     conditions on x_0 for every objective. `cond_images` are cropped with the image. If the stage
     crops, noise drawn from the key has the size of the crop; given noise may have either size.
+    `null_text_embeds` take the place of the text where it is dropped, for networks to which no text
+    is the empty text (`ImagenConfig.encodes_blank_text`).
     """
     images = jnp.asarray(images)
     check_images(stage, images)
@@ -92,7 +95,11 @@ def stage_losses(
     text = None
     if text_embeds is not None:
         masks = default_text_mask(text_embeds, text_masks)
-        text = network.encode_text(text_embeds, masks, keep_mask=jnp.asarray(draws.keep_mask))
+        keep = jnp.asarray(draws.keep_mask)
+        if null_text_embeds is not None:
+            text_embeds = jnp.where(keep[:, None, None], text_embeds, null_text_embeds)
+            keep = jnp.ones_like(keep)
+        text = network.encode_text(text_embeds, masks, keep_mask=keep)
     predict = Condition(
         network,
         Conditioning(

@@ -75,6 +75,11 @@ class Feed:
         train = _chosen(train, settings)
         encoder = text_encoder = None
         if config.condition_on_text and source.has_embeds:
+            if config.encodes_blank_text and config.cond_drop_prob > 0:
+                raise UserError(
+                    f"{source.name} holds embeddings: dropping text (cond_drop_prob) needs that of "
+                    "the empty text for this cascade. Train on captions, or without dropping."
+                )
             text_encoder = text.read_beside(settings.data)
             if text_encoder is not None:
                 text_encoder.check(recorded, "this run")
@@ -186,6 +191,10 @@ class Feed:
             batch["text_embeds"], batch["text_masks"] = self.encoder.embed(
                 batch.pop("tokens"), length=self.stage.network.text_len
             )
+            if self.config.encodes_blank_text:
+                batch["null_text_embeds"] = text.empty_text(
+                    self.encoder, *batch["text_embeds"].shape[:2], self.layout
+                )
         check_text(self.config, batch.get("text_embeds"), None)
         return batch
 

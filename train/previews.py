@@ -114,6 +114,9 @@ class Previews:
             captions = [record.caption for record in records]
             embeds, masks = feed.encoder(captions, length=feed.stage.network.text_len)
             given = given._replace(text_embeds=embeds, text_masks=masks)
+            if feed.config.encodes_blank_text and self.settings.cond_scale != 1:
+                empty, there = feed.encoder([""] * len(records), length=embeds.shape[1])
+                given = given._replace(negative_embeds=empty, negative_masks=there)
         elif feed.stage.condition_on_text:
             stored = [record.embeds for record in records]
             embeds, masks = pad_embeds(stored, feed.stage.network.max_text_len)

@@ -16,7 +16,7 @@ import numpy as np
 from flax import traverse_util
 from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
-from jaxtyping import Int32
+from jaxtyping import Array, Float, Int32
 from tokenizers import Tokenizer
 
 from imagen_jax import memory
@@ -137,6 +137,17 @@ def encode_or_absent(
         ["-" if blank else text for blank, text in zip(absent, texts, strict=True)]
     )
     return embeds, masks & ~absent[:, None]
+
+
+@functools.lru_cache(maxsize=4)
+def empty_text(
+    encoder: TextEncoder, count: int, length: int, layout: Layout
+) -> Float[Array, "b l d"]:
+    """The embeddings of the empty text as `count` rows of a batch: what stands for no text where
+    `ImagenConfig.encodes_blank_text`. Encoded once."""
+    one, _ = encoder([""], length=length)
+    rows = len(layout.own_rows(count))
+    return layout.to_batch(np.broadcast_to(one, (rows, *one.shape[1:])), count)
 
 
 @functools.lru_cache(maxsize=8)

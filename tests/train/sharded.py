@@ -13,7 +13,8 @@ import numpy as np
 import optax
 
 from imagen_jax import sharding
-from imagen_jax.config import ImagenConfig, UnetConfig
+from imagen_jax.config import DiscreteConfig, ImagenConfig, UnetConfig
+from imagen_jax.if_config import IFUnetConfig
 from imagen_jax.sharding import make_layout
 from train import step
 from train.optimizer import make_optimizer
@@ -59,11 +60,29 @@ NETWORKS = {
         layer_cross_attns=False,
         memory_efficient=True,
     ),
+    "if": IFUnetConfig(
+        dim=64,  # two channels a group: with one, the norms cancel what a bias adds
+        dim_mults=(1, 2),
+        num_resnet_blocks=1,
+        layer_attns=(False, True),
+        attn_dim_head=16,
+        pool_heads=4,
+        max_text_len=LENGTH,
+    ),
 }
 
 
 def cascade(network: str) -> tuple[ImagenConfig, int]:
     """A cascade and which U-Net of it to train."""
+    if network == "if":
+        config = ImagenConfig(
+            unets=NETWORKS["if"],
+            image_sizes=SIZE,
+            text_encoder_name="none",
+            text_embed_dim=WIDTH,
+            discrete=DiscreteConfig(),
+        )
+        return config, 1
     unets = (NETWORKS["small" if network == "super_res" else network], NETWORKS["super_res"])
     config = ImagenConfig(
         unets=unets,
