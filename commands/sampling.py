@@ -18,6 +18,7 @@ from tqdm import tqdm
 import commands
 from imagen_jax import checkpoint, nn, sharding, storage
 from imagen_jax.config import ImagenConfig, NullUnetConfig
+from imagen_jax.diffusion import discrete
 from imagen_jax.diffusion.grids import SPACINGS
 from imagen_jax.diffusion.guidance import SCHEDULES, make_interval
 from imagen_jax.diffusion.samplers import SAMPLERS
@@ -55,9 +56,11 @@ class Sampling:
     """`dpm++2m`, `dpm++3m` and `heun` (two evaluations a step) need few steps; `ancestral` and
     `dpm++2m-sde` draw noise at every step, `ddim` only at the start (more with --eta). `cascade` is
     the reference's, `ancestral` or (elucidated) `heun`, with the cascade's timesteps."""
-    spacing: Literal[SPACINGS] | None = None
+    spacing: Literal[*SPACINGS, *discrete.SPACINGS] | None = None
     """Noise levels of the steps: `t`, equal steps of time, `log_snr` or `karras`. Default: log_snr,
-    or karras for elucidated cascades; t with `--sampler cascade`."""
+    or karras for elucidated cascades; t with `--sampler cascade`. Of a cascade in discrete steps,
+    such as DeepFloyd IF, also `leading`, `trailing` and its presets, which have as many steps as
+    their names say."""
     eta: float = 0.0
     """Noise of ddim, from 0 (none) to 1 (as much as the ancestral sampler's)."""
     guidance_interval: tuple[float, float] | None = None

@@ -5,6 +5,8 @@ import pytest
 import torch
 
 from imagen_jax.diffusion.discrete import PRESETS, Discrete
+from imagen_jax.diffusion.process import beside
+from imagen_jax.diffusion.samplers import SAMPLERS, make_grid, run_slice, start
 from tests.deepfloyd import networks
 from tests.deepfloyd.networks import diffusers, published
 
@@ -25,6 +27,7 @@ def noises(monkeypatch):
 
     for module in (
         "diffusers.pipelines.deepfloyd_if.pipeline_if",
+        "diffusers.pipelines.deepfloyd_if.pipeline_if_img2img",
         "diffusers.pipelines.deepfloyd_if.pipeline_if_superresolution",
         "diffusers.schedulers.scheduling_ddpm",
     ):
@@ -110,6 +113,50 @@ def test_super_resolution_draws_what_diffusers_draws(noises):
     )
     np.testing.assert_allclose(got, wanted, atol=1e-3)
     assert np.std(wanted) > 0.1
+
+
+def test_image_to_image_draws_what_diffusers_draws(noises):
+    unet, schedule = networks.networks()[0], networks.scheduler(0)
+    pipe = diffusers.IFImg2ImgPipeline(
+        unet=unet, scheduler=schedule, requires_safety_checker=False, **EMPTY
+    )
+    pipe.set_progress_bar_config(disable=True)
+    image = np.random.default_rng(4).uniform(size=(B, *[networks.SIZES[0]] * 2, 3))
+    image = image.astype(np.float32)
+    wanted = pipe(
+        image=torch.from_numpy(image.transpose(0, 3, 1, 2) * 2 - 1),
+        num_inference_steps=10,
+        strength=0.7,
+        **theirs(5.0),
+    ).images
+    got = networks.imagen().sample(
+        draws=[filled(noises, 7, 1)],
+        timesteps=10,
+        strength=0.7,
+        init_images=image,
+        stop_at_unet_number=1,
+        **given(5.0),
+    )
+    np.testing.assert_allclose(got, wanted, atol=1e-3)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_ends_at_the_data(sampler):
+    """With the exact answer for data at one point, each draws this point, from any spacing."""
+    process, point = Discrete(learned_variance=False), np.full((2, 4, 4, 3), 0.3, np.float32)
+
+    def network(x, level):
+        return (x - beside(level.alpha, x) * point) / beside(level.sigma, x)
+
+    for spacing in ("leading", "trailing", "log_snr", "karras", "smart50"):
+        grid = make_grid(process, 12, spacing=spacing)
+        assert grid.num_steps == (50 if spacing == "smart50" else 12)
+        noise = np.random.default_rng(0).normal(size=point.shape).astype(np.float32)
+        found = run_slice(
+            network, process, start(SAMPLERS[sampler], noise), grid, 0, grid.num_steps,
+            sampler=SAMPLERS[sampler], noise=lambda *_, noise=noise: noise,
+        )  # fmt: skip
+        np.testing.assert_allclose(found.x, point, atol=2e-3, err_msg=spacing)
 
 
 @pytest.mark.parametrize("name", PRESETS)
