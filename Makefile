@@ -73,7 +73,7 @@ test-env: .venv/test-env.stamp
 
 .venv/test-env.stamp: pyproject.toml Makefile | .venv/bin/python
 	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
-	$(PIP) -e ".[test,ui]" "playwright>=1.60"
+	$(PIP) -e ".[test,ui,captions]" "playwright>=1.60"
 	$(PIP) --no-deps $(REFERENCE)
 	$(PIP) $(REFERENCE_NEEDS)
 	touch $@

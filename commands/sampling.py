@@ -155,9 +155,6 @@ class Sampling:
             sampler = config.stage(last).process.sampler
             numbers = range(1, count + 1)
             timesteps = tuple(config.sampling_defaults(number).num_steps for number in numbers)
-        level = self.lowres_sample_noise_level
-        if level is None:
-            level = config.lowres_sample_noise_level
         return dict(
             stop_at_unet_number=last,
             cond_scale=self._per_unet("cond_scale", defaults["cond_scale"], last),
@@ -168,7 +165,7 @@ class Sampling:
             guidance_interval=self.guidance_interval,
             guidance_schedule=self.guidance_schedule,
             guidance_rescale=self.guidance_rescale,
-            lowres_sample_noise_level=level,
+            lowres_sample_noise_level=self.lowres_sample_noise_level,
         )
 
     def _per_unet(self, name: str, default: Sequence, last: int) -> tuple:

@@ -82,8 +82,8 @@ class Request:
     """`linear`, `cosine`, or factors of `cond_scale` - 1 from noise to data."""
     guidance_rescale: float = 0.0
     """In [0, 1]: how far the guided output gets the deviation of the conditional one."""
-    lowres_sample_noise_level: float | None = None
-    """A time in [0, 1] on `lowres_noise_schedule`; None is the configuration's."""
+    lowres_sample_noise_level: float | Sequence[float | None] | None = None
+    """* A time in [0, 1] on `lowres_noise_schedule`; None is the configuration's."""
     start_at_unet_number: int = 1
     start_image_or_video: AnyArray | None = None
     stop_at_unet_number: int | None = None
@@ -323,7 +323,7 @@ def _sample_stage(
         return request.per_unet(config, name)[number - 1]
 
     guided = request.text_embeds is not None and own("cond_scale") != 1
-    level, steps = request.lowres_sample_noise_level, own("timesteps")
+    level, steps = own("lowres_sample_noise_level"), own("timesteps")
     level = defaults.lowres_noise_level if level is None else level
     steps = defaults.num_steps if steps is None else steps
     start_from, skip_steps = own("init_images"), own("skip_steps") or 0

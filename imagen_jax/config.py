@@ -105,7 +105,8 @@ class ImagenConfig(Config):
 
     `elucidated` and `discrete` are added: the hyper-parameters of an `ElucidatedImagen`, or of
     discrete steps; None for an `Imagen`. So is `lowres_noise_range`: the times that the noise of
-    the low-resolution image is drawn from in training. All of it, as in the reference, spends half
+    the low-resolution image is drawn from in training; and `lowres_sample_noise_level` may be one
+    per U-Net. All of the range, as in the reference, spends half
     of the training on images in which the stage cannot see what it is to enlarge.
     The U-Nets are adapted as in the reference: the first has no low-resolution input, all others
     have one, and all get the cascade's text width and channels. After construction, `unets` and
@@ -124,9 +125,9 @@ class ImagenConfig(Config):
     pred_objectives: Objective | tuple[Objective, ...] = "noise"
     random_crop_sizes: int | None | tuple[int | Size | None, ...] = None
     lowres_noise_schedule: Schedule = "linear"
-    lowres_sample_noise_level: float = 0.2
+    lowres_sample_noise_level: float | tuple[float, ...] = 0.2
     per_sample_random_aug_noise_level: bool = False
-    lowres_noise_range: tuple[float, float] = (0.0, 1.0)
+    lowres_noise_range: tuple[float, float] | tuple[tuple[float, float], ...] = (0.0, 1.0)
     condition_on_text: bool = True
     auto_normalize_img: bool = True
     dynamic_thresholding: bool | tuple[bool, ...] = True
@@ -168,6 +169,7 @@ class ImagenConfig(Config):
             "dynamic_thresholding",
             "min_snr_loss_weight",
             "min_snr_gamma",
+            "lowres_sample_noise_level",
         ):
             value = getattr(self, name)
             if isinstance(value, tuple) and len(value) != count:
@@ -186,6 +188,11 @@ class ImagenConfig(Config):
             raise UserError(
                 f"noise_schedules = {schedules} has {len(schedules)} entries for {count} unets."
             )
+        if len(self._noise_ranges()) != count:
+            raise UserError(
+                f"lowres_noise_range = {self.lowres_noise_range}: one range, or one for each of "
+                f"{count} unets."
+            )
         if self.discrete is None and any(getattr(u, "learned_variance", False) for u in self.unets):
             raise UserError("learned_variance needs a diffusion in discrete steps: discrete.")
         if any(isinstance(unet, NullUnetConfig) for unet in self.unets[1:]):
@@ -199,13 +206,14 @@ class ImagenConfig(Config):
     def _check_values(self) -> None:
         for name, lo, hi in (
             ("cond_drop_prob", 0.0, 1.0),
-            ("lowres_sample_noise_level", 0.0, 1.0),
             ("dynamic_thresholding_percentile", 0.0, 1.0),
         ):
             if not lo <= getattr(self, name) <= hi:
                 raise UserError(f"{name} = {getattr(self, name)} must lie in [{lo}, {hi}].")
-        low, high = self.lowres_noise_range
-        if not 0 <= low <= high <= 1:
+        if not all(0 <= level <= 1 for level in self.per_stage("lowres_sample_noise_level")):
+            level = self.lowres_sample_noise_level
+            raise UserError(f"lowres_sample_noise_level = {level} must lie in [0.0, 1.0].")
+        if not all(0 <= low <= high <= 1 for low, high in self._noise_ranges()):
             raise UserError(
                 f"lowres_noise_range = {self.lowres_noise_range} must rise, within [0, 1]."
             )
@@ -318,9 +326,13 @@ class ImagenConfig(Config):
             num_steps=steps,
             percentile=self.dynamic_thresholding_percentile,
             most=most,
-            lowres_noise_level=self.lowres_sample_noise_level,
+            lowres_noise_level=self.per_stage("lowres_sample_noise_level")[i],
             options=options,
         )
+
+    def _noise_ranges(self) -> tuple[tuple[float, float], ...]:
+        given = self.lowres_noise_range
+        return given if isinstance(given[0], tuple) else (given,) * len(self.unets)
 
     def _index(self, unet_number: int) -> int:
         if not 1 <= unet_number <= len(self.unets):
@@ -361,7 +373,7 @@ class ImagenConfig(Config):
             process=process,
             sampling_process=RawTimeVP(schedule=process.schedule) if raw else process,
             per_sample=self.per_sample_random_aug_noise_level,
-            noise_range=self.lowres_noise_range,
+            noise_range=self._noise_ranges()[i],
         )
 
     @classmethod

@@ -1,6 +1,7 @@
 """`Imagen`: a cascade of U-Nets with the public calls of the reference, `loss` and `sample`."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -162,7 +163,7 @@ class Imagen(nnx.Module):
         guidance_interval: tuple[float, float] | None = None,
         guidance_schedule: str | Sequence[float] | None = None,
         guidance_rescale: float = 0.0,
-        lowres_sample_noise_level: float | None = None,
+        lowres_sample_noise_level: float | Sequence[float | None] | None = None,
         start_at_unet_number: int = 1,
         start_image_or_video: AnyArray | None = None,
         stop_at_unet_number: int | None = None,
@@ -183,19 +184,28 @@ class Imagen(nnx.Module):
         """
         arguments = {k: v for k, v in locals().items() if k in Request.__dataclass_fields__}
         if self.config.condition_on_text:
-            if texts is not None and text_embeds is None:
-                arguments["text_embeds"], arguments["text_masks"] = self.encode_text(texts)
-            blank = self.config.encodes_blank_text
-            if blank and texts is not None and negative_texts is None:
-                negative_texts = [""] * len(texts)
-            if negative_texts is not None and negative_text_embeds is None:
-                encode = self.encode_text
-                embeds, masks = text.encode_or_absent(encode, negative_texts, blank=blank)
-                arguments |= dict(negative_text_embeds=embeds, negative_text_masks=masks)
+            self._encode_into(arguments, texts, negative_texts)
         outputs = self._sample(Request(**arguments))
         if return_pil_images:
             outputs = [[*map(to_pil, np.asarray(output))] for output in outputs]
         return outputs if return_all_unet_outputs else outputs[-1]
+
+    def _encode_into(
+        self,
+        arguments: dict[str, Any],
+        texts: Sequence[str] | None,
+        negative_texts: Sequence[str] | None,
+    ) -> None:
+        """Adds the embeddings of texts to arguments of `sample` that lack them."""
+        blank = self.config.encodes_blank_text
+        if blank and texts is not None and negative_texts is None:
+            negative_texts = [""] * len(texts)
+        if texts is not None and arguments["text_embeds"] is None:
+            arguments["text_embeds"], arguments["text_masks"] = self.encode_text(texts)
+        if negative_texts is not None and arguments["negative_text_embeds"] is None:
+            encode = self.encode_text
+            embeds, masks = text.encode_or_absent(encode, negative_texts, blank=blank)
+            arguments |= dict(negative_text_embeds=embeds, negative_text_masks=masks)
 
     def _sample(self, request: Request) -> list[Image]:
         return sample_cascade(

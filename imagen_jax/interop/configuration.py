@@ -119,6 +119,10 @@ def to_theirs(config: ImagenConfig) -> tuple[Kind, dict[str, Any]]:
                 f"U-Net {number} is {show(size)}: imagen-pytorch has square images only."
             )
     params = {name: value for name, value in config.to_dict().items() if name not in OURS}
+    if isinstance(params["lowres_sample_noise_level"], list):
+        raise UserError(
+            "lowres_sample_noise_level is one per U-Net; imagen-pytorch has one for all."
+        )
     own = params.pop("elucidated")
     for unet in params["unets"]:
         unet.pop("norm", None)

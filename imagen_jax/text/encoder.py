@@ -23,7 +23,7 @@ from imagen_jax import memory
 from imagen_jax.config import T5_WIDTHS, ImagenConfig
 from imagen_jax.errors import UserError
 from imagen_jax.sharding import Layout
-from imagen_jax.text import identity, loading, tokenizer
+from imagen_jax.text import cleaning, identity, loading, tokenizer
 from imagen_jax.text.identity import Identity
 from imagen_jax.text.t5 import T5Config, abstract_encoder, encode
 from imagen_jax.types import AnyArray, Params, TextEmbeds, TextMask
@@ -64,6 +64,8 @@ class TextEncoder:
     sha256: str
     layout: Layout | None = None
     keeps_padding: bool = False
+    cleans: bool = False
+    """Whether captions are cleaned first, as for DeepFloyd IF (`cleaning`)."""
 
     @property
     def width(self) -> int:
@@ -87,6 +89,8 @@ class TextEncoder:
 
     def tokenize(self, captions: Sequence[str]) -> Int32[np.ndarray, "b 256"]:
         """See `imagen_jax.text.tokenize`. No device is used."""
+        if self.cleans and not isinstance(captions, str):
+            captions = [cleaning.clean(caption) for caption in captions]
         return tokenizer.tokenize(self.tokenizer, captions, blank=self.keeps_padding)
 
     def embed(
@@ -186,7 +190,9 @@ def cascade_encoder(
     """
     name = name or config.text_encoder_name
     encoder = load_encoder(name, dtype=dtype, layout=layout)
-    encoder = dataclasses.replace(encoder, keeps_padding=config.reads_padding)
+    encoder = dataclasses.replace(
+        encoder, keeps_padding=config.reads_padding, cleans=config.encodes_blank_text
+    )
     if encoder.width != config.text_embed_dim:
         raise UserError(
             f"{encoder.name} has embeddings of {encoder.width}, the cascade text_embed_dim = "
