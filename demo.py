@@ -4,9 +4,9 @@
 and in a separate row a few new combinations, beside the real pictures.
 
 `scenes`: an encoder learns to read captions of coloured shapes, three stages (8 -> 16 -> 32 pixels)
-to draw them. They never see a red triangle, a tenth of all combinations of two objects, or some
-numbers of some objects (imagen_jax/data/scenes.py), are asked for these at the end, and judged. So
-far they put the right colours into the right places and draw no clear shapes (docs/quality.md).
+to draw them, side by side, each on a core of its own: networks this small are slower on two. They
+never see a red triangle, a tenth of all combinations of two objects, or some numbers of some
+objects (imagen_jax/data/scenes.py), are asked for these at the end, and judged (docs/quality.md).
 
 Either writes RUN/demo.png.
 
@@ -15,27 +15,35 @@ Stopped by Ctrl-C, it resumes when started again.
 
 import argparse
 import dataclasses
+import os
+import signal
+import subprocess
+import sys
 import time
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 import commands
 from commands.sampling import progress_bars
 from evaluate import composition
 from imagen_jax import Pipeline, text
 from imagen_jax.data import NEW_COMBINATIONS, decode, demo_captions, labelled_grid, open_source
+from imagen_jax.errors import UserError
 from imagen_jax.presets import RECIPES
 from imagen_jax.streams import image_seeds
-from train import loop, text_encoder
+from train import log, loop, text_encoder
 from train.settings import Settings
 
 SEED = 0
-COND_SCALE = {"bundled": (2.0, 1.0), "scenes": (3.0, 2.0, 1.0)}  # guidance, by U-Net
+COND_SCALE = {"bundled": (2.0, 1.0), "scenes": (3.0, 3.0, 1.0)}  # guidance, by U-Net
 PRESET = {"bundled": "demo", "scenes": "scenes"}
 LONG = 4  # times the steps of the demo
+LONGEST_FIRST = (2, 1, 3)  # stages of scenes, in the order in which they are started
 BATCH_SIZE = 35  # images drawn at once
 COLUMNS = 8
 
@@ -51,26 +59,109 @@ def main() -> None:
     parser.add_argument(
         "--num-images", type=int, default=100, help="judged of each kind of caption"
     )
+    for name in ("--only", "--core"):  # a stage of scenes, and where its process runs
+        parser.add_argument(name, type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     workdir = args.workdir or Path("runs", "demo" if args.data == "bundled" else args.data)
     recipes = RECIPES[PRESET[args.data]]
     steps = args.steps or [recipe.steps * (LONG if args.long else 1) for recipe in recipes]
 
+    if args.core is not None:
+        os.sched_setaffinity(0, {args.core})
     began = time.monotonic()
     if args.data == "scenes":
-        more = dict(data="scenes", t5=str(encoder_folder(workdir)))
-    else:
-        captions = resources.files("imagen_jax.data").joinpath("bundled/demo_captions.txt")
-        more = dict(captions_from=Path(str(captions)))
-    for number, count in enumerate(steps, 1):
-        if not loop.run(settings(workdir, PRESET[args.data], number, count, **more), number):
-            print("The same command resumes from there.")
+        t5 = encoder_folder(workdir)
+        if args.only is not None:
+            train_scenes(workdir, t5, args.only, steps)
             return
+        finished = side_by_side(workdir, steps)
+    else:
+        finished = train_bundled(workdir, steps)
+    if not finished:
+        print("The same command resumes from there.")
+        return
     if args.data == "scenes":
         draw_scenes(workdir, args.num_images)
     else:
         draw_bundled(workdir)
     print(f"{(time.monotonic() - began) / 60:.1f} minutes. Look at {workdir / 'demo.png'}")
+
+
+def train_bundled(workdir: Path, steps: Sequence[int]) -> bool:
+    """Trains one stage after the other; whether they are finished."""
+    captions = resources.files("imagen_jax.data").joinpath("bundled/demo_captions.txt")
+    return all(
+        loop.run(
+            settings(workdir, "demo", number, count, captions_from=Path(str(captions))), number
+        )
+        for number, count in enumerate(steps, 1)
+    )
+
+
+def train_scenes(workdir: Path, t5: Path, number: int, steps: Sequence[int]) -> bool:
+    more = dict(data="scenes", t5=str(t5))
+    return loop.run(settings(workdir, "scenes", number, steps[number - 1], **more), number)
+
+
+def side_by_side(workdir: Path, steps: Sequence[int]) -> bool:
+    """Trains the stages in processes of their own, as many at once as there are cores, each on one;
+    what a process prints is in RUN/unetN.log. Whether they are finished.
+
+    Raises UserError, with the last line that a process printed, if it failed; ends the others.
+    """
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [None]
+    waiting, running = list(LONGEST_FIRST), {}
+    bars = {
+        number: tqdm(total=count, desc=f"U-Net {number}", unit="step", position=place)
+        for place, (number, count) in enumerate(zip(sorted(waiting), steps, strict=True))
+    }
+    try:
+        while waiting or running:
+            while waiting and len(running) < len(cores):
+                core = next(core for core in cores if core not in running)
+                running[core] = start_stage(workdir, waiting.pop(0), steps, core)
+            time.sleep(2)
+            for number, done in steps_done(workdir).items():
+                bars[number].update(done - bars[number].n)
+            for core, (number, process) in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[core]
+                if process.returncode:
+                    said = (workdir / f"unet{number}.log").read_text().strip().splitlines()
+                    raise UserError(f"U-Net {number}: {said[-1] if said else 'failed'}")
+        return True
+    except KeyboardInterrupt:  # they were interrupted too, and save
+        return False
+    finally:
+        for _, process in running.values():
+            process.send_signal(signal.SIGINT)
+        for _, process in running.values():
+            process.wait()
+        for bar in bars.values():
+            bar.close()
+
+
+def start_stage(
+    workdir: Path, number: int, steps: Sequence[int], core: int | None
+) -> tuple[int, subprocess.Popen]:
+    """The number of a stage, and its process, on one core."""
+    counts = [str(count) for count in steps]
+    command = [sys.executable, __file__, "--data", "scenes", "--workdir", str(workdir)]
+    command += ["--only", str(number), "--steps", *counts]
+    command += [] if core is None else ["--core", str(core)]
+    with (workdir / f"unet{number}.log").open("ab") as said:
+        # In a session of its own: Ctrl-C reaches it through us.
+        return number, subprocess.Popen(command, stdout=said, stderr=said, start_new_session=True)
+
+
+def steps_done(workdir: Path) -> dict[int, int]:
+    """The last step that each U-Net wrote down."""
+    found: dict[int, int] = {}
+    for line in log.read(workdir):
+        if line.get("kind") == "train":
+            found[line["unet"]] = max(found.get(line["unet"], 0), line["step"])
+    return found
 
 
 def settings(workdir: Path, preset: str, number: int, steps: int, **more: Any) -> Settings:

@@ -145,7 +145,8 @@ def scenes() -> ImagenConfig:
     What made it learn which colour goes where, by the table in docs/quality.md: noise levels around
     those at which it is decided (`P_mean`; the reference's objectives give them next to no weight),
     an encoder from whose embeddings it can be read (`train.text_encoder`), no attention pool, and a
-    base that is so small that it sees many images.
+    base that is so small that it sees many images. What made it draw shapes: small images that are
+    means (`area`), as the base draws them, with so much noise that shapes come from the text.
     """
     text = dict(max_text_len=24, cond_dim=64, attn_pool_text=False)
     shared = dict(attn_dim_head=32, attn_heads=4, init_cross_embed_kernel_sizes=(3, 7), **text)
@@ -164,11 +165,12 @@ def scenes() -> ImagenConfig:
         **shared,
     )
     edges = UnetConfig(
-        dim=24,
+        dim=16,
         dim_mults=(1, 2),
         layer_attns=False,
-        layer_cross_attns=(False, True),
-        **shared,
+        layer_cross_attns=False,
+        attend_at_middle=False,
+        **shared | dict(init_cross_embed_kernel_sizes=(3, 5)),
     )
     return ImagenConfig(
         unets=(base, shapes, edges),
@@ -177,8 +179,10 @@ def scenes() -> ImagenConfig:
         elucidated=ElucidatedConfig(
             P_mean=(0.3, -0.3, -0.8), sigma_data=0.9, sigma_min=0.02, sigma_max=40
         ),
+        resize_mode="area",
         lowres_noise_schedule="cosine",
-        lowres_sample_noise_level=0.1,
+        lowres_noise_range=((0.0, 0.0), (0.2, 0.4), (0.0, 0.2)),
+        lowres_sample_noise_level=(0.0, 0.3, 0.1),
         per_sample_random_aug_noise_level=True,
     )
 
@@ -222,9 +226,9 @@ RECIPES: dict[str, tuple[Recipe, ...]] = {
     "imagen": (dataclasses.replace(PAPER, optimizer="adafactor"), PAPER, PAPER),
     "demo": (_DEMO, dataclasses.replace(_DEMO, steps=1000, lr=2e-3)),
     "scenes": (
-        dataclasses.replace(_DEMO, steps=8000, lr=2e-3, ema_decay=0.998),
-        dataclasses.replace(_DEMO, steps=7000, batch_size=8, lr=2e-3, ema_decay=0.998),
-        dataclasses.replace(_DEMO, steps=700, batch_size=8, lr=2e-3),
+        dataclasses.replace(_DEMO, steps=6000, lr=2e-3, ema_decay=0.998),
+        dataclasses.replace(_DEMO, steps=8000, batch_size=8, lr=2e-3, ema_decay=0.998),
+        dataclasses.replace(_DEMO, steps=2500, batch_size=4, lr=2e-3, ema_decay=0.998),
     ),
 }
 """By preset, one recipe per U-Net."""

@@ -13,6 +13,7 @@ import demo
 from evaluate import composition
 from imagen_jax import text
 from imagen_jax.data import NEW_COMBINATIONS, demo_captions
+from imagen_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 
@@ -66,3 +67,23 @@ def test_the_demo_draws_what_it_was_shown(tmp_path):
     out = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     (right,) = re.findall(r"(\d+) of 64 drawn pictures are nearer to their own", out)
     assert int(right) >= 52, out
+
+
+def test_stages_train_side_by_side_and_one_that_fails_ends_all(tmp_path, monkeypatch):
+    """In processes of their own: two steps that are counted, then a process that fails."""
+
+    def stage(code: str):
+        def start(workdir, number, steps, core):
+            return number, subprocess.Popen([sys.executable, "-c", code.format(number=number)])
+
+        return start
+
+    line = '{{"unet": {number}, "step": 2, "kind": "train"}}'
+    code = f"open(r'{tmp_path}/metrics{{number}}.jsonl', 'w').write('{line}')"
+    monkeypatch.setattr(demo, "start_stage", stage(code))
+    assert demo.side_by_side(tmp_path, (2, 2, 2))
+    assert demo.steps_done(tmp_path) == {1: 2, 2: 2, 3: 2}
+    (tmp_path / "unet2.log").write_text("lines\nerror: no room\n")
+    monkeypatch.setattr(demo, "start_stage", stage("raise SystemExit({number} == 2)"))
+    with pytest.raises(UserError, match="U-Net 2: error: no room"):
+        demo.side_by_side(tmp_path, (2, 2, 2))
