@@ -1,12 +1,12 @@
 """The demo behind `make demo`, and another one: small cascades that learn on a CPU.
 
-`bundled`: two stages, 16 -> 32 pixels, learn 64 captioned emoji by heart. Every caption is drawn,
-and in a separate row a few new combinations, beside the real pictures.
-
 `scenes`: an encoder learns to read captions of coloured shapes, three stages (8 -> 16 -> 32 pixels)
 to draw them, side by side, each on a core of its own: networks this small are slower on two. They
 never see a red triangle, a tenth of all combinations of two objects, or some numbers of some
 objects (imagen_jax/data/scenes.py), are asked for these at the end, and judged (docs/quality.md).
+
+`bundled`: two stages, 16 -> 32 pixels, learn 64 captioned emoji by heart. Every caption is drawn,
+and in a separate row a few new combinations, beside the real pictures.
 
 Either writes RUN/demo.png.
 
@@ -52,8 +52,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", choices=PRESET, default="bundled", help="default: bundled")
-    parser.add_argument("--workdir", type=Path, help="default: runs/demo, or runs/scenes")
+    parser.add_argument("--data", choices=PRESET, default="scenes", help="default: scenes")
+    parser.add_argument("--workdir", type=Path, help="default: runs/demo, or runs/emoji")
     parser.add_argument("--long", action="store_true", help=f"{LONG} times the steps")
     parser.add_argument("--steps", type=int, nargs="+", help="of each U-Net")
     parser.add_argument(
@@ -62,7 +62,7 @@ def main() -> None:
     for name in ("--only", "--core"):  # a stage of scenes, and where its process runs
         parser.add_argument(name, type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    workdir = args.workdir or Path("runs", "demo" if args.data == "bundled" else args.data)
+    workdir = args.workdir or Path("runs", "demo" if args.data == "scenes" else "emoji")
     recipes = RECIPES[PRESET[args.data]]
     steps = args.steps or [recipe.steps * (LONG if args.long else 1) for recipe in recipes]
 

@@ -1,7 +1,7 @@
 """Samplers and numbers of steps on the demo's cascade: how near they come to the exact solution.
 
-    make demo
-    python -m benchmarks.samplers --checkpoint runs/demo --sheet docs/samplers.png
+    make demo-emoji
+    python -m benchmarks.samplers --checkpoint runs/emoji --sheet docs/samplers.png
 
 Both stages draw the training captions, guided as the demo guides them. A sampler without noise of
 its own has one limit per image, given its initial noise: the solution of the probability flow, here
@@ -44,7 +44,7 @@ SOLUTION = dict(sampler="dpm++3m", spacing="log_snr")
 class Settings:
     """Measures samplers on a trained demo."""
 
-    checkpoint: Path = Path("runs/demo")
+    checkpoint: Path = Path("runs/emoji")
     """Its run directory."""
     captions: int = 32
     """How many images each cell averages."""

@@ -1,6 +1,6 @@
 """Draws images of prompts with a trained cascade.
 
-    python -m sample.text_to_image --checkpoint runs/demo --prompt "red heart"
+    python -m sample.text_to_image --checkpoint runs/demo --prompt "a red triangle"
     python -m sample.text_to_image --checkpoint RUN --prompt "a cat" --prompt "a dog" \\
         --num-images-per-prompt 4 --steps 30 20 --cond-scale 3 1       # one number per U-Net
     python -m sample.text_to_image --checkpoint RUN --prompts-from prompts.txt --json

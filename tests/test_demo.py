@@ -63,7 +63,7 @@ def test_the_encoder_is_trained_once(tmp_path, monkeypatch):
 
 @pytest.mark.long
 def test_the_demo_draws_what_it_was_shown(tmp_path):
-    command = [sys.executable, "demo.py", "--workdir", str(tmp_path / "run")]
+    command = [sys.executable, "demo.py", "--data", "bundled", "--workdir", str(tmp_path / "run")]
     out = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     (right,) = re.findall(r"(\d+) of 64 drawn pictures are nearer to their own", out)
     assert int(right) >= 52, out

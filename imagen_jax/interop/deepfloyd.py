@@ -46,9 +46,18 @@ class Read:
     unet: IFUnetConfig
     size: int
     params: Params
-    betas: str
-    steps: int
-    most: float
+    schedule: "Schedule"
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """What is read of a stage's scheduler."""
+
+    betas: str = "squaredcos_cap_v2"
+    steps: int = 1000
+    thresholding: bool = True
+    percentile: float = 0.95
+    most: float = 1.5
 
 
 def read(folder: Path, variant: Variant | None = None) -> Read:
@@ -56,20 +65,18 @@ def read(folder: Path, variant: Variant | None = None) -> Read:
     if (folder / "unet" / "config.json").is_file():
         unet, size = _named(if_configuration.from_diffusers, folder / "unet" / "config.json")
         state = dict(_tensors(folder / "unet", variant))
-        schedule = _scheduler(folder / "scheduler" / "scheduler_config.json")
+        schedule = _scheduler(folder / "scheduler" / "scheduler_config.json", unet)
     elif (folder / "config.yml").is_file():
         unet, size = _named(if_configuration.from_original, folder / "config.yml")
         state = from_original(read_torch_file(folder / "pytorch_model.bin"), unet)
-        schedule = dict(
-            betas="squaredcos_cap_v2", steps=1000, most=1.0 if unet.lowres_cond else 1.5
-        )
+        schedule = Schedule(most=1.0 if unet.lowres_cond else 1.5)
     else:
         raise UserError(
             f"{folder} is no folder of DeepFloyd IF: it has neither unet/config.json (diffusers) "
             "nor config.yml (the original)."
         )
     params = keys.to_jax(state, nn.abstract(unet)[1], prefix=f"{folder}: ", table=IF_UNET)
-    return Read(folder, unet, size, params, **schedule)
+    return Read(folder, unet, size, params, schedule)
 
 
 def cascade(stages: Sequence[Read]) -> ImagenConfig:
@@ -80,9 +87,10 @@ def cascade(stages: Sequence[Read]) -> ImagenConfig:
         raise UserError("only the first folder can be a base; the others must be super-resolution.")
     alone = stages[0].unet.lowres_cond
     sizes = [stages[0].size // 4] * alone + [one.size for one in stages]
-    most = [1.5] * alone + [one.most for one in stages]
-    for name in ("betas", "steps"):
-        if len({getattr(one, name) for one in stages}) > 1:
+    schedules = [stages[0].schedule] * alone + [one.schedule for one in stages]
+    first = schedules[0]
+    for name in ("betas", "steps", "percentile"):
+        if len({getattr(one, name) for one in schedules}) > 1:
             raise UserError(f"the stages' schedulers differ in {name}.")
     if len({one.unet.text_embed_dim for one in stages}) > 1:
         raise UserError("the stages read text of different widths.")
@@ -92,10 +100,12 @@ def cascade(stages: Sequence[Read]) -> ImagenConfig:
         text_encoder_name=T5,
         text_embed_dim=stages[0].unet.text_embed_dim,
         timesteps=tuple(50 if i else 100 for i in range(len(sizes))),
+        dynamic_thresholding=tuple(one.thresholding for one in schedules),
+        dynamic_thresholding_percentile=first.percentile,
         discrete=DiscreteConfig(
-            betas=stages[0].betas,
-            num_train_timesteps=stages[0].steps,
-            sample_max_value=tuple(most),
+            betas=first.betas,
+            num_train_timesteps=first.steps,
+            sample_max_value=tuple(one.most for one in schedules),
         ),
         resize_mode="bilinear_corners",
         lowres_sample_noise_level=0.25,
@@ -161,16 +171,22 @@ def _named(parse: Any, path: Path) -> tuple[IFUnetConfig, int]:
         raise UserError(f"{path}: {error}") from error
 
 
-def _scheduler(path: Path) -> dict[str, Any]:
-    """Betas, steps and the cap of thresholding. Raises UserError for another kind of diffusion."""
+def _scheduler(path: Path, unet: IFUnetConfig) -> Schedule:
+    """Raises UserError for another kind of diffusion, or another use of the network's answer."""
     if not path.is_file():
         raise UserError(f"{path} is missing.")
     data = storage.read_object(storage.folder(path))
+    variance = data.get("variance_type", "fixed_small")
     if data.get("prediction_type", "epsilon") != "epsilon":
         raise UserError(f"{path}: prediction_type = {data['prediction_type']!r}, not 'epsilon'.")
-    return dict(
+    if unet.learned_variance != (variance == "learned_range"):
+        learns = "learns" if unet.learned_variance else "does not learn"
+        raise UserError(f"{path}: variance_type = {variance!r}; the network {learns} the variance.")
+    return Schedule(
         betas=data.get("beta_schedule", "linear"),
         steps=data.get("num_train_timesteps", 1000),
+        thresholding=data.get("thresholding", False),
+        percentile=float(data.get("dynamic_thresholding_ratio", 0.995)),
         most=float(data.get("sample_max_value", 1.0)),
     )
 

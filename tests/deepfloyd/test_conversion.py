@@ -1,6 +1,7 @@
 """Folders of DeepFloyd IF: read, converted, written, and loaded again by diffusers."""
 
 import json
+import shutil
 import sys
 
 import jax
@@ -46,6 +47,7 @@ def test_folders_become_a_cascade_and_folders_again(folders, command, tmp_path):
     assert said.count("apart from diffusers") == 2 and "DeepFloyd's licence" in said
     config = checkpoint.read_config(run)
     assert config.image_sizes == networks.SIZES and config.discrete == networks.CONFIG.discrete
+    assert config.dynamic_thresholding_percentile == 0.95
     found = imagen_jax.load(run)
     for unet, network in zip(found.unets, networks.networks(), strict=True):
         state = keys.to_torch(jax.device_get(nn.params_of(unet)), table=IF_UNET)
@@ -170,7 +172,10 @@ def test_mistakes(folders, tmp_path, command):
         command("from-diffusers", folders[1], folders[0], tmp_path / "run")
     assert not (tmp_path / "run").exists()
     folder = tmp_path / "other"
-    (folder / "unet").mkdir(parents=True)
+    shutil.copytree(folders[0], folder)
+    networks.scheduler(0, variance_type="fixed_small").save_pretrained(folder / "scheduler")
+    with pytest.raises(UserError, match="variance_type = 'fixed_small'; the network learns the"):
+        deepfloyd.read(folder)
     described = json.loads((folders[0] / "unet" / "config.json").read_text())
     described["mid_block_type"] = "UNetMidBlock2DCrossAttn"
     (folder / "unet" / "config.json").write_text(json.dumps(described))
