@@ -68,12 +68,13 @@ def main() -> None:
 
     if args.core is not None:
         os.sched_setaffinity(0, {args.core})
+    if len(steps) != len(recipes):
+        parser.error(f"--steps has {len(steps)} values for {len(recipes)} U-Nets")
     began = time.monotonic()
     if args.data == "scenes":
         t5 = encoder_folder(workdir)
         if args.only is not None:
-            train_scenes(workdir, t5, args.only, steps)
-            return
+            sys.exit(not train_scenes(workdir, t5, args.only, steps))
         finished = side_by_side(workdir, steps)
     else:
         finished = train_bundled(workdir, steps)
@@ -131,7 +132,7 @@ def side_by_side(workdir: Path, steps: Sequence[int]) -> bool:
                     said = (workdir / f"unet{number}.log").read_text().strip().splitlines()
                     raise UserError(f"U-Net {number}: {said[-1] if said else 'failed'}")
         return True
-    except KeyboardInterrupt:  # they were interrupted too, and save
+    except KeyboardInterrupt:  # they are interrupted below, and save
         return False
     finally:
         for _, process in running.values():

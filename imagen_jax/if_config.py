@@ -52,9 +52,6 @@ class IFUnetConfig(Config):
     of the empty text."""
     activation: Literal["gelu", "silu"] = "gelu"
     """`gelu` with the error function, as IF; `silu` as the paper."""
-    activate_time_once: bool = False
-    """The activation is applied to the embedding of time once, not in every block (IF's stage II:
-    `efficient_activation`, `resnet_skip_time_act`)."""
     skip_scale: float = 1.0
     """Residual blocks divide by it (IF's stage II: 1 / 0.7071)."""
 

@@ -198,7 +198,8 @@ class Imagen(nnx.Module):
     ) -> None:
         """Adds the embeddings of texts to arguments of `sample` that lack them."""
         blank = self.config.encodes_blank_text
-        if blank and texts is not None and negative_texts is None:
+        guided = np.any(np.asarray(arguments["cond_scale"]) != 1)
+        if blank and guided and texts is not None and negative_texts is None:
             negative_texts = [""] * len(texts)
         if texts is not None and arguments["text_embeds"] is None:
             arguments["text_embeds"], arguments["text_masks"] = self.encode_text(texts)

@@ -232,7 +232,9 @@ class Pipeline:
         `return_all_unet_outputs` the pixels are a list, of every stage that ran.
         """
         arguments = self.defaults() | arguments
-        if self.config.encodes_blank_text and embeddings is not None and negatives is None:
+        guided = np.any(np.asarray(arguments["cond_scale"]) != 1)
+        blank = self.config.encodes_blank_text and guided
+        if blank and embeddings is not None and negatives is None:
             negatives = repeated(self.encode_negative([""]), len(embeddings.embeds))
         size = pad_to or padded(min(len(seeds), batch_size), batch_size)
         if self.layout is not None:

@@ -83,7 +83,6 @@ def IFStageII(size: Literal["M", "L"] = "L", **overrides) -> IFUnetConfig:
         layer_attns=(False, False, False, True, True),
         time_cond_dim=8 * dim,
         lowres_cond=True,
-        activate_time_once=True,
         skip_scale=1 / 0.7071,
     )
     return IFUnetConfig(**published | overrides)

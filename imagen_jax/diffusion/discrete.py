@@ -125,10 +125,7 @@ class Discrete:
         sigma_max: float | None = None,
     ) -> Float[np.ndarray, "points"]:
         """Steps, falling, and -1; IF's own spacings have as many as they have."""
-        if sigma_min is not None or sigma_max is not None:
-            raise UserError(
-                "sigma_min and sigma_max are for elucidated cascades; this one has a schedule."
-            )
+        grids.refuse_range(sigma_min, sigma_max)
         if num_steps > self.steps:
             raise UserError(f"{num_steps} steps: the process has {self.steps}.")
         return np.append(self._timesteps(num_steps, spacing), -1).astype(np.float32)

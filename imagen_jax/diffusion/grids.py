@@ -19,6 +19,14 @@ RHO = 7.0
 SPACINGS = ("t", "log_snr", "karras")
 
 
+def refuse_range(sigma_min: float | None, sigma_max: float | None) -> None:
+    """Raises UserError for a range of noise given to a process whose schedule has its own."""
+    if sigma_min is not None or sigma_max is not None:
+        raise UserError(
+            "sigma_min and sigma_max are for elucidated cascades; this one has a schedule."
+        )
+
+
 def log_snrs(
     spacing: str | Sequence[float], low: float, high: float, count: int
 ) -> Float[np.ndarray, "count"]:

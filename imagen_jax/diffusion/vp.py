@@ -97,10 +97,7 @@ class VP:
     ) -> Float[np.ndarray, "points"]:
         """log-SNRs at equal steps of time, or of another spacing from the log-SNR -10.2 on, below
         which the cosine schedule has next to no signal (Lu et al. 2022, Section 6.1)."""
-        if sigma_min is not None or sigma_max is not None:
-            raise UserError(
-                "sigma_min and sigma_max are for elucidated cascades; this one has a schedule."
-            )
+        grids.refuse_range(sigma_min, sigma_max)
         if spacing in (None, "t"):
             return schedules.log_snr(time_grid(num_steps), self.schedule)
         low, high = schedules.log_snr(np.float32([1.0, 0.0]), self.schedule).tolist()

@@ -71,6 +71,7 @@ def from_diffusers(config: Mapping[str, Any]) -> tuple[IFUnetConfig, int]:
     scale = config.get("resnet_out_scale_factor", 1.0)
     if config.get("mid_block_scale_factor", 1) != scale:
         raise UserError("mid_block_scale_factor and resnet_out_scale_factor differ.")
+    # Activating the embedding of time once, or the same one in every block, is the same network.
     once = bool(config.get("resnet_skip_time_act", False))
     if once != (config.get("time_embedding_act_fn") is not None):
         raise UserError("resnet_skip_time_act and time_embedding_act_fn contradict each other.")
@@ -91,7 +92,6 @@ def from_diffusers(config: Mapping[str, Any]) -> tuple[IFUnetConfig, int]:
         learned_variance=_learns_variance(channels, out),
         lowres_cond=lowres,
         activation=_activation(config.get("act_fn", "silu")),
-        activate_time_once=once,
         skip_scale=float(scale),
     ), size
 
@@ -115,9 +115,9 @@ def to_diffusers(unet: IFUnetConfig, size: int) -> dict[str, Any]:
         "mid_block_scale_factor": unet.skip_scale,
         "out_channels": unet.out_channels,
         "resnet_out_scale_factor": unet.skip_scale,
-        "resnet_skip_time_act": unet.activate_time_once,
+        "resnet_skip_time_act": unet.lowres_cond,
         "sample_size": size,
-        "time_embedding_act_fn": unet.activation if unet.activate_time_once else None,
+        "time_embedding_act_fn": unet.activation if unet.lowres_cond else None,
         "time_embedding_dim": unet.time_dim,
         "up_block_types": [_UP[attends] for attends in unet.layer_attns[::-1]],
     }
@@ -161,7 +161,6 @@ def from_original(config: Mapping[str, Any]) -> tuple[IFUnetConfig, int]:
         learned_variance=_learns_variance(3, out),
         lowres_cond=lowres,
         activation=_activation(params.get("activation", "gelu")),
-        activate_time_once=bool(params.get("efficient_activation", lowres)),
         skip_scale=1 / 0.7071 if params.get("scale_skip_connection", lowres) else 1.0,
     ), size
 

@@ -61,13 +61,20 @@ def theirs(read: Read, variant: Variant | None, given: dict[str, np.ndarray]) ->
         network.load_state_dict(
             {name: torch.from_numpy(np.array(value, np.float32)) for name, value in state.items()}
         )
-    images = [given[name] for name in ("x", "lowres_cond_img") if name in given]
-    labels: Any = given.get("lowres_noise_times")
     with torch.no_grad():
-        answer = network.eval()(
-            torch.from_numpy(np.concatenate(images, -1)).permute(0, 3, 1, 2),
-            torch.from_numpy(given["time"]),
-            torch.from_numpy(given["text_embeds"]),
-            class_labels=None if labels is None else torch.from_numpy(labels),
-        ).sample
-    return answer.permute(0, 2, 3, 1).numpy()
+        return answer(network.eval(), given).numpy()
+
+
+def answer(network: Any, given: dict[str, np.ndarray]) -> Any:
+    """What diffusers' network answers to `inputs`, as a torch tensor (b, h, w, c)."""
+    import torch
+
+    images = [given[name] for name in ("x", "lowres_cond_img") if name in given]
+    labels = given.get("lowres_noise_times")
+    found = network(
+        torch.from_numpy(np.concatenate(images, -1)).permute(0, 3, 1, 2),
+        torch.from_numpy(given["time"]),
+        torch.from_numpy(given["text_embeds"]),
+        class_labels=None if labels is None else torch.from_numpy(labels),
+    )
+    return found.sample.permute(0, 2, 3, 1)

@@ -27,7 +27,7 @@ from imagen_jax.errors import UserError
 from imagen_jax.if_config import GROUPS, IFUnetConfig
 from imagen_jax.nn.attend import attend
 from imagen_jax.nn.attention import KeyValue, join, split_heads
-from imagen_jax.nn.layers import affine_layer_norm, conv, linear
+from imagen_jax.nn.layers import affine_layer_norm, check_image, conv, linear
 from imagen_jax.nn.remat import check_policy, run
 from imagen_jax.sharding import constrain
 from imagen_jax.types import AnyArray, Image, KeepMask, PRNGKey, TextEmbeds, TextMask
@@ -216,13 +216,7 @@ class IFUnet(nnx.Module):
         if not config.lowres_cond == (lowres is not None) == (lowres_times is not None):
             wants = "needs" if config.lowres_cond else "has no use for"
             raise UserError(f"this U-Net {wants} lowres_cond_img and lowres_noise_times.")
-        if x.shape[-1] != config.channels:
-            raise UserError(f"x has {x.shape[-1]} channels, this U-Net {config.channels}.")
-        if any(size % config.downsampling for size in x.shape[1:3]):
-            raise UserError(
-                f"x is {x.shape[1]} x {x.shape[2]} pixels; this U-Net needs multiples of "
-                f"{config.downsampling}."
-            )
+        check_image(x, channels=config.channels, multiple=config.downsampling)
 
 
 class Level(nnx.Module):
@@ -267,7 +261,6 @@ class Block(nnx.Module):
     ):
         make = dict(dtype=dtype, rngs=rngs)
         self.act, self.resample = _ACTIVATIONS[config.activation], resample
-        self.activate_time = not config.activate_time_once
         self.skip_scale = config.skip_scale
         self.norm1 = group_norm(c_in, **make)
         self.block1 = conv(c_in, c_out, 3, **make)

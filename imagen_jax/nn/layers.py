@@ -13,6 +13,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from imagen_jax.errors import UserError
 from imagen_jax.sharding import constrain, model_parallel, platform, splits
 from imagen_jax.types import AnyArray, PRNGKey
 
@@ -306,6 +307,17 @@ class ConvPair(nnx.Module):
 
     def __call__(self, x: Float[Array, "b h w c_in"]) -> Float[Array, "b h w c_out"]:
         return constrain(self.wide(x) + self.point(x), "b h w c")
+
+
+def check_image(x: AnyArray, *, channels: int, multiple: int) -> None:
+    """Raises UserError for a noisy image that a U-Net of these channels cannot take; its sides must
+    be multiples of `multiple`."""
+    if x.shape[-1] != channels:
+        raise UserError(f"x has {x.shape[-1]} channels, this U-Net {channels}.")
+    if any(size % multiple for size in x.shape[1:3]):
+        raise UserError(
+            f"x is {x.shape[1]} x {x.shape[2]} pixels; this U-Net needs multiples of {multiple}."
+        )
 
 
 def dropout(x: Float[Array, "*s"], rate: float, key: PRNGKey | None) -> Float[Array, "*s"]:

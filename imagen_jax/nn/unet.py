@@ -27,7 +27,7 @@ from imagen_jax.nn import levels
 from imagen_jax.nn.attention import KeyValue
 from imagen_jax.nn.blocks import ConvBlock, ResnetBlock
 from imagen_jax.nn.embeddings import TextEmbedding, TimeEmbedding
-from imagen_jax.nn.layers import CrossEmbed, affine_layer_norm, conv, linear
+from imagen_jax.nn.layers import CrossEmbed, affine_layer_norm, check_image, conv, linear
 from imagen_jax.nn.remat import check_policy, join_channels, run
 from imagen_jax.nn.transformer import PerceiverResampler, Transformer
 from imagen_jax.resize import resize
@@ -264,13 +264,7 @@ class Unet(nnx.Module):
                 f"cond_images are {'missing' if cond_images is None else 'given'}; this U-Net "
                 f"has cond_images_channels = {config.cond_images_channels}."
             )
-        if x.shape[-1] != config.channels:
-            raise UserError(f"x has {x.shape[-1]} channels, this U-Net {config.channels}.")
-        if any(size % config.downsampling for size in x.shape[1:3]):
-            raise UserError(
-                f"x is {x.shape[1]} x {x.shape[2]} pixels; this U-Net needs multiples of "
-                f"{config.downsampling}."
-            )
+        check_image(x, channels=config.channels, multiple=config.downsampling)
         parts = [x]
         if config.self_cond:
             parts.append(jnp.zeros_like(x) if self_cond is None else self_cond)

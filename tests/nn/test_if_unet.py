@@ -4,17 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 from imagen_jax import nn, presets
 from imagen_jax.errors import UserError
 from imagen_jax.if_config import IFUnetConfig
-from imagen_jax.interop import if_configuration, keys
+from imagen_jax.interop import if_configuration, keys, verify_if
 from imagen_jax.interop.if_table import IF_UNET
-from imagen_jax.interop.reference import import_imagen_pytorch
-
-import_imagen_pytorch()  # it mends torchvision, which diffusers' models import
-import torch  # noqa: E402
-from diffusers import UNet2DConditionModel  # noqa: E402
+from tests.deepfloyd import networks
 
 SMALL = dict(dim=64, attn_dim_head=16, text_embed_dim=96, pool_heads=4)
 STAGES = {
@@ -29,49 +26,12 @@ STAGES = {
         32,
     ),
 }
-TOKENS = 77
-
-
-def theirs(config: IFUnetConfig, size: int) -> UNet2DConditionModel:
-    """Random weights, nothing left at zero or one."""
-    torch.manual_seed(0)
-    network = UNet2DConditionModel.from_config(if_configuration.to_diffusers(config, size))
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(0.03 * torch.randn_like(parameter))
-    return network.eval()
-
-
-def inputs(config: IFUnetConfig, size: int) -> dict[str, np.ndarray]:
-    random = np.random.default_rng(3)
-    found = {
-        "x": random.normal(size=(2, size, size, 3)),
-        "time": np.array([7, 900]),
-        "text_embeds": random.normal(size=(2, TOKENS, config.text_embed_dim)),
-    }
-    if config.lowres_cond:
-        found["lowres_cond_img"] = random.normal(size=(2, size, size, 3))
-        found["lowres_noise_times"] = np.array([250, 10])
-    return {name: value.astype(np.float32) for name, value in found.items()}
-
-
-def output(network: UNet2DConditionModel, given: dict[str, np.ndarray]) -> torch.Tensor:
-    images = [given[name] for name in ("x", "lowres_cond_img") if name in given]
-    image = torch.from_numpy(np.concatenate(images, -1)).permute(0, 3, 1, 2)
-    labels = given.get("lowres_noise_times")
-    answer = network(
-        image,
-        torch.from_numpy(given["time"]),
-        torch.from_numpy(given["text_embeds"]),
-        class_labels=None if labels is None else torch.from_numpy(labels),
-    )
-    return answer.sample.permute(0, 2, 3, 1)
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_outputs_and_gradients_are_those_of_diffusers(stage):
     config, size = STAGES[stage]
-    reference, given = theirs(config, size), inputs(config, size)
+    reference, given = networks.reference(config, size), verify_if.inputs(config, size)
     state = {name: value.numpy() for name, value in reference.state_dict().items()}
     params = keys.to_jax(state, nn.abstract(config)[1], table=IF_UNET)
     back = keys.to_torch(params, table=IF_UNET)
@@ -79,7 +39,7 @@ def test_outputs_and_gradients_are_those_of_diffusers(stage):
     assert all(np.array_equal(back[name], state[name]) for name in state)
 
     target = np.random.default_rng(5).normal(size=(2, size, size, 6)).astype(np.float32)
-    wanted = output(reference, given)
+    wanted = verify_if.answer(reference, given)
     (wanted * torch.from_numpy(target)).sum().backward()
 
     def loss(params):
@@ -148,7 +108,7 @@ def test_every_file_of_a_configuration_says_the_same():
 def test_bad_inputs_are_named():
     config, size = STAGES["base"]
     network = nn.bind(config, jax.tree.map(lambda x: jnp.zeros(x.shape), nn.abstract(config)[1]))
-    given = inputs(config, size)
+    given = verify_if.inputs(config, size)
     for change, message in (
         (dict(text_embeds=None), "this U-Net needs text"),
         (dict(x=np.zeros((2, 12, 12, 3), np.float32)), "needs multiples of 8"),
