@@ -42,7 +42,7 @@ from train.settings import Settings
 SEED = 0
 COND_SCALE = {"bundled": (2.0, 1.0), "scenes": (3.0, 3.0, 1.0)}  # guidance, by U-Net
 PRESET = {"bundled": "demo", "scenes": "scenes"}
-LONG = 4  # times the steps of the demo
+LONG = 3.5  # times the steps of the demo
 LONGEST_FIRST = (2, 1, 3)  # stages of scenes, in the order in which they are started
 BATCH_SIZE = 35  # images drawn at once
 COLUMNS = 8
@@ -64,7 +64,7 @@ def main() -> None:
     args = parser.parse_args()
     workdir = args.workdir or Path("runs", "demo" if args.data == "scenes" else "emoji")
     recipes = RECIPES[PRESET[args.data]]
-    steps = args.steps or [recipe.steps * (LONG if args.long else 1) for recipe in recipes]
+    steps = args.steps or [int(recipe.steps * (LONG if args.long else 1)) for recipe in recipes]
 
     if args.core is not None:
         os.sched_setaffinity(0, {args.core})
@@ -100,7 +100,7 @@ def train_bundled(workdir: Path, steps: Sequence[int]) -> bool:
 
 
 def train_scenes(workdir: Path, t5: Path, number: int, steps: Sequence[int]) -> bool:
-    more = dict(data="scenes", t5=str(t5))
+    more = dict(data=("scenes",), t5=str(t5))
     return loop.run(settings(workdir, "scenes", number, steps[number - 1], **more), number)
 
 
@@ -216,7 +216,7 @@ def draw_scenes(workdir: Path, num_images: int) -> None:
         true = [scene.draw(drawn.shape[1:3]) for scene in chosen]
         rows.append((f"{title}: true", true, []))
         rows.append(("drawn, guided", list(drawn), []))
-        rows.append(("drawn, unguided", list(plain[level].images[:COLUMNS]), captions))
+        rows.append(("drawn, unguided", list(plain[level].images[: len(captions)]), captions))
     labelled_grid(rows).save(workdir / "demo.png")
 
 

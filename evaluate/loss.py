@@ -20,7 +20,7 @@ from tqdm import trange
 import commands
 from imagen_jax import checkpoint, nn, storage, text
 from imagen_jax.config import NullUnetConfig
-from imagen_jax.data import Source, make_batches, open_source
+from imagen_jax.data import Opening, Source, make_batches
 from imagen_jax.errors import UserError
 from imagen_jax.evaluation import LOG_SNR_EDGES, bin_labels, make_eval_step
 from imagen_jax.pipeline import Pipeline
@@ -29,15 +29,13 @@ from imagen_jax.streams import stream
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(Opening):
     """Measures the loss by noise level on held-out images."""
 
+    data: tuple[str, ...] = dataclasses.field()
+    """Images with captions, as in training; their held-out part is taken."""
     checkpoint: Path
     """Run directory of the cascade: what training calls --workdir."""
-    data: str
-    """Images with captions, as in training; their held-out part is taken."""
-    heldout_fraction: float = 0.02
-    """Share of the images that is held out, as in training."""
     num_images: int = 1024
     """Images, each at one noise level; those of a smaller set are used again at others."""
     batch_size: int = 32
@@ -68,9 +66,9 @@ def main() -> None:
     storage.check_writable(folder)
     dtype = nn.compute_dtype(None if given.dtype == "auto" else given.dtype)
     commands.use_precision(dtype)
-    source = open_source(given.data, split="heldout", heldout_fraction=given.heldout_fraction)
+    source = given.open("heldout")
     if not len(source):
-        raise UserError(f"{given.data}: no image is held out; see --heldout-fraction.")
+        raise UserError(f"{source.name}: no image is held out; see --heldout-fraction.")
     pipeline = Pipeline.load(
         run,
         mesh=make_layout(given.mesh),

@@ -290,6 +290,23 @@ class ImagenConfig(Config):
             dynamic_thresholding=self.per_stage("dynamic_thresholding")[i],
         )
 
+    def with_size(self, unet_number: int, size: Size) -> "ImagenConfig":
+        """The cascade with images (height, width) at one stage, and those of the others in
+        proportion. Raises UserError for a size that does not divide so, or does not fit a U-Net."""
+        own = pair(self.image_sizes[self._index(unet_number)])
+        if size == own:
+            return self
+        sizes = []
+        for one in map(pair, self.image_sizes):
+            sides = [side * new / old for side, new, old in zip(one, size, own, strict=True)]
+            if any(side % 1 for side in sides):
+                raise UserError(
+                    f"images of {size[0]}x{size[1]} at U-Net {unet_number} would be "
+                    f"{sides[0]:g}x{sides[1]:g} at another."
+                )
+            sizes.append((int(sides[0]), int(sides[1])))
+        return dataclasses.replace(self, image_sizes=tuple(sizes))
+
     @property
     def stages(self) -> tuple[Stage, ...]:
         """The stages of the cascade."""

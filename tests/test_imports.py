@@ -66,7 +66,9 @@ MAY_IMPORT = {
     "pipeline": THEORY | {"checkpoint", "storage"},
     "interop": THEORY | {"checkpoint", "storage", "interop.torch_file"},
     "interop.torch_file": set(),
-    "data": LEAVES | {"text"},
+    "data": LEAVES | {"text", "storage"},
+    "data.embed": MODEL | {"text", "storage", "nn", "distributed", "data"},
+    "data.inspect": LEAVES | {"data", "text"},
     "metrics": LEAVES | {"data", "text", "interop.torch_file"},
     "errors": set(),
     "compiling": set(),
@@ -99,7 +101,7 @@ def room(module: str) -> str:
     top, _, rest = module.partition(".")
     if top != "imagen_jax":
         return top
-    return rest if rest == "interop.torch_file" else rest.partition(".")[0] or top
+    return rest if rest in MAY_IMPORT else rest.partition(".")[0] or top
 
 
 def imported(module: str, path: Path) -> Iterator[str]:

@@ -114,7 +114,7 @@ def test_a_run_from_data_to_samples_on_a_mesh(tmp_path):
     file = tmp_path / "cascade.json"
     file.write_text(json.dumps(config.to_dict()))
     settings = Settings(
-        config=file, workdir=tmp_path / "run", data=str(data), steps=1, batch_size=4, mesh="2x2",
+        config=file, workdir=tmp_path / "run", data=(str(data),), steps=1, batch_size=4, mesh="2x2",
         eval_batches=1, sample_steps=2, heldout_fraction=0.0,
     )  # fmt: skip
     assert loop.run(dataclasses.replace(settings, sample_every=0), 1)

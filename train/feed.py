@@ -4,29 +4,33 @@ import contextlib
 import dataclasses
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal
 
 import jax
 import numpy as np
+from jax import Array
 
 from imagen_jax import text
 from imagen_jax.cascade import check_text
 from imagen_jax.config import ImagenConfig
 from imagen_jax.data import (
     Batches,
+    Embeddings,
     Record,
     Source,
     check,
-    check_caption,
     decode,
     make_batches,
-    open_source,
+    pad_embeds,
     read_lines,
 )
 from imagen_jax.errors import UserError
 from imagen_jax.sharding import Layout
 from imagen_jax.stage import Stage
+from imagen_jax.types import Size
 from train.settings import Data, Optimization
 from train.step import Batch
 
@@ -47,6 +51,7 @@ class Feed:
     train: Source
     heldout: Source
     encoder: text.TextEncoder | None
+    embeddings: Embeddings | None  # of captions, instead of an encoder
     text_encoder: text.Identity | None  # of captions, or of stored embeddings if they tell
     left_out: dict[str, str]  # key or file name -> why it is not trained on, as far as is known
     kept: dict[str, list[dict]] = dataclasses.field(default_factory=dict)  # evaluation batches
@@ -65,7 +70,7 @@ class Feed:
     ) -> "Feed":
         """Raises UserError for data that is not there, or an encoder that does not fit, or is not
         the `recorded` one."""
-        source = open_source(settings.data, heldout_fraction=settings.heldout_fraction)
+        source = settings.open()
         train, heldout = source.split("train"), source.split("heldout")
         if not len(train):
             raise UserError(
@@ -73,21 +78,23 @@ class Feed:
                 "out for evaluation: --heldout-fraction 0 trains on them."
             )
         train = _chosen(train, settings)
-        encoder = text_encoder = None
+        encoder = embeddings = text_encoder = None
         if config.condition_on_text and source.has_embeds:
             if config.encodes_blank_text and config.cond_drop_prob > 0:
                 raise UserError(
                     f"{source.name} holds embeddings: dropping text (cond_drop_prob) needs that of "
                     "the empty text for this cascade. Train on captions, or without dropping."
                 )
-            text_encoder = text.read_beside(settings.data)
-            if text_encoder is not None:
-                text_encoder.check(recorded, "this run")
+            text_encoder = next(filter(None, map(text.read_beside, settings.data)), None)
+        elif config.condition_on_text and settings.embeddings is not None:
+            embeddings, text_encoder = _stored(config, settings.embeddings)
         elif config.condition_on_text:
             encoder = text.cascade_encoder(
                 config, dtype=optimization.compute_dtype, layout=layout, recorded=recorded
             )
             text_encoder = encoder.identity
+        if text_encoder is not None:
+            text_encoder.check(recorded, "this run")
         feed = cls(
             config=config,
             stage=stage,
@@ -98,9 +105,12 @@ class Feed:
             train=train,
             heldout=heldout,
             encoder=encoder,
+            embeddings=embeddings,
             text_encoder=text_encoder,
             left_out=dict(source.left_out),
         )
+        for size in feed.buckets:
+            config.with_size(stage.unet_number, size).stage(stage.unet_number)
         feed.survey()
         if next(feed.usable(heldout), None) is not None:
             return feed
@@ -114,6 +124,8 @@ class Feed:
             self.batch_size,
             start_step=start_step,
             flip=self.settings.flip,
+            crop=self.settings.crop,
+            buckets=self.buckets,
             workers=self.settings.workers,
         )
 
@@ -125,6 +137,8 @@ class Feed:
         start_step: int = 0,
         shuffle: bool = True,
         flip: bool = False,
+        crop: Literal["center", "random"] = "center",
+        buckets: Sequence[Size] = (),
         workers: int = 0,
     ) -> Batches:
         """This process's rows of the batches, from `start_step` on."""
@@ -139,6 +153,12 @@ class Feed:
             shuffle=shuffle,
             text_len=self.stage.network.max_text_len,
             flip=flip,
+            crop=crop,
+            upsample=self.upsample,
+            buckets=buckets,
+            embeddings=self.embeddings,
+            cache_bytes=self.settings.cache_mb * 2**20,
+            max_damaged=self.settings.max_damaged,
             rows=self.layout.own_rows(batch_size),
             threads=self.settings.threads,
             workers=workers,
@@ -152,9 +172,9 @@ class Feed:
             for i in range(min(len(source), SURVEYED)):
                 try:
                     record = source[i]
-                    if self.encoder is not None:
-                        check_caption(record)
-                    check(record.image, image_size=self.stage.size)
+                    self._check_captions(record)
+                    any_size = self.upsample or bool(self.settings.buckets)
+                    check(record.image, image_size=self.stage.size, upsample=any_size)
                 except UserError as error:
                     self.skip(source.key(i), str(error))
 
@@ -164,13 +184,65 @@ class Feed:
         for i in range(len(source)):
             try:
                 record = source[i]
-                if self.encoder is not None:
-                    check_caption(record)
-                picture = decode(record.image, image_size=size, channels=self.config.channels)
+                self._check_captions(record)
+                picture = decode(
+                    record.image,
+                    image_size=size,
+                    channels=self.config.channels,
+                    upsample=self.upsample,
+                )
             except UserError as error:
                 self.skip(source.key(i), str(error))
             else:
                 yield record, picture
+
+    @property
+    def upsample(self) -> bool:
+        return self.settings.small == "upsample"
+
+    @property
+    def buckets(self) -> list[Size]:
+        """The sizes of the batches, where they are not all the stage's."""
+        return [tuple(map(int, bucket.split("x"))) for bucket in self.settings.buckets]
+
+    def stage_of(self, batch: Batch) -> Stage:
+        """The stage, at the size of a batch."""
+        height, width = batch["images"].shape[1:3]
+        return self.config.with_size(self.stage.unet_number, (height, width)).stage(
+            self.stage.unet_number
+        )
+
+    @property
+    def reads_captions(self) -> bool:
+        """False for an unconditional cascade, and for records that bring embeddings."""
+        return self.encoder is not None or self.embeddings is not None
+
+    def _check_captions(self, record: Record) -> None:
+        if not self.reads_captions:
+            return
+        captions = record.captions
+        if self.embeddings is not None:
+            self.embeddings.check(captions)
+
+    def embeds(self, records: Sequence[Record]) -> tuple[np.ndarray, np.ndarray]:
+        """Embeddings and masks of the (first) captions of records, on the host."""
+        if self.encoder is not None:
+            captions = [record.caption for record in records]
+            return self.encoder(captions, length=self.stage.network.text_len)
+        stored = [
+            record.embeds if self.embeddings is None else self.embeddings[record.caption]
+            for record in records
+        ]
+        embeds, masks = pad_embeds(stored, self.stage.network.max_text_len)
+        return embeds.astype(np.float32), masks
+
+    def empty_text(self, count: int, length: int) -> Array:
+        """The embeddings of the empty text as rows of a batch (`config.encodes_blank_text`)."""
+        if self.encoder is not None:
+            return text.empty_text(self.encoder, count, length, self.layout)
+        one, _ = pad_embeds([self.embeddings[""]], length)
+        rows = len(self.layout.own_rows(count))
+        return self.layout.to_batch(np.broadcast_to(one, (rows, *one.shape[1:])), count)
 
     def skip(self, key: str, reason: str) -> None:
         """Notes a picture that cannot be used."""
@@ -191,10 +263,8 @@ class Feed:
             batch["text_embeds"], batch["text_masks"] = self.encoder.embed(
                 batch.pop("tokens"), length=self.stage.network.text_len
             )
-            if self.config.encodes_blank_text:
-                batch["null_text_embeds"] = text.empty_text(
-                    self.encoder, *batch["text_embeds"].shape[:2], self.layout
-                )
+        if self.config.encodes_blank_text and self.reads_captions:
+            batch = {**batch, "null_text_embeds": self.empty_text(*batch["text_embeds"].shape[:2])}
         check_text(self.config, batch.get("text_embeds"), None)
         return batch
 
@@ -244,6 +314,24 @@ class Ahead(Iterator[Batch]):
 
     def __exit__(self, *_) -> None:
         self._thread.shutdown(cancel_futures=True)
+
+
+def _stored(config: ImagenConfig, folder: Path) -> tuple[Embeddings, text.Identity | None]:
+    """The embeddings of a folder, and whose they are. Raises UserError if the cascade reads
+    others."""
+    embeddings = Embeddings.open(folder)
+    form = embeddings.form
+    if form.width != config.text_embed_dim:
+        raise UserError(
+            f"{folder} has embeddings of {form.width}, the cascade text_embed_dim = "
+            f"{config.text_embed_dim}."
+        )
+    if (form.keeps_padding, form.cleans) != (config.reads_padding, config.encodes_blank_text):
+        raise UserError(
+            f"{folder}: the captions were not encoded as this cascade reads them; encode them with "
+            "`python -m imagen_jax.data.embed --config`."
+        )
+    return embeddings, text.read_beside(folder)
 
 
 def _chosen(source: Source, settings: Data) -> Source:

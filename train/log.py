@@ -45,7 +45,10 @@ def announce(feed: Feed, run: epath.Path, settings: str) -> None:
                 "pred_objectives 'v' does not."
             )
     print(f"U-Net {stage.unet_number} of {len(feed.config.unets)}: {size}, {count:,} parameters")
-    print(f"data: {len(feed.train)} pictures of {feed.settings.data}, {len(feed.heldout)} held out")
+    spec = " + ".join(feed.settings.data)
+    print(f"data: {len(feed.train)} pictures of {spec}, {len(feed.heldout)} held out")
+    for note in feed.train.notes:
+        print(f"data: {note}")
     if len(feed.heldout) < FEW and feed.settings.heldout_fraction:
         share = min(0.5, FEW / (len(feed.train) + len(feed.heldout)))
         weak = "says little" if len(feed.heldout) else "is not measured"

@@ -99,7 +99,6 @@ class Trainer:
     def train(self, start: Start) -> int:
         """The step at which it ended, saved: the last one, or where a signal stopped it."""
         stage, layout, state = self.feed.stage, self.feed.layout, start.state
-        step_fn = make_train_step(stage, self.optimization, layout)
         key = stream(layout.key(self.feed.seed), "train", stage.unet_number)
         step = int(state.step)
         wanted = due(self.watching, step, last=step == self.steps)
@@ -121,7 +120,9 @@ class Trainer:
             while step < self.steps and self.interrupt.stopped_by is None:
                 step += 1
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                    state, measured = step_fn(state, next(ahead), key)
+                    batch = next(ahead)
+                    step_fn = make_train_step(self.feed.stage_of(batch), self.optimization, layout)
+                    state, measured = step_fn(state, batch, key)
                 window.add(step, measured)
                 window.waited_for_data = ahead.waited
                 profile.after(step, measured)

@@ -13,7 +13,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from imagen_jax import distributed, sampling, storage
-from imagen_jax.data import Record, labelled_grid, pad_embeds
+from imagen_jax.data import Record, labelled_grid
 from imagen_jax.diffusion import samplers
 from imagen_jax.diffusion.guidance import Guidance
 from imagen_jax.errors import UserError
@@ -110,17 +110,13 @@ class Previews:
     def _given(self, records: Sequence[Record], real: AnyArray) -> sampling.Given:
         """What the samples are conditioned on: the records' text, and their pictures shrunk."""
         feed, given = self.feed, sampling.Given()
-        if feed.encoder is not None:
-            captions = [record.caption for record in records]
-            embeds, masks = feed.encoder(captions, length=feed.stage.network.text_len)
+        if feed.stage.condition_on_text:
+            embeds, masks = feed.embeds(records)
             given = given._replace(text_embeds=embeds, text_masks=masks)
-            if feed.config.encodes_blank_text and self.settings.cond_scale != 1:
-                empty, there = feed.encoder([""] * len(records), length=embeds.shape[1])
-                given = given._replace(negative_embeds=empty, negative_masks=there)
-        elif feed.stage.condition_on_text:
-            stored = [record.embeds for record in records]
-            embeds, masks = pad_embeds(stored, feed.stage.network.max_text_len)
-            given = given._replace(text_embeds=embeds, text_masks=masks)
+            guided = self.settings.cond_scale != 1
+            if feed.config.encodes_blank_text and feed.reads_captions and guided:
+                empty = feed.layout.fetch(feed.empty_text(len(records), embeds.shape[1]))
+                given = given._replace(negative_embeds=empty, negative_masks=np.ones_like(masks))
         if feed.stage.lowres is not None:
             given = given._replace(
                 previous=shrink(feed.stage, to_float(real)),

@@ -34,7 +34,7 @@ from imagen_jax.streams import stream
 from imagen_jax.types import Params
 from train import log
 from train.optimizer import make_optimizer
-from train.settings import Optimization, Watching
+from train.settings import Optimization, Watching, spelled
 from train.state import TrainState
 
 Record = Mapping[str, Any]
@@ -43,7 +43,8 @@ TREES = ("params", "ema", "opt_state")
 
 # What decides which pictures and which noise a step meets, and what the optimiser remembers.
 SAME = (
-    *("seed", "batch_size", "limit", "heldout_fraction", "flip"),
+    *("seed", "batch_size", "limit", "heldout_fraction"),
+    *("flip", "crop", "small", "buckets"),
     *("optimizer", "moments"),
 )
 # The same of the data itself, wherever it is stored: how many pictures, and a hash of which.
@@ -296,22 +297,24 @@ def _check_continues(saved: Record, record: Record) -> None:
     for name in (*SAME, *MEASURED):
         was, now = saved.get(name, record[name]), record[name]  # older runs recorded less
         if was != now and name in MEASURED:
-            given = ", ".join(f"{commands.flag(x)} {record[x]}" for x in ("data", "captions_from"))
+            given = ", ".join(
+                f"{commands.flag(x)} {spelled(record[x])}" for x in ("data", "captions_from")
+            )
             raise UserError(
                 f"{given}: not the pictures that the run was trained on ({MEASURED[name]} was "
                 f"{was} and is {now}). Start another with --init-from."
             )
         if was != now:
             raise UserError(
-                f"{commands.flag(name)} was {was} and is {now}: that would not continue the run. "
-                "Start another with --init-from."
+                f"{commands.flag(name)} was {spelled(was)} and is {spelled(now)}: that would not "
+                "continue the run. Start another with --init-from."
             )
 
 
 def changes(saved: Record, record: Record) -> list[str]:
     """What differs between the settings of a saved step and those of now, a line each."""
     return [
-        f"{commands.flag(name)} was {saved[name]} and is {now}"
+        f"{commands.flag(name)} was {spelled(saved[name])} and is {spelled(now)}"
         for name, now in record.items()
         if name in saved and name not in (*PASSING, *SAME, *MEASURED) and saved[name] != now
     ]

@@ -5,6 +5,7 @@ Five sections, which are the sections of `--help`; `Settings` is all of them in 
 
 import dataclasses
 import json
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from etils import epath
 import commands
 from imagen_jax import checkpoint, nn, sharding, storage
 from imagen_jax.config import ImagenConfig
+from imagen_jax.data import Opening
 from imagen_jax.errors import UserError
 from imagen_jax.presets import PRESETS, RECIPES
 
@@ -46,28 +48,37 @@ class Run:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Data:
+class Data(Opening):
     """Pictures and captions."""
 
-    data: str = "bundled"
-    """`bundled`, `scenes` (coloured shapes, an endless supply), a folder of pictures with .txt
-    captions, a .tar shard or a quoted pattern of them, or tfds:NAME[:SPLIT] as array_record."""
     captions_from: Path | None = None
     """Text file, one caption a line: train on the pictures with these captions only."""
     limit: int | None = None
     """Train on the first so many pictures only."""
-    heldout_fraction: float = 0.02
-    """Share of the pictures kept for evaluation (`bundled` and `scenes` have their own)."""
     no_captions: bool = False
     """Train an unconditional cascade, captions unread."""
     flip: bool = False
     """Mirror half of the pictures; wrong where captions speak of left and right."""
+    crop: Literal["center", "random"] = "center"
+    """Which part of a picture is seen that is longer than the stage's."""
+    small: Literal["skip", "upsample"] = "skip"
+    """What is done with pictures that are smaller than the stage's."""
+    buckets: tuple[str, ...] = ()
+    """Sizes HEIGHTxWIDTH of batches, as 64x64 48x80 80x48: each picture is seen at that of the
+    nearest aspect ratio, and cut less. Default: the stage's size alone."""
     threads: int = 4
     """Threads that decode pictures ahead."""
     workers: int = 0
     """Processes that decode pictures instead, where threads are not enough."""
+    cache_mb: int = 512
+    """Decoded pictures are kept in memory if all of them fit in so many megabytes."""
+    max_damaged: float = 0.05
+    """Share of damaged pictures that ends the run. Fewer are replaced, counted and listed."""
     t5: str | None = None
     """Text encoder: folder or name of a T5, or `demo`. Default: the cascade's text_encoder_name."""
+    embeddings: Path | None = None
+    """Folder of captions encoded by `python -m imagen_jax.data.embed`, read instead of running the
+    text encoder in every step."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -157,13 +168,19 @@ class Watching:
 SECTIONS = (Run, Data, Optimization, Devices, Watching)
 
 AT_LEAST = dict(
-    steps=1, seed=0, limit=1, threads=1, workers=0, batch_size=1, accumulate=1, warmup_steps=0,
-    cosine_decay_max_steps=1, log_every=1, eval_every=1, eval_batches=1, sample_every=0,
-    sample_steps=1, save_every=1, keep=1, profile=1, process_id=0, num_processes=1,
+    steps=1, seed=0, limit=1, threads=1, workers=0, cache_mb=0, batch_size=1, accumulate=1,
+    warmup_steps=0, cosine_decay_max_steps=1, log_every=1, eval_every=1, eval_batches=1,
+    sample_every=0, sample_steps=1, save_every=1, keep=1, profile=1, process_id=0, num_processes=1,
 )  # fmt: skip
-BETWEEN_0_AND_1 = ("heldout_fraction", "beta1", "beta2", "ema_decay")  # 1 is not among them
+BETWEEN_0_AND_1 = (
+    "heldout_fraction",
+    "max_damaged",
+    "beta1",
+    "beta2",
+    "ema_decay",
+)  # 1 is not among them
 POSITIVE = ("lr", "eps", "max_grad_norm")
-PATHS = {"captions_from", "init_from"}
+PATHS = {"captions_from", "init_from", "embeddings"}
 ONE_START = ("resume", "print_config", "profile", "coordinator", "process_id", "num_processes")
 
 
@@ -185,6 +202,9 @@ class Settings(Watching, Devices, Optimization, Data, Run):
             )
         if self.mesh != "auto":
             sharding.parse(self.mesh)
+        for bucket in self.buckets:
+            if not re.fullmatch(r"[1-9]\d{0,5}x[1-9]\d{0,5}", bucket):
+                raise UserError(f"--buckets {bucket}: write HEIGHTxWIDTH, as 48x80.")
 
     @property
     def rows(self) -> int:
@@ -230,10 +250,9 @@ class Settings(Watching, Devices, Optimization, Data, Run):
         for kind in SECTIONS:
             values = vars(self.section(kind)).items()
             fields = [
-                name if value is True else f"{name} {value}"
+                name if value is True else f"{name} {spelled(value)}"
                 for name, value in values
-                if value is not None
-                and value is not False
+                if value not in (None, False, ())
                 and not (name == "preset" and self.config is not None)
             ]
             lines += textwrap.wrap(
@@ -247,6 +266,11 @@ class Settings(Watching, Devices, Optimization, Data, Run):
     def record(self) -> dict[str, Any]:
         """The settings as JSON holds them."""
         return json.loads(json.dumps(dataclasses.asdict(self), default=str))
+
+
+def spelled(value: Any) -> str:
+    """A value as it is given on the command line."""
+    return " ".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
 
 
 def parse(
@@ -283,6 +307,9 @@ def recorded(given: Settings, unet_number: int) -> Settings | None:
         return None
     fields = {field.name: field for field in dataclasses.fields(Settings)}
     values = {name: value for name, value in found.items() if name in fields}
+    if isinstance(values.get("data"), str):  # of an older run
+        values["data"] = (values["data"],)
+    values |= {name: tuple(values[name]) for name in ("data", "where", "buckets") if name in values}
     for name in PATHS & values.keys():
         values[name] = values[name] and Path(values[name])
     values |= {name: getattr(given, name) for name in ONE_START}
@@ -301,10 +328,23 @@ def _parse(description: str | None, more: Sequence[type], defaults: Settings) ->
     ]
     command = dataclasses.make_dataclass("command", sections)
     program = f"python -m train.{Path(sys.argv[0]).stem}"
-    found = tyro.cli(command, prog=program, description=description)
+    found = tyro.cli(command, prog=program, description=description, args=_gathered(sys.argv[1:]))
     parts = list(vars(found).values())
     others, parts = parts[: -len(SECTIONS)], parts[-len(SECTIONS) :]
     return *others, Settings(**{name: x for part in parts for name, x in vars(part).items()})
+
+
+def _gathered(arguments: Sequence[str]) -> list[str]:
+    """`--data A ... --data B` as `--data A B`, the one way in which tyro reads several."""
+    rest, data = list(arguments), []
+    while "--data" in rest:
+        start = rest.index("--data")
+        end = start + 1
+        while end < len(rest) and not rest[end].startswith("--"):
+            end += 1
+        data += rest[start + 1 : end]
+        del rest[start:end]
+    return [*rest, "--data", *data] if len(rest) < len(arguments) else rest
 
 
 def _shown(kind: type, again: bool = False) -> Any:

@@ -49,7 +49,7 @@ def step_flops(stage: Stage, settings: Optimization) -> int:
         return settings.batch_size * flops.count(gradient, params, batch, draws, key)
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=64)
 def _train_step(stage: Stage, settings: Optimization, layout: Layout) -> Callable:
     optimizer = make_optimizer(settings)
     loss_fn = _loss(stage, settings)

@@ -2,10 +2,13 @@
 
 In this order: EXIF orientation; 16-bit grey to 8 bits; transparency on white (kept for four
 channels); the requested colour mode; resizing until the image just covers (h, w), by pillow's
-BICUBIC, which antialiases when downsampling; a centre crop. Images are never upsampled.
+BICUBIC, which antialiases when downsampling; a crop, of the center or elsewhere. Images are
+upsampled only on request. Colours are converted to sRGB where a profile in the file says that they
+are others.
 """
 
 import contextlib
+import functools
 import io
 import struct
 import zlib
@@ -13,7 +16,7 @@ from collections.abc import Iterator
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
 from imagen_jax.data import records
@@ -42,12 +45,18 @@ class TooSmall(UserError):
 
 
 def decode(
-    image: records.Image, *, image_size: int | Size, channels: int = 3
+    image: records.Image,
+    *,
+    image_size: int | Size,
+    channels: int = 3,
+    upsample: bool = False,
+    crop: tuple[float, float] | None = None,
 ) -> UInt8[np.ndarray, "h w c"]:
     """The image of a record at (height, width) = `image_size`.
 
+    What is longer is cut in the center, or at `crop`: how far down and to the right, in [0, 1].
     Raises UserError, in one line, for an image that is damaged, smaller than `image_size` in either
-    axis, or of a kind that has no fixed range (float or 32-bit pixels).
+    axis (unless `upsample`), or of a kind that has no fixed range (float or 32-bit pixels).
     """
     if channels not in MODES:
         raise UserError(f"channels must be 1, 3 or 4, got {channels}")
@@ -56,8 +65,10 @@ def decode(
         image = image(size)
     with _one_line_for_damage():
         picture = _from_pixels(image) if isinstance(image, np.ndarray) else _open(image, size)
-        _check_size(picture.size, size)
-        return _cover(_to_mode(picture, MODES[channels]), size).reshape(*size, channels)
+        if not upsample:
+            _check_size(picture.size, size)
+        cut = _cover(_to_mode(picture, MODES[channels]), size, crop)
+        return cut.reshape(*size, channels)
 
 
 def read(
@@ -73,14 +84,15 @@ def read(
             size = f"{picture.height}x{picture.width}"
             raise UserError(f"{size} pixels are more than {max_pixels:,} in all")
         picture.load()
-        picture = _to_mode(ImageOps.exif_transpose(picture), MODES[channels])
+        picture = _to_mode(_to_srgb(ImageOps.exif_transpose(picture)), MODES[channels])
         return np.asarray(picture).reshape(picture.height, picture.width, channels)
 
 
-def check(image: records.Image, *, image_size: int | Size) -> None:
+def check(image: records.Image, *, image_size: int | Size, upsample: bool = False) -> None:
     """Raises what `decode` would, as far as the header of a file says it: its format and size."""
     if callable(image):
         return
+    image_size = 1 if upsample else image_size
     if isinstance(image, np.ndarray):
         _check_size(image.shape[1::-1], pair(image_size))
         return
@@ -133,7 +145,34 @@ def _open(image: bytes, size: Size) -> Image.Image:
     if isinstance(picture, JpegImageFile):
         _reduce(picture, size)
     picture.load()
-    return ImageOps.exif_transpose(picture)
+    return _to_srgb(ImageOps.exif_transpose(picture))
+
+
+def _to_srgb(picture: Image.Image) -> Image.Image:
+    """Colours by the file's ICC profile, if it has one that can be used for its mode."""
+    profile = picture.info.get("icc_profile")
+    if not profile or picture.mode not in ("RGB", "RGBA", "CMYK", "L"):
+        return picture
+    if (transform := _transform(profile, picture.mode)) is None:
+        return picture
+    if picture.mode != "RGBA":
+        return ImageCms.applyTransform(picture, transform)
+    colours = ImageCms.applyTransform(picture.convert("RGB"), transform)
+    colours.putalpha(picture.getchannel("A"))
+    return colours
+
+
+@functools.lru_cache(maxsize=32)
+def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """From a profile to sRGB; None for sRGB itself, and for profiles that are of no use."""
+    try:
+        own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "srgb" in ImageCms.getProfileDescription(own).lower():
+            return None
+        read = "RGB" if mode == "RGBA" else mode
+        return ImageCms.buildTransform(own, ImageCms.createProfile("sRGB"), read, "RGB")
+    except (ImageCms.PyCMSError, OSError):
+        return None
 
 
 def _on_its_side(picture: Image.Image) -> bool:
@@ -148,14 +187,17 @@ def _reduce(picture: JpegImageFile, size: Size) -> None:
     picture.draft(None, stored)
 
 
-def _cover(picture: Image.Image, size: Size) -> np.ndarray:
-    """Resize a picture until it just covers `size`, and cut out the centre."""
+def _cover(picture: Image.Image, size: Size, crop: tuple[float, float] | None) -> np.ndarray:
+    """Resize a picture until it just covers `size`, and cut this out at `crop` or the center."""
     height, width = size
     scale = max(width / picture.width, height / picture.height)
     covering = max(width, round(picture.width * scale)), max(height, round(picture.height * scale))
     if covering != picture.size:
         picture = picture.resize(covering, Image.Resampling.BICUBIC)
-    left, top = (picture.width - width) // 2, (picture.height - height) // 2
+    room = picture.height - height, picture.width - width
+    top, left = (n // 2 for n in room)
+    if crop is not None:
+        top, left = (int(at * (n + 1)) for at, n in zip(crop, room, strict=True))
     return np.asarray(picture.crop((left, top, left + width, top + height)))
 
 

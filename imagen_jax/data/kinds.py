@@ -2,13 +2,14 @@
 
 Files of one stem are one record: the image, and beside it the caption (`.txt`, `.caption`, or
 "caption" in the `.json`, the first of them that is there) and a stored text embedding (`.npy`). The
-stem is everything before the last dot, and capitals in what follows it make no difference.
+stem is everything before the last dot, and capitals in what follows it make no difference; so
+`1.png.txt` is a caption of `1.png` too.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
-from imagen_jax.data.written import caption, json_object
+from imagen_jax.data.written import captions, json_object
 
 PICTURES = ("jpg", "jpeg", "jfif", "png", "webp", "tiff", "tif", "bmp", "gif", "avif")
 CAPTIONS = ("txt", "caption", "json")
@@ -29,9 +30,17 @@ def split_name(name: str) -> tuple[str, str]:
     return (f"{where}{slash}{stem}", kind.lower()) if dot else (name, "")
 
 
+def split_beside(name: str) -> tuple[str, str]:
+    """As `split_name`, for a file beside a picture, whose name may hold the picture's kind too."""
+    stem, kind = split_name(name)
+    if kind in BESIDE and split_name(stem)[1] in PICTURES:
+        stem = split_name(stem)[0]
+    return stem, kind
+
+
 def hidden(name: str) -> bool:
     """Whether a part of the path starts with a dot, as the files that macOS puts beside others."""
-    return any(part.startswith(".") for part in name.split("/"))
+    return any(part.startswith(".") and part != ".." for part in name.split("/"))
 
 
 def why_not(kind: str) -> str | None:
@@ -43,10 +52,19 @@ def why_not(kind: str) -> str | None:
     return None
 
 
-def read_caption(kinds: dict[str, Place], read: Callable[[Place], bytes]) -> str | None:
-    """The caption among the files of a record, kind -> where it is."""
-    for kind in CAPTIONS:
+def read_captions(
+    kinds: Mapping[str, Place],
+    read: Callable[[Place], bytes],
+    *,
+    key: str | None = None,
+    by_line: bool = False,
+) -> tuple[str, ...]:
+    """The captions among the files of a record, kind -> where it is: with a `key` those of its
+    `.json` under that name. () where there are none. `by_line`: each line of a text file is one."""
+    for kind in CAPTIONS if key is None else ("json",):
         if kind in kinds:
             data = read(kinds[kind])
-            return caption(json_object(data).get("caption") if kind == "json" else data)
-    return None
+            if kind == "json":
+                return captions(json_object(data).get(key or "caption"))
+            return captions(data, by_line=by_line)
+    return ()

@@ -7,36 +7,63 @@ its `rows` of the same global batch. A record that cannot be used is replaced by
 usable one *of the source*, which keeps batch k a function of k.
 """
 
+import functools
+import hashlib
 import logging
 import math
 import pickle
+import struct
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple
 
 import grain.python as grain
+import ml_dtypes
 import numpy as np
-from jaxtyping import Float, Int32, UInt8
+from jaxtyping import Float, Int, Int32, UInt8
 
-from imagen_jax.data.images import decode
-from imagen_jax.data.records import Record, Source
+from imagen_jax.data.embeddings import Embeddings
+from imagen_jax.data.images import TooSmall, decode
+from imagen_jax.data.records import NoCaption, Source
 from imagen_jax.errors import UserError
-from imagen_jax.types import Size, pair
+from imagen_jax.types import AnyArray, Size, pair
 
 logger = logging.getLogger(__name__)
 
+Crop = Literal["center", "random"]
+FEW_DAMAGED = 10  # records that never end a run
+NAMED = 3  # damaged records that a message names
+
 Tokenize = Callable[[list[str]], Int32[np.ndarray, "b l"]]
-Skipped = dict[str, str]  # record key -> why it cannot be used
+
+
+class Why(NamedTuple):
+    """Why a record cannot be used: `damaged` is one that should have been, unlike a small image or
+    one without a caption."""
+
+    reason: str
+    damaged: bool
+
+
+Skipped = dict[str, Why]  # by the key of the record
+
+
+class Draw(NamedTuple):
+    """What is drawn for a position of the order."""
+
+    mirror: bool
+    caption: float  # in [0, 1): which of several
+    crop: tuple[float, float] | None  # in [0, 1): where between top and bottom, left and right
 
 
 class Example(NamedTuple):
     """One decoded record; `skipped` are the unusable ones it replaces."""
 
     image: UInt8[np.ndarray, "h w c"]
-    caption: str | None
-    embeds: Float[np.ndarray, "l d"] | None
+    captions: tuple[str, ...]  # () where they are not asked for
+    embeds: Float[AnyArray, "l d"] | None
     skipped: Skipped
 
 
@@ -51,50 +78,141 @@ def make_batches(
     channels: int = 3,
     shuffle: bool = True,
     flip: bool = False,
+    crop: Crop = "center",
+    upsample: bool = False,
+    buckets: Sequence[Size] = (),
+    embeddings: Embeddings | None = None,
     text_len: int = 256,
     rows: Sequence[int] | None = None,
     threads: int = 4,
     workers: int = 0,
     cache_bytes: int = 512 * 2**20,
+    max_damaged: float = 0.05,
     on_skip: Callable[[str, str], None] | None = None,
 ) -> "Batches":
     """An endless iterator of batches, starting at step `start_step`.
 
     A batch is {"images": uint8 (b, h, w, c)}, with (h, w) = `image_size`, and, with `tokenize`,
-    "tokens": int32 (b, l). Where the source has stored embeddings, "text_embeds": float32
-    (b, text_len, d) and "text_masks": bool (b, text_len) replace the tokens, truncated or padded
-    with zeros. `rows` are the rows of the global batch that this process reads (default: all
-    `batch_size`).
+    "tokens": int32 (b, l). Where the source has stored embeddings, or `embeddings` has those of its
+    captions, "text_embeds": float32, or bfloat16 as stored, (b, text_len, d) and "text_masks": bool
+    (b, text_len) replace the tokens, truncated or padded with zeros. Of several captions of a
+    record one is drawn each time it is met. `rows` are the rows of the global batch that this
+    process reads (default: all `batch_size`).
 
-    `flip` mirrors half of the images, which is wrong where captions mention left or right.
-    `threads` of this process decode ahead; `workers` processes replace them where that is too slow
-    (needs a picklable source). Decoded images are kept if all of them fit in `cache_bytes` (never
-    with workers). `on_skip(key, reason)` is called once per unusable record (default: a logged
-    warning).
+    With `buckets`, sizes that replace `image_size`, all images of a batch are of one of them, each
+    in that of the nearest aspect ratio; batches of each size are as frequent as its images. `crop`
+    says which part of an image that is longer than its size is seen, the center or another each
+    time; `upsample` enlarges smaller ones, which are unusable otherwise. `flip` mirrors half of
+    the images, which is wrong where captions mention left or right. `threads` of this process
+    decode ahead; `workers` processes replace them where that is too slow (needs a picklable
+    source). Decoded images are kept if all of them fit in `cache_bytes` (never with
+    workers or random crops). `on_skip(key, reason)` is called once per unusable record (default: a
+    logged warning).
 
-    Raises UserError for arguments out of range and for a source without a usable image.
+    Raises UserError for arguments out of range and for a source without a usable image; while
+    iterating, once more than `max_damaged` of the records so far, and at least 10, were damaged.
     """
-    size = pair(image_size)
+    sizes = [pair(size) for size in buckets] or [pair(image_size)]
     rows = range(batch_size) if rows is None else rows
-    _check(size, batch_size, seed, start_step, channels, rows, threads, workers)
-    fits = len(source) * math.prod(size) * channels <= cache_bytes
-    wants_caption = tokenize is not None and not source.has_embeds
-    cache = {} if fits and not workers else None
-    if not len(source):
-        held = f"{source.heldout.sum()} of {len(source.keys)} are held out (heldout_fraction)"
-        raise UserError(f"{source.name}: no records; {held}")
-    pictures = _Pictures(source, size, channels, wants_caption, cache)
-    pictures[0]  # a source without a usable image fails here and not in a thread
-    order = grain.MapDataset.source(range(len(source))).seed(seed)
-    order = (order.shuffle() if shuffle else order).repeat()
-    flip_seed = seed if flip else None
-    steps = _Steps(pictures, order, batch_size, rows, start_step, flip_seed, workers > 0)
+    _check(source, sizes, batch_size, seed, start_step, channels, rows, threads, workers)
+    fits = len(source) * max(map(math.prod, sizes)) * channels <= cache_bytes
+    cache = {} if fits and not workers and crop == "center" else None
+    wants_caption = not source.has_embeds and (tokenize is not None or embeddings is not None)
+    pictures = _Pictures(source, channels, wants_caption, upsample, embeddings, cache)
+    pictures.usable(0, sizes[0])  # a source without a usable image fails here, not in a thread
+    order = _Order.of(source, sizes, batch_size, seed, shuffle)
+    draws = _Draws(seed, flip, crop)
+    steps = _Steps(pictures, order, draws, batch_size, rows, start_step, workers > 0)
     iterator = _prefetch(grain.MapDataset.source(steps), threads, workers)
-    return Batches(iterator, tokenize, text_len, on_skip or _warn)
+    damage = _Damage(source.name, max_damaged, len(source), len(rows))
+    return Batches(iterator, tokenize, text_len, on_skip or _warn, damage)
+
+
+@dataclass(frozen=True)
+class _Order:
+    """Which records a step has, and at which size: a function of the step."""
+
+    sizes: Sequence[Size]
+    rows: Sequence[np.ndarray | None]  # of each size; None: all
+    steps: grain.MapDataset | None  # the number of a size, where there are several
+    records: Sequence[grain.MapDataset]  # of each size
+    batch_size: int
+
+    @classmethod
+    def of(
+        cls, source: Source, sizes: Sequence[Size], batch_size: int, seed: int, shuffle: bool
+    ) -> "_Order":
+        if len(sizes) == 1:
+            return cls(sizes, [None], None, [_endless(source, seed, shuffle)], batch_size)
+        nearest = nearest_buckets(source, sizes)
+        rows = [np.flatnonzero(nearest == i) for i in range(len(sizes))]
+        sizes, rows = zip(
+            *((s, r) for s, r in zip(sizes, rows, strict=True) if len(r)), strict=True
+        )
+        records = [
+            _endless(replace(source, rows=source.rows[own]), (seed + i) % 2**32, shuffle)
+            for i, own in enumerate(rows)
+        ]
+        # In each, the position counts its own steps: their numbers and sizes alternate by share.
+        counted = [
+            grain.MapDataset.range(2**40).map(functools.partial(_numbered, i))
+            for i in range(len(rows))
+        ]
+        steps = grain.MapDataset.mix(counted, [float(len(own)) for own in rows])
+        return cls(sizes, rows, steps, records, batch_size)
+
+    def __call__(self, step: int) -> tuple[Size, Callable[[int], int]]:
+        """The size of a step, and the record of each of its rows."""
+        number, own = (0, step) if self.steps is None else self.steps[step]
+        order, rows = self.records[number], self.rows[number]
+        first = own * self.batch_size
+
+        def record(row: int) -> int:
+            i = order[first + row]
+            return int(i if rows is None else rows[i])
+
+        return self.sizes[number], record
+
+
+def _numbered(number: int, step: int) -> tuple[int, int]:
+    return number, step
+
+
+def _endless(source: Source, seed: int, shuffle: bool) -> grain.MapDataset:
+    """Which record is at a position of the endless order; of a mixture each part has its own."""
+
+    def endless(rows: range | np.ndarray, seed: int) -> grain.MapDataset:
+        order = grain.MapDataset.source(rows).seed(seed)
+        return (order.shuffle() if shuffle else order).repeat()
+
+    if source.parts is None:
+        return endless(range(len(source)), seed)
+    own = source.parts[source.rows]
+    parts = {part: np.flatnonzero(own == part) for part in range(len(source.weights))}
+    parts = {part: rows for part, rows in parts.items() if len(rows)}
+    return grain.MapDataset.mix(
+        [endless(rows, (seed + part) % 2**32) for part, rows in parts.items()],
+        [source.weights[part] for part in parts],
+    )
+
+
+def nearest_buckets(source: Source, sizes: Sequence[Size]) -> Int[np.ndarray, "n"]:
+    """For each record the size of the nearest aspect ratio, in logarithms; the first for a record
+    whose own is not known."""
+    wanted = np.log([height / width for height, width in sizes])
+    nearest = np.zeros(len(source), int)
+    for i in range(len(source)):
+        try:
+            height, width = source.size(i)
+        except UserError:
+            continue
+        nearest[i] = np.abs(wanted - np.log(height / width)).argmin()
+    return nearest
 
 
 def _check(
-    size: Size,
+    source: Source,
+    sizes: Sequence[Size],
     batch_size: int,
     seed: int,
     start_step: int,
@@ -105,8 +223,9 @@ def _check(
 ) -> None:
     if not 0 <= seed < 2**32:
         raise UserError(f"seed must be in [0, 2**32), got {seed}")
-    if min(size) < 1:
-        raise UserError(f"image_size must be at least 1x1, got {size[0]}x{size[1]}")
+    for size in sizes:
+        if min(size) < 1:
+            raise UserError(f"image_size must be at least 1x1, got {size[0]}x{size[1]}")
     for name, value in dict(batch_size=batch_size, threads=threads).items():
         if value < 1:
             raise UserError(f"{name} must be at least 1, got {value}")
@@ -118,6 +237,9 @@ def _check(
         raise UserError(
             f"rows must be a non-empty subset of 0..{batch_size - 1}; got {list(rows)}."
         )
+    if not len(source):
+        held = f"{source.heldout.sum()} of {len(source.keys)} are held out (heldout_fraction)"
+        raise UserError(f"{source.name}: no records; {held}")
 
 
 class Batches(Iterator[dict[str, np.ndarray]]):
@@ -130,8 +252,10 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         tokenize: Tokenize | None,
         text_len: int,
         on_skip: Callable[[str, str], None],
+        damage: "_Damage",
     ):
         self._skipped: set[str] = set()
+        self._damage = damage
         # grain's iterators complain if they are still alive when the interpreter takes modules
         # apart, so the only reference is in a list that is emptied at exit, at the latest.
         self._iterator = [iterator]
@@ -145,10 +269,11 @@ class Batches(Iterator[dict[str, np.ndarray]]):
             raise UserError("these batches are closed: make new ones, from the step wanted")
         step = next(self._iterator[0])
         images, captions, embeds, skipped = pickle.loads(step) if type(step) is bytes else step
-        for key, reason in skipped.items():
+        for key, why in skipped.items():
             if key not in self._skipped:
                 self._skipped.add(key)
-                self._on_skip(key, reason)
+                self._on_skip(key, why.reason)
+        self._damage.count(skipped)
         batch = {"images": images}
         if embeds is not None:
             batch["text_embeds"], batch["text_masks"] = pad_embeds(embeds, self._text_len)
@@ -166,42 +291,97 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         self.close()
 
 
+@dataclass
+class _Damage:
+    """How many records of a source were damaged, of those that were asked for."""
+
+    source: str
+    most: float
+    records: int
+    rows: int  # asked for at a time
+    steps: int = 0
+    found: dict[str, str] = field(default_factory=dict)
+
+    def count(self, skipped: Skipped) -> None:
+        """Raises UserError once they are too many."""
+        self.steps += 1
+        self.found |= {key: why.reason for key, why in skipped.items() if why.damaged}
+        asked = min(self.records, self.steps * self.rows)
+        if len(self.found) > max(FEW_DAMAGED, self.most * asked):
+            first = "; ".join(f"{key}: {why}" for key, why in list(self.found.items())[:NAMED])
+            raise UserError(
+                f"{self.source}: {len(self.found)} of {asked} records are damaged, more than "
+                f"{100 * self.most:g} % (--max-damaged); the first: {first}"
+            )
+
+
 @dataclass(frozen=True)
 class _Pictures:
     """Record i decoded, or the next usable one after it. Safe to share between threads."""
 
     source: Source
-    image_size: Size
     channels: int
     wants_caption: bool
-    cache: dict[int, Example] | None  # None: decode every time
-    unusable: dict[int, str] = field(default_factory=dict)
+    upsample: bool
+    embeddings: Embeddings | None
+    cache: dict[tuple[int, Size], Example] | None  # None: decode every time
+    unusable: dict[int, Why] = field(default_factory=dict)
 
-    def __getitem__(self, i: int) -> Example:
+    def usable(self, i: int, size: Size, draw: Draw | None = None) -> Example:
+        """`draw` chooses the crop (none: the center) and one of the captions (none: the first)."""
         count, skipped = len(self.source), {}
         for j in (k % count for k in range(i, i + count)):
             if j not in self.unusable:
                 try:
-                    return self._example(j)._replace(skipped=skipped)
+                    example = self._example(j, size, draw)
                 except UserError as error:
-                    self.unusable[j] = str(error)
+                    left_out = isinstance(error, (TooSmall, NoCaption))
+                    self.unusable[j] = Why(str(error), damaged=not left_out)
+                else:
+                    captions = example.captions
+                    if draw is not None and len(captions) > 1:
+                        captions = captions[int(draw.caption * len(captions)) :]
+                    return example._replace(captions=captions[:1], skipped=skipped)
             skipped[self.source.key(j)] = self.unusable[j]
-        key, reason = next(iter(skipped.items()))
+        key, why = next(iter(skipped.items()))
         raise UserError(
-            f"{self.source.name}: none of {count} records can be used; the first: {key}: {reason}"
+            f"{self.source.name}: none of {count} records can be used; the first: {key}: "
+            f"{why.reason}"
         )
 
-    def _example(self, i: int) -> Example:
-        if self.cache is not None and i in self.cache:
-            return self.cache[i]
+    def _example(self, i: int, size: Size, draw: Draw | None) -> Example:
+        if self.cache is not None and (i, size) in self.cache:
+            return self.cache[i, size]
         record = self.source[i]
-        if self.wants_caption:
-            check_caption(record)
-        image = decode(record.image, image_size=self.image_size, channels=self.channels)
-        example = Example(image, record.caption, record.embeds, {})
+        captions = record.captions if self.wants_caption else ()
+        if self.embeddings is not None:
+            self.embeddings.check(captions)
+        image = decode(
+            record.image,
+            image_size=size,
+            channels=self.channels,
+            upsample=self.upsample,
+            crop=None if draw is None else draw.crop,
+        )
+        example = Example(image, captions, record.embeds, {})
         if self.cache is not None:
-            self.cache[i] = example
+            self.cache[i, size] = example
         return example
+
+
+@dataclass(frozen=True)
+class _Draws:
+    """What is drawn for a position: a function of the seed alone, the same in a resumed run."""
+
+    seed: int
+    flip: bool
+    crop: Crop
+
+    def __call__(self, position: int) -> Draw:
+        digest = hashlib.blake2b(b"%d %d" % (self.seed, position), digest_size=16).digest()
+        mirror, caption, *crop = (x / 2**32 for x in struct.unpack("<4I", digest))
+        where = None if self.crop == "center" else tuple(crop)
+        return Draw(self.flip and mirror < 0.5, caption, where)
 
 
 @dataclass(frozen=True)
@@ -209,30 +389,38 @@ class _Steps:
     """The batches as a random-access sequence, which is what grain reads ahead in."""
 
     pictures: _Pictures
-    order: grain.MapDataset
+    order: _Order
+    draws: _Draws
     batch_size: int
     rows: Sequence[int]
     start_step: int
-    flip_seed: int | None
     pickled: bool  # worker processes return bytes
 
     def __len__(self) -> int:
         return sys.maxsize // self.batch_size - self.start_step
 
     def __getitem__(self, i: int) -> tuple | bytes:
-        first = (self.start_step + i) * self.batch_size
-        examples = [self.pictures[self.order[first + row]] for row in self.rows]
+        step = self.start_step + i
+        size, record = self.order(step)
+        draws = [self.draws(step * self.batch_size + row) for row in self.rows]
+        examples = [
+            self.pictures.usable(record(row), size, draw)
+            for row, draw in zip(self.rows, draws, strict=True)
+        ]
         images = np.stack([example.image for example in examples])
-        if self.flip_seed is not None:
-            coins = [np.random.default_rng((self.flip_seed, first + row)) for row in self.rows]
-            mirrored = np.array([coin.random() < 0.5 for coin in coins])
+        mirrored = np.array([draw.mirror for draw in draws])
+        if mirrored.any():
             images[mirrored] = images[mirrored, :, ::-1]
-        embeds = [example.embeds for example in examples]
+        captions = [example.captions[0] if example.captions else None for example in examples]
+        embeds = None
+        if self.pictures.embeddings is not None:
+            embeds = self.pictures.embeddings.of(captions)
+        elif examples[0].embeds is not None:
+            embeds = [example.embeds for example in examples]
         skipped = {key: why for example in examples for key, why in example.skipped.items()}
-        captions = [example.caption for example in examples]
-        step = images, captions, None if embeds[0] is None else embeds, skipped
+        batch = images, captions, embeds, skipped
         # grain would put arrays into shared memory, and leak those in flight at the end.
-        return pickle.dumps(step) if self.pickled else step
+        return pickle.dumps(batch) if self.pickled else batch
 
 
 def _prefetch(steps: grain.MapDataset, threads: int, workers: int) -> grain.DatasetIterator:
@@ -259,19 +447,14 @@ def pad_embeds(embeds: list[np.ndarray], length: int) -> tuple[np.ndarray, np.nd
     widths = sorted({embed.shape[1] for embed in embeds})
     if len(widths) > 1:
         raise UserError(f"stored embeddings of different widths in one set: {widths}")
-    padded = np.zeros((len(embeds), length, widths[0]), np.float32)
+    dtype = embeds[0].dtype if embeds[0].dtype == ml_dtypes.bfloat16 else np.float32
+    padded = np.zeros((len(embeds), length, widths[0]), dtype)
     mask = np.zeros((len(embeds), length), bool)
     for i, embed in enumerate(embeds):
         real = min(length, len(embed))
         padded[i, :real] = embed[:real]
         mask[i, :real] = True
     return padded, mask
-
-
-def check_caption(record: Record) -> None:
-    """Raises UserError for a record without a caption."""
-    if not record.caption:
-        raise UserError("no caption" if record.caption is None else "empty caption")
 
 
 def _warn(key: str, reason: str) -> None:

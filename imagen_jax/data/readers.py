@@ -13,14 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import UInt32
 
-from imagen_jax.data import kinds
-from imagen_jax.data.records import Record, Source, hashed_heldout
-from imagen_jax.data.written import caption
+from imagen_jax.data import files, kinds
+from imagen_jax.data.records import Record, Source, Strings, hashed_heldout, key_hashes
+from imagen_jax.data.written import captions, json_object
 from imagen_jax.errors import UserError, first_line
+from imagen_jax.storage import is_remote
 
 NOT_ALL_EMBEDDED = "a stored embedding, where not all pictures have one"
-CAPTION_FEATURES = ("caption", "text", "captions")
+CAPTION_KEYS = ("caption", "text", "captions", "sentences", "prompt")
 
 # What is wrong with one file for good. Any other error of the system may pass, and ends a run:
 # a record that is left out for it would be another picture than before in every later epoch.
@@ -30,10 +32,14 @@ _FOR_GOOD = (
 )
 
 
-def files_below(path: Path, left_out: dict[str, str]) -> list[str]:
+def files_below(path: str, left_out: dict[str, str]) -> list[str]:
     """Every file below a folder, as sorted paths relative to it, hidden ones and those in hidden
     folders not among them. Folders that were not entered are added to `left_out`."""
     names: list[str] = []
+    if is_remote(path):
+        system, inside = files.remote(path)
+        below = len(inside.rstrip("/")) + 1
+        return sorted(name[below:] for name in system.find(inside) if "/." not in name[below - 1 :])
 
     def closed(error: OSError) -> None:
         name = Path(error.filename).relative_to(path).as_posix()
@@ -41,29 +47,35 @@ def files_below(path: Path, left_out: dict[str, str]) -> list[str]:
             raise UserError(f"the folder {path} cannot be read: {error.strerror}") from error
         left_out[name] = f"a folder that cannot be read: {error.strerror}"
 
-    for where, folders, files in os.walk(path, onerror=closed):
+    for where, folders, found in os.walk(path, onerror=closed):
         folders[:] = [name for name in folders if not name.startswith(".")]
         inside = Path(where).relative_to(path)
         for name in folders:
             if os.path.islink(os.path.join(where, name)):
                 left_out[(inside / name).as_posix()] = "a link to a folder, which is not followed"
-        names += [(inside / name).as_posix() for name in files if not name.startswith(".")]
+        names += [(inside / name).as_posix() for name in found if not name.startswith(".")]
     return sorted(names)
 
 
 def folder(
-    path: Path, names: Iterable[str], left_out: dict[str, str], *, heldout_fraction: float
+    path: str,
+    names: Iterable[str],
+    left_out: dict[str, str],
+    *,
+    heldout_fraction: float,
+    caption_key: str | None = None,
 ) -> Source:
     """The pictures among `files_below` a folder, with what is beside them. Keys are their names.
 
-    A `.npy` beside *every* picture is a stored text embedding. Raises UserError without a picture.
+    Each line of a `.txt` is a caption. A `.npy` beside *every* picture is a stored text embedding.
+    Raises UserError without a picture.
     """
     keys: list[str] = []
     stems: set[str] = set()
     beside: dict[str, dict[str, str]] = {}
     left_out = dict(left_out)
     for name in names:
-        stem, kind = kinds.split_name(name)
+        stem, kind = kinds.split_beside(name)
         if kind in kinds.PICTURES:
             keys.append(name)
             stems.add(stem)
@@ -71,8 +83,6 @@ def folder(
             beside.setdefault(stem, {}).setdefault(kind, name[len(stem) + 1 :])
         elif reason := kinds.why_not(kind):
             left_out[name] = reason
-        elif name.rpartition("/")[2] in ("metadata.jsonl", "metadata.csv"):
-            left_out[name] = "a table of captions, which is not read"
     if not keys:
         raise UserError(f"no pictures ({', '.join(kinds.PICTURES)}) in the folder {path}")
     embedded = {stem for stem in stems if "npy" in beside.get(stem, ())}
@@ -85,48 +95,81 @@ def folder(
     own: dict[tuple, dict[str, str]] = {}  # one for all records with equal files
     suffixes = [beside.get(kinds.split_name(key)[0], {}) for key in keys]
     suffixes = tuple(own.setdefault(tuple(sorted(found.items())), found) for found in suffixes)
-    read = _FolderReader(path, tuple(keys), suffixes, has_embeds=embedded == stems)
+    strings = Strings.of(keys)
+    read = _FolderReader(path, strings, suffixes, embedded == stems, caption_key)
     return make_source(
-        str(path), keys, read, heldout_fraction, has_embeds=read.has_embeds, left_out=left_out
+        path, strings, read, heldout_fraction, has_embeds=read.has_embeds, left_out=left_out
     )
 
 
 @dataclass(frozen=True)
 class _FolderReader:
-    path: Path
-    keys: tuple[str, ...]
+    path: str
+    keys: Sequence[str]
     beside: tuple[dict[str, str], ...]  # kind -> suffix, as it is spelled
     has_embeds: bool
+    caption_key: str | None
 
     def __call__(self, i: int) -> Record:
-        key, beside = self.keys[i], self.beside[i]
-        stem = kinds.split_name(key)[0]
-        embeds = None
+        key, embeds = self.keys[i], None
         if self.has_embeds:
-            embeds = load_embedding(self._bytes(f"{stem}.{beside['npy']}"))
-        text = kinds.read_caption(beside, lambda suffix: self._bytes(f"{stem}.{suffix}"))
-        return Record(key, self._bytes(key), text, embeds)
+            embeds = load_embedding(self._bytes(f"{self._stem(i)}.{self.beside[i]['npy']}"))
+        first, *more = self._captions(i) or (None,)
+        return Record(key, self._bytes(key), first, embeds, tuple(more))
+
+    def captions(self, i: int) -> tuple[str, ...]:
+        first, *more = self._captions(i) or (None,)
+        return Record("", b"", first, None, tuple(more)).captions
+
+    def columns(self, i: int) -> Mapping[str, Any]:
+        """The `.json` beside a picture, and as "label" the folder that it is in."""
+        key, suffix = self.keys[i], self.beside[i].get("json")
+        data = self._bytes(f"{self._stem(i)}.{suffix}") if suffix else None
+        return {"label": key.rpartition("/")[0].rpartition("/")[2], **json_object(data)}
+
+    def _stem(self, i: int) -> str:
+        return kinds.split_name(self.keys[i])[0]
+
+    def _captions(self, i: int) -> tuple[str, ...]:
+        stem = self._stem(i)
+        return kinds.read_captions(
+            self.beside[i],
+            lambda suffix: self._bytes(f"{stem}.{suffix}"),
+            key=self.caption_key,
+            by_line=True,
+        )
 
     def _bytes(self, name: str) -> bytes:
-        try:
-            return (self.path / name).read_bytes()
-        except OSError as error:
-            if error.errno not in _FOR_GOOD:
-                raise
-            suffix = kinds.split_name(name)[1]
-            raise UserError(f"the .{suffix} cannot be read: {error.strerror}") from error
+        return read_beside(self.path, name)
+
+
+def read_beside(folder: str, name: str) -> bytes:
+    """A file of a folder. Raises UserError for one that cannot be read for good."""
+    try:
+        return files.read_bytes(f"{folder}/{name}" if folder else name)
+    except OSError as error:
+        if error.errno not in _FOR_GOOD:
+            raise
+        suffix = kinds.split_name(name)[1]
+        raise UserError(f"the .{suffix} cannot be read: {error.strerror}") from error
 
 
 def prepared(
-    name: str, split: str | None, *, data_dir: str | os.PathLike | None, heldout_fraction: float
+    name: str,
+    split: str | None,
+    *,
+    data_dir: str | os.PathLike | None,
+    heldout_fraction: float,
+    caption_key: str | None = None,
+    image_key: str | None = None,
 ) -> Source:
     """A tensorflow-datasets set prepared as array_record, read without TensorFlow.
 
     `name` is NAME, NAME/CONFIG, NAME:VERSION or the folder that holds dataset_info.json. Without
     `split` the set's "train" is read, and its "heldout" or "validation" split, if there is one,
     is the held-out part; with a split the held-out part is a hash of it. The picture is the
-    feature "image", the caption "caption", "text" or (the first of) "captions", COCO's nesting
-    included. Keys are NAME/SPLIT/NUMBER.
+    feature "image" or `image_key`, the caption `caption_key` or one of CAPTION_KEYS, all of a list,
+    COCO's nesting included. Keys are NAME/SPLIT/NUMBER.
     """
     import tensorflow_datasets as tfds
 
@@ -143,23 +186,30 @@ def prepared(
             f"tfds:{name}: not prepared in {builder.data_dir} (prepare it as array_record)"
         )
     features = builder.info.features
-    if "image" not in features:
-        raise UserError(f"tfds:{name}: no feature 'image', has {', '.join(features)}")
+    for key in (image_key or "image", *([] if caption_key is None else [caption_key])):
+        if key not in features:
+            raise UserError(f"tfds:{name}: no feature {key!r}, has {', '.join(features)}")
+    image_key = image_key or "image"
     main = split or "train"
     apart = next((s for s in ("heldout", "validation") if s in builder.info.splits), None)
     splits = [main] if split or apart is None else [main, apart]
-    encoded = isinstance(features["image"], tfds.features.Image)
-    decoders = {"image": tfds.decode.SkipDecoding()} if encoded else None
+    encoded = isinstance(features[image_key], tfds.features.Image)
+    decoders = {image_key: tfds.decode.SkipDecoding()} if encoded else None
+    labels = {
+        key: tuple(feature.names)
+        for key, feature in features.items()
+        if isinstance(feature, tfds.features.ClassLabel)
+    }
     try:
         parts = [builder.as_data_source(part, decoders=decoders) for part in splits]
     except (ValueError, KeyError, NotImplementedError) as error:
         raise UserError(f"tfds:{name}: cannot read split {main!r}: {first_line(error)}") from error
-    keys = [
+    keys = Strings.of(
         f"{builder.name}/{s}/{i}"
         for s, part in zip(splits, parts, strict=True)
         for i in range(len(part))
-    ]
-    read = _TfdsReader(tuple(parts), tuple(keys))
+    )
+    read = _TfdsReader(tuple(parts), keys, image_key, caption_key, labels)
     source = make_source(f"tfds:{name}", keys, read, heldout_fraction)
     if len(parts) == 1:
         return source
@@ -169,44 +219,64 @@ def prepared(
 @dataclass(frozen=True)
 class _TfdsReader:
     parts: tuple[Any, ...]  # ArrayRecordDataSource, one per split
-    keys: tuple[str, ...]
+    keys: Sequence[str]
+    image_key: str
+    caption_key: str | None
+    labels: Mapping[str, tuple[str, ...]]  # names of classes
 
     def __call__(self, i: int) -> Record:
-        key = self.keys[i]
+        example = self._example(i)
+        first, *more = found_captions(example, self.caption_key) or (None,)
+        return Record(self.keys[i], example[self.image_key], first, None, tuple(more))
+
+    def columns(self, i: int) -> Mapping[str, Any]:
+        """The other features; classes by their names."""
+        example = {k: v for k, v in self._example(i).items() if k != self.image_key}
+        return example | {
+            key: names[int(example[key])]
+            for key, names in self.labels.items()
+            if 0 <= int(example[key]) < len(names)
+        }
+
+    def _example(self, i: int) -> Mapping[str, Any]:
         for part in self.parts:
             if i < len(part):
-                example = part[i]
-                break
+                return part[i]
             i -= len(part)
-        return Record(key, example["image"], _feature_caption(example))
+        raise IndexError(i)
 
 
-def _feature_caption(example: Mapping[str, Any]) -> str | None:
-    """The caption of a tfds example: text, the first of a list, or a nested {"text": ...}."""
-    value = next((example[name] for name in CAPTION_FEATURES if name in example), None)
-    while not isinstance(value, (str, bytes)):
-        if isinstance(value, Mapping):
-            value = next((value[name] for name in ("text", "caption") if name in value), None)
-        elif isinstance(value, (Sequence, np.ndarray)) and len(value):
-            value = value[0]
-        else:
-            return None
-    return caption(value)
+def found_captions(example: Mapping[str, Any], key: str | None) -> tuple[str, ...]:
+    """The captions of a record of named values: text, a list of it, or a nested {"text": ...}."""
+    value = example.get(key) if key else _first(example, CAPTION_KEYS)
+    if isinstance(value, Mapping):
+        value = _first(value, CAPTION_KEYS)
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        value = [_first(one, CAPTION_KEYS) if isinstance(one, Mapping) else one for one in value]
+    return () if value is None else captions(value)
+
+
+def _first(values: Mapping[str, Any], names: Iterable[str]) -> Any:
+    return next((values[name] for name in names if name in values), None)
 
 
 def make_source(
     name: str,
-    keys: list[str],
+    keys: Sequence[str],
     read: Any,
     heldout_fraction: float,
     *,
+    hashes: UInt32[np.ndarray, "n"] | None = None,
     has_embeds: bool = False,
     left_out: Mapping[str, str] | None = None,
 ) -> Source:
     """All records of a set, those held out chosen by a hash of their keys."""
-    heldout = hashed_heldout(keys, heldout_fraction)
+    hashes = key_hashes(keys) if hashes is None else hashes
+    heldout = hashed_heldout(hashes, heldout_fraction)
     rows = np.arange(len(keys))
-    return Source(name, tuple(keys), read, heldout, rows, has_embeds, left_out or {})
+    return Source(name, keys, read, heldout, rows, hashes, has_embeds, left_out or {})
 
 
 def load_embedding(data: bytes) -> np.ndarray:

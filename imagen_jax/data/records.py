@@ -5,13 +5,16 @@ same records, and it travels to worker processes by pickling, so readers hold no
 """
 
 import hashlib
+import io
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, SupportsIndex, overload
 
 import numpy as np
-from jaxtyping import Bool, Int
+import PIL.Image
+from jaxtyping import Bool, Int, Int64, UInt8, UInt32
+from PIL import ExifTags
 
 from imagen_jax.errors import UserError
 from imagen_jax.types import Size
@@ -28,14 +31,53 @@ class Record(NamedTuple):
     """One picture as stored.
 
     `image` is an encoded file, uint8 pixels (h, w) or (h, w, c), or what draws these at a (height,
-    width); `caption` is None where the source has none; `embeds` is a stored text embedding, float
-    (l, d), or None.
+    width); `caption` is None where the source has none, and `more` are others of the same picture;
+    `embeds` is a stored text embedding, float (l, d), or None.
     """
 
     key: str
     image: Image
     caption: str | None
     embeds: np.ndarray | None = None
+    more: tuple[str, ...] = ()
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """All of them. Raises UserError for a record without a caption."""
+        if not self.caption:
+            raise NoCaption("no caption" if self.caption is None else "empty caption")
+        return self.caption, *self.more
+
+
+class NoCaption(UserError):
+    """A record without a caption, or with an empty one."""
+
+
+class Strings(Sequence[str]):
+    """Strings in one array of bytes: ten million names take what their letters do."""
+
+    def __init__(self, letters: UInt8[np.ndarray, "m"], ends: Int64[np.ndarray, "n"]):
+        self.letters, self.ends = letters, ends
+
+    @classmethod
+    def of(cls, strings: Iterable[str]) -> "Strings":
+        encodings = [encoded(one) for one in strings]
+        ends = np.cumsum(np.fromiter(map(len, encodings), np.int64, len(encodings)))
+        return cls(np.frombuffer(b"".join(encodings), np.uint8), ends)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    @overload
+    def __getitem__(self, i: SupportsIndex) -> str: ...
+    @overload
+    def __getitem__(self, i: slice) -> Sequence[str]: ...
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        i = range(len(self))[i]
+        start = self.ends[i - 1] if i else 0
+        return self.letters[start : self.ends[i]].tobytes().decode("utf-8", "surrogateescape")
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,9 +85,14 @@ class Source:
     """The records `rows` of a set, each read on request.
 
     `read(i)` returns record i of the complete set and raises ValueError, in one line, for a damaged
-    record; `keys` and `heldout` are those of the complete set too. `has_embeds` means that every
-    record of the set has a text embedding, which then replaces the caption. `left_out` are the
-    files and members that became no record, with the reason.
+    record; it may have methods that read less of it, `captions(i)` and `columns(i)`. `keys`, their
+    `hashes` (32 bits each) and `heldout` are those of the complete set too. `has_embeds` means that
+    every record of the set has a text embedding, which then replaces the caption. `left_out` are
+    the files and members that became no record, with the reason, and `notes` what else a person
+    should know before training.
+
+    A mixture has `weights`, the share of each of its sets in a batch, and `parts`, of which of them
+    a record is.
     """
 
     name: str
@@ -53,8 +100,12 @@ class Source:
     read: Callable[[int], Record]
     heldout: Bool[np.ndarray, "n"]
     rows: Int[np.ndarray, "m"]
+    hashes: UInt32[np.ndarray, "n"]
     has_embeds: bool = False
     left_out: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
+    parts: UInt8[np.ndarray, "n"] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -69,12 +120,45 @@ class Source:
         """The key of record i, without reading it."""
         return self.keys[int(self.rows[i])]
 
+    def captions(self, i: int) -> tuple[str, ...]:
+        """The captions of record i, without its image where the source can. Raises UserError for a
+        record without one."""
+        row = int(self.rows[i])
+        return getattr(self.read, "captions", lambda row: self.read(row).captions)(row)
+
+    def every_caption(self) -> Iterator[tuple[str, ...] | UserError]:
+        """The captions of each record, or why it has none; those of an endless source once."""
+        if hasattr(self.read, "every_caption"):
+            yield from self.read.every_caption()
+            return
+        for i in range(len(self)):
+            try:
+                yield self.captions(i)
+            except UserError as error:
+                yield UserError(f"{self.key(i)}: {error}")
+
+    def columns(self, i: int) -> Mapping[str, Any]:
+        """What the source says of record i besides; {} where it says nothing."""
+        return getattr(self.read, "columns", lambda row: {})(int(self.rows[i]))
+
+    def size(self, i: int) -> Size:
+        """Height and width of record i in pixels: as its columns say, or the header of its image.
+        Raises UserError where neither does."""
+        columns = self.columns(i)
+        found = columns.get("height"), columns.get("width")
+        if all(isinstance(side, (int, float)) and side >= 1 for side in found):
+            return int(found[0]), int(found[1])
+        image = self[i].image
+        if isinstance(image, np.ndarray):
+            return image.shape[0], image.shape[1]
+        if callable(image):
+            raise UserError("drawn at any size")
+        return stored_size(image)
+
     def fingerprint(self) -> str:
         """A hash of the keys in their order, which decide what image a step sees, and of the images
         of a few records: sets of equal names differ. Where the set is stored does not matter."""
-        digest = hashlib.blake2b(digest_size=8)
-        for row in self.rows:
-            digest.update(encoded(self.keys[row]) + b"\0")
+        digest = hashlib.blake2b(self.hashes[self.rows].astype("<u4"), digest_size=8)
         for i in {j * len(self) // LOOKED_AT: None for j in range(LOOKED_AT if len(self) else 0)}:
             try:
                 image = self[i].image
@@ -93,10 +177,14 @@ class Source:
         return replace(self, name=f"{self.name} ({which})", rows=self.rows[chosen])
 
     def take(self, limit: int) -> "Source":
-        """The first `limit` records, or all of them if there are fewer."""
+        """The first `limit` records, or all if there are fewer; of each set of a mixture."""
         if limit < 1:
             raise UserError(f"limit must be at least 1, got {limit}")
-        return replace(self, rows=self.rows[:limit])
+        if self.parts is None:
+            return replace(self, rows=self.rows[:limit])
+        own = self.parts[self.rows]
+        rows = [self.rows[own == part][:limit] for part in range(len(self.weights))]
+        return replace(self, rows=np.concatenate(rows))
 
     def with_captions(self, captions: Iterable[str]) -> "Source":
         """All records with these captions, in the order of the captions, then of the set.
@@ -107,11 +195,12 @@ class Source:
         found: dict[str, list[int]] = {caption: [] for caption in captions}
         for i in range(len(self)):
             try:
-                caption = self[i].caption
+                own = self.captions(i)
             except UserError:
                 continue
-            if caption in found:
-                found[caption].append(i)
+            for caption in own:
+                if caption in found:
+                    found[caption].append(i)
         if absent := [caption for caption, rows in found.items() if not rows]:
             more = f" and {len(absent) - NAMED} more" if len(absent) > NAMED else ""
             raise UserError(
@@ -120,11 +209,26 @@ class Source:
         return replace(self, rows=self.rows[[i for rows in found.values() for i in rows]])
 
 
-def hashed_heldout(names: Iterable[str], fraction: float) -> Bool[np.ndarray, "n"]:
-    """Mark about `fraction` of the names, each by its own CRC-32: adding others moves none."""
+def stored_size(image: bytes) -> Size:
+    """Height and width of an encoded image, upright, by its header. Raises UserError for none."""
+    try:
+        picture = PIL.Image.open(io.BytesIO(image))
+        turned = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError("corrupt picture: no known format") from error
+    width, height = picture.size
+    return (width, height) if turned else (height, width)
+
+
+def key_hashes(keys: Iterable[str]) -> UInt32[np.ndarray, "n"]:
+    """The CRC-32 of each key."""
+    return np.fromiter((zlib.crc32(encoded(key)) for key in keys), np.uint32)
+
+
+def hashed_heldout(hashes: UInt32[np.ndarray, "n"], fraction: float) -> Bool[np.ndarray, "n"]:
+    """Mark about `fraction` of the keys, each by its own hash: adding others moves none."""
     if not 0 <= fraction < 1:
         raise UserError(f"heldout_fraction must be in [0, 1), got {fraction}")
-    hashes = np.array([zlib.crc32(encoded(name)) for name in names], dtype=np.float64)
     return hashes < fraction * 2**32
 
 

@@ -18,6 +18,7 @@ one.
 
 import functools
 import itertools
+import math
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -191,17 +192,28 @@ def compose(content: Content, rng: np.random.Generator) -> Scene:
 
 def caption(content: Content, rng: np.random.Generator) -> str:
     """One of the wordings of a content."""
+    every = wordings(content)
+    if content.relation is not None:
+        forward, backward = RELATIONS[content.relation]
+        if rng.random() < 0.5:
+            return every[rng.choice(len(forward))]
+        return every[len(forward) + rng.choice(len(backward))]
+    return every[0] if len(every) == 1 or rng.random() < 0.7 else every[1]
+
+
+def wordings(content: Content) -> tuple[str, ...]:
+    """All wordings of a content; of two objects those that begin with the first one come first."""
     first = described(content.kind, content.size, content.count)
-    if content.relation is None:
-        place = "" if content.place is None else f" {PLACES[content.place]}"
-        if content.count > 1 or rng.random() < 0.7:
-            return first + place
-        return f"there is {first}{place}"
-    second = described(content.other, content.other_size)
-    forward, backward = RELATIONS[content.relation]
-    if rng.random() < 0.5:
-        return f"{first} {rng.choice(forward)} {second}"
-    return f"{second} {rng.choice(backward)} {first}"
+    if content.relation is not None:
+        second = described(content.other, content.other_size)
+        forward, backward = RELATIONS[content.relation]
+        return (
+            *(f"{first} {words} {second}" for words in forward),
+            *(f"{second} {words} {first}" for words in backward),
+        )
+    place = "" if content.place is None else f" {PLACES[content.place]}"
+    plain = first + place
+    return (plain,) if content.count > 1 else (plain, f"there is {plain}")
 
 
 def described(kind: Kind, size: str | None = None, count: int = 1) -> str:
@@ -256,15 +268,24 @@ def open_scenes(part: str | None = None) -> Source:
     return Source(
         name="scenes" if part is None else f"scenes:{part}",
         keys=_Keys(len(rows)),
-        read=_read,
+        read=_Reader(),
         heldout=rows >= TRAINING,
         rows=rows if numbers is None else numbers,
+        hashes=rows.astype(np.uint32),
     )
 
 
-def _read(number: int) -> Record:
-    one = scene(number)
-    return Record(f"scene{number}", one.draw, one.caption)
+class _Reader:
+    def __call__(self, number: int) -> Record:
+        one = scene(number)
+        return Record(f"scene{number}", one.draw, one.caption)
+
+    def every_caption(self) -> Iterator[tuple[str, ...]]:
+        """Every caption that there is: of all contents, in all sizes, places and wordings."""
+        for level in (None, *LEVELS):
+            for content in contents(level):
+                for sized in _every_size(content):
+                    yield wordings(sized)
 
 
 class _Keys(Sequence):
@@ -304,6 +325,21 @@ def _with_sizes(content: Content, rng: np.random.Generator) -> Content:
     return replace(content, size=size, place=place)
 
 
+def _every_size(content: Content) -> Iterator[Content]:
+    """The content with everything that `_with_sizes` may add."""
+    if content.relation == "inside":
+        yield content
+    elif content.relation is not None:
+        for size, other in ((None, None), *SIZES_OF_TWO):
+            yield replace(content, size=size, other_size=other)
+    elif content.count > 1:
+        yield from (replace(content, size=size) for size in (None, "small"))
+    else:
+        for size, place in itertools.product((None, "small", "large"), (None, *PLACES)):
+            if size != "large" or place is None:
+                yield replace(content, size=size, place=place)
+
+
 def _place_alike(content: Content, rng: np.random.Generator) -> tuple[Thing, ...]:
     """One object, at its place if it has one, or several anywhere, apart from each other."""
     sizes = {"small": (0.12, 0.145), "large": (0.285, 0.36), None: (0.165, 0.255)}
@@ -319,10 +355,17 @@ def _place_alike(content: Content, rng: np.random.Generator) -> tuple[Thing, ...
             edge = rng.uniform(radii[0] + MARGIN, max(0.3, radii[0] + 2 * MARGIN))
             axis = int(content.place in ("left", "right"))
             centres[:, axis] = edge if content.place in ("top", "left") else 1 - edge
-        distances = np.linalg.norm(centres[:, None] - centres, axis=-1)
-        apart = distances >= radii[:, None] + radii + APART
-        if np.all(apart | np.eye(content.count, dtype=bool)):
+        if _are_apart(centres.tolist(), radii.tolist()):
             return tuple(map(functools.partial(_thing, content.kind), centres, radii))
+
+
+def _are_apart(centres: Sequence[Sequence[float]], radii: Sequence[float]) -> bool:
+    """In plain Python: most placements are refused, and numpy takes five times as long."""
+    return all(
+        math.dist(centres[i], centres[j]) >= radii[i] + radii[j] + APART
+        for i in range(1, len(radii))
+        for j in range(i)
+    )
 
 
 def _place_apart(content: Content, rng: np.random.Generator) -> tuple[Thing, ...]:

@@ -1,83 +1,78 @@
 """Tar shards of img2dataset or webdataset, as a `Source`.
 
-The headers of a shard are read once, for where each member is; records are then read at random. A
-tar has no table of contents: one that was cut off, or whose headers are damaged, reads as a shorter
-one. The sign is its end, which is a block of zeros with nothing but zeros after it.
+The headers of a shard are read once, for where each member is (tar_index.py); records are then read
+at random. A tar has no table of contents: one that was cut off, or whose headers are damaged, reads
+as a shorter one. The sign is its end, which is a block of zeros with nothing but zeros after it.
 """
 
-import io
 import os
-import tarfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
 
-from imagen_jax.data import kinds
+from imagen_jax.data import files, kinds, tar_index
 from imagen_jax.data.readers import NOT_ALL_EMBEDDED, load_embedding, make_source
 from imagen_jax.data.records import Record, Source
+from imagen_jax.data.tar_index import Index
 from imagen_jax.data.written import json_object
-from imagen_jax.errors import UserError, first_line
+from imagen_jax.errors import UserError
+from imagen_jax.storage import is_remote
 
-COLUMNS = ("picture", *kinds.BESIDE)
 NAMED = 3  # damaged shards that a message names
-BLOCK = tarfile.BLOCKSIZE
+MOST_DAMAGED = 1 / 20  # of all shards: more are refused
 
-_Members = dict[str, tuple[int, int]]  # kind -> offset and size
+_Place = tuple[int, int]  # offset and size
 
 
-def tar_shards(paths: Sequence[Path], *, heldout_fraction: float) -> Source:
+def tar_shards(
+    paths: Sequence[str], *, heldout_fraction: float, caption_key: str | None = None
+) -> Source:
     """The pictures of tar shards: the members of one stem are one record, in the shard's order.
 
     Keys are SHARD/STEM with the shard's own stem: other shards beside it change none. A `.npy`
-    beside *every* picture is a stored text embedding. Raises UserError for two shards of one name,
-    for compressed or damaged shards, and without a picture.
+    beside *every* picture is a stored text embedding. Of a damaged shard the members before the
+    damage are used, and it is among the source's `left_out`. Raises UserError for more than one
+    damaged shard in twenty, for two of one name, for compressed ones, and without a picture.
     """
     _check_names(paths)
-    keys: list[str] = []
-    places: list[list[int]] = []
-    left_out: dict[str, str] = {}
-    damage: list[str] = []
-    for number, path in enumerate(paths):
-        try:
-            index = _index(path, left_out)
-        except UserError as error:
-            damage.append(str(error))
-            continue
-        for stem, members in index.items():
-            if "picture" in members:
-                keys.append(f"{path.stem}/{stem}")
-                found = (members.get(kind, (-1, 0)) for kind in COLUMNS)
-                places.append([number, *(value for place in found for value in place)])
-            elif members.keys() & set(kinds.CAPTIONS):
-                left_out[f"{path.stem}/{stem}"] = "a caption without a picture"
-    if damage:
-        more = f"; and {len(damage) - NAMED} more shards" if len(damage) > NAMED else ""
-        raise UserError("; ".join(damage[:NAMED]) + more)
-    name = f"{len(paths)} shards in {os.path.commonpath([path.parent for path in paths])}"
-    if len(paths) == 1:
-        name = str(paths[0])
-    if not keys:
+    index = tar_index.read(paths)
+    left_out = dict(index.left_out)
+    if len(index.damage) > MOST_DAMAGED * len(paths):
+        more = len(index.damage) - NAMED
+        reasons = [f"{path} {why}" for path, why in list(index.damage.items())[:NAMED]]
+        raise UserError("; ".join(reasons) + (f"; and {more} more shards" if more > 0 else ""))
+    for path, why in index.damage.items():
+        left_out[path] = f"a damaged shard, of which the start is used: it {why}"
+    name = paths[0]
+    if len(paths) > 1:
+        folders = {path.replace(os.sep, "/").rpartition("/")[0] for path in paths}
+        name = f"{len(paths)} shards in {os.path.commonprefix(sorted(folders)) or '.'}"
+    if not len(index.keys):
         others = "".join(f"; {n} of them {why}" for why, n in Counter(left_out.values()).items())
         raise UserError(f"no pictures ({', '.join(kinds.PICTURES)}) in {name}{others}")
-    table = np.array(places, dtype=np.int64)
-    embedded = table[:, 1 + 2 * COLUMNS.index("npy")] >= 0
+    embedded = index.offsets["npy"] >= 0 if "npy" in index.offsets else np.zeros(1, bool)
     if not embedded.all():
-        left_out |= {f"{keys[i]}.npy": NOT_ALL_EMBEDDED for i in np.flatnonzero(embedded)}
-    read = _TarReader(tuple(map(str, paths)), tuple(keys), table, bool(embedded.all()))
+        left_out |= {f"{index.keys[i]}.npy": NOT_ALL_EMBEDDED for i in np.flatnonzero(embedded)}
+    read = _TarReader(tuple(paths), index, bool(embedded.all()), caption_key)
     return make_source(
-        name, keys, read, heldout_fraction, has_embeds=read.has_embeds, left_out=left_out
+        name,
+        index.keys,
+        read,
+        heldout_fraction,
+        hashes=index.hashes,
+        has_embeds=read.has_embeds,
+        left_out=left_out,
     )
 
 
-def _check_names(paths: Sequence[Path]) -> None:
-    first: dict[str, Path] = {}
+def _check_names(paths: Sequence[str]) -> None:
+    first: dict[str, str] = {}
     for path in paths:
-        other = first.setdefault(path.stem, path)
+        other = first.setdefault(files.stem(path), path)
         if other is not path:
             raise UserError(
                 f"two shards of one name, {other} and {path}: a picture is known by its shard's "
@@ -85,106 +80,78 @@ def _check_names(paths: Sequence[Path]) -> None:
             )
 
 
-def _index(path: Path, left_out: dict[str, str]) -> dict[str, _Members]:
-    """stem -> where its members are. Members that do not belong to a record go to `left_out`.
-
-    Raises UserError naming a shard that is compressed, or does not end as a tar does.
-    """
-    index: dict[str, _Members] = {}
-    with open(path, "rb") as file:
-        _check_plain(path, file.read(6))
-        file.seek(0)
-        try:
-            with tarfile.open(fileobj=file, mode="r:") as shard:
-                for member in shard:
-                    _add(index, member, path.stem, left_out)
-                end = shard.offset
-        except (tarfile.TarError, ValueError, OverflowError) as error:
-            raise UserError(f"{path} is not a complete tar: {first_line(error)}") from error
-        file.seek(end)
-        _check_end(path, file)
-    return index
-
-
-def _add(
-    index: dict[str, _Members], member: tarfile.TarInfo, shard: str, left_out: dict[str, str]
-) -> None:
-    name = member.name.removeprefix("./")
-    stem, kind = kinds.split_name(name)
-    reason = kinds.why_not(kind)
-    is_part = kind in kinds.PICTURES or kind in kinds.BESIDE
-    if kinds.hidden(name) or member.isdir() or not (is_part or reason):
-        return
-    kind = "picture" if kind in kinds.PICTURES else kind
-    if is_part and (not member.isreg() or member.issparse()):
-        reason = "a link or a sparse file, which is not read"
-    elif is_part and kind in index.get(stem, ()):
-        reason = "a second one of a name that the shard has"
-    if reason:
-        left_out[f"{shard}/{name}"] = reason
-    else:
-        index.setdefault(stem, {})[kind] = (member.offset_data, member.size)
-
-
-def _check_plain(path: Path, start: bytes) -> None:
-    magic = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-    for mark, program in magic.items():
-        if start.startswith(mark):
-            raise UserError(
-                f"{path} is compressed ({program}): records are read at random, which needs a "
-                "plain .tar; decompress it"
-            )
-
-
-def _check_end(path: Path, file: io.BufferedReader) -> None:
-    """From where the last member ends: zeros to the end of the file, a block of them at least."""
-    end = file.tell()
-    block = file.read(BLOCK)
-    if len(block) < BLOCK:
-        raise UserError(
-            f"{path} is not a complete tar: no end marker at byte {end}, so it was cut off"
-        )
-    if block.strip(b"\0"):
-        raise UserError(f"{path} is damaged: no header of a member at byte {end}")
-    while block := file.read(2048 * BLOCK):
-        if rest := block.lstrip(b"\0"):
-            at = file.tell() - len(rest)
-            raise UserError(
-                f"{path} has data at byte {at}, after its end at byte {end}: a damaged shard, or "
-                "several in one file"
-            )
-
-
 @dataclass(frozen=True)
 class _TarReader:
     paths: tuple[str, ...]
-    keys: tuple[str, ...]
-    places: Int[np.ndarray, "n 11"]  # shard, then offset (-1: none) and size of each of COLUMNS
+    index: Index
     has_embeds: bool
+    caption_key: str | None
 
     def __call__(self, i: int) -> Record:
-        path, members = self._members(i)
-        with open(path, "rb") as file:
-
-            def read(place: tuple[int, int]) -> bytes:
-                file.seek(place[0])
-                return file.read(place[1])
-
+        members = self._members(i)
+        with _Shard(*self._shard(i)) as read:
             embeds = load_embedding(read(members["npy"])) if self.has_embeds else None
-            caption = kinds.read_caption(members, read)
-            return Record(self.keys[i], read(members["picture"]), caption, embeds)
+            first, *more = self._captions(members, read) or (None,)
+            return Record(self.index.keys[i], read(members["picture"]), first, embeds, tuple(more))
 
-    def _members(self, i: int) -> tuple[str, _Members]:
-        shard, *places = self.places[i].tolist()
-        pairs = zip(COLUMNS, zip(places[::2], places[1::2], strict=True), strict=True)
-        return self.paths[shard], {kind: place for kind, place in pairs if place[0] >= 0}
+    def captions(self, i: int) -> tuple[str, ...]:
+        with _Shard(*self._shard(i)) as read:
+            first, *more = self._captions(self._members(i), read) or (None,)
+            return Record("", b"", first, None, tuple(more)).captions
 
-    def metadata(self, i: int) -> dict[str, Any]:
+    def columns(self, i: int) -> Mapping[str, Any]:
         """The `.json` of record i; {} without one."""
-        path, members = self._members(i)
+        members = self._members(i)
         if "json" not in members:
             return {}
-        offset, size = members["json"]
-        with open(path, "rb") as file:
-            file.seek(offset)
-            return json_object(file.read(size))
+        with _Shard(*self._shard(i)) as read:
+            return json_object(read(members["json"]))
+
+    def _captions(
+        self, members: Mapping[str, _Place], read: Callable[[_Place], bytes]
+    ) -> tuple[str, ...]:
+        return kinds.read_captions(members, read, key=self.caption_key)
+
+    def _shard(self, i: int) -> tuple[str, files.State]:
+        number = self.index.shards[i]
+        return self.paths[number], self.index.states[number]
+
+    def _members(self, i: int) -> dict[str, _Place]:
+        return {
+            kind: (int(offsets[i]), int(self.index.sizes[kind][i]))
+            for kind, offsets in self.index.offsets.items()
+            if offsets[i] >= 0
+        }
+
+
+class _Shard:
+    """Reads parts of a shard, a context. Raises UserError for one that is gone, or another by now:
+    what is at the places of its members is then not what was indexed."""
+
+    def __init__(self, path: str, state: files.State):
+        self.path, self.state = path, state
+
+    def __enter__(self) -> Callable[[_Place], bytes]:
+        if is_remote(self.path):
+            self.file = files.open_binary(self.path)
+            return self._seek
+        try:
+            self.file = os.fdopen(os.open(self.path, os.O_RDONLY), "rb", buffering=0)
+        except (FileNotFoundError, PermissionError) as error:
+            raise UserError(f"its shard cannot be read: {error.strerror}") from error
+        found = os.fstat(self.file.fileno())
+        if (found.st_size, str(found.st_mtime_ns)) != self.state:
+            self.file.close()
+            raise UserError("its shard has changed since it was opened")
+        return partial(_read_at, self.file.fileno())
+
+    def __exit__(self, *_) -> None:
+        self.file.close()
+
+    def _seek(self, place: _Place) -> bytes:
+        self.file.seek(place[0])
+        return self.file.read(place[1])
+
+
+def _read_at(file: int, place: _Place) -> bytes:
+    return os.pread(file, place[1], place[0])

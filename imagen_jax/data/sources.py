@@ -2,29 +2,44 @@
 
     bundled                   the emoji that come with the package
     scenes[:PART]             coloured shapes, drawn as they are read (scenes.py)
-    FOLDER                    pictures with a .txt of the same stem beside them, or .tar shards
+    FOLDER                    pictures with a .txt of the same stem beside them, or with one
+                              metadata.jsonl or metadata.csv; or .tar shards
     FILE.tar, 'DIR/*.tar', 'DIR/{00000..00009}.tar'    img2dataset or webdataset shards
+    FILE.csv, .tsv, .jsonl or .parquet    a table of paths and captions (tables.py)
+    FILE.array_record         files of tf.train.Example, or a pattern of them
     tfds:NAME[:SPLIT]         a tensorflow-datasets set prepared as array_record
+    hf:NAME[:SPLIT]           a dataset of the Hugging Face library, or a folder of one
+    A=0.7 B=0.3               a mixture of any of these, with weights
 
-What is held out never depends on the order or the number of records: for the bundled set it is in
-its metadata, elsewhere a hash of each record's key decides.
+Folders, shards and tables may be remote: gs://, s3://, https://. What is held out never depends on
+the order or the number of records: for the bundled set it is in its metadata, elsewhere a hash of
+each record's key decides, or the set has a split for it.
 """
 
-import glob
-import itertools
 import os
 import re
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 
 import numpy as np
 
-from imagen_jax.data import kinds, readers, scenes, shards
+from imagen_jax.data import (
+    array_records,
+    choosing,
+    files,
+    hugging_face,
+    kinds,
+    readers,
+    scenes,
+    shards,
+    tables,
+)
 from imagen_jax.data.records import Source, Split
 from imagen_jax.data.written import shown
 from imagen_jax.errors import UserError
+from imagen_jax.storage import is_remote
 
 # Things the demo's captions name, in colours its captions name; none is a caption of the set.
 NEW_COMBINATIONS = (
@@ -39,23 +54,82 @@ NEW_COMBINATIONS = (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Opening:
+    """Which pictures, and how they are read: flags of every command that reads data."""
+
+    data: tuple[str, ...] = ("bundled",)
+    """`bundled`, `scenes` (coloured shapes, an endless supply), a folder of pictures with .txt
+    captions or a metadata.jsonl, .tar shards (a quoted pattern or a folder of them), a .csv, .jsonl
+    or .parquet, array_record files, tfds:NAME[:SPLIT], hf:NAME[:SPLIT]. Several, each with a
+    weight: A=0.7 B=0.3."""
+    heldout_fraction: float = 0.02
+    """Share of the pictures kept for evaluation (sets that have a split for it use that)."""
+    caption_key: str | None = None
+    """Where captions are: a column, feature, or name in the .json. Default: caption, text, ..."""
+    image_key: str | None = None
+    """The column or feature of images. Default: image, file_name, path, ..."""
+    template: str | None = None
+    """Makes captions of columns or class labels: "a photo of a {label}". In a folder the label is
+    the folder's name."""
+    where: tuple[str, ...] = ()
+    """Reads only records of which these hold: "width >= 256" "aesthetic > 5". Columns, and width,
+    height and caption_length, which are measured where no column has them."""
+
+    def open(self, split: Split | None = None) -> Source:
+        """See `open_source`."""
+        return open_source(
+            self.data,
+            split=split,
+            heldout_fraction=self.heldout_fraction,
+            caption_key=self.caption_key,
+            image_key=self.image_key,
+            template=self.template,
+            where=self.where,
+        )
+
+
 def open_source(
-    spec: str | os.PathLike,
+    spec: str | os.PathLike | Sequence[str],
     *,
     split: Split | None = None,
     limit: int | None = None,
     heldout_fraction: float = 1 / 50,
     data_dir: str | os.PathLike | None = None,
+    caption_key: str | None = None,
+    image_key: str | None = None,
+    template: str | None = None,
+    where: Sequence[str] = (),
 ) -> Source:
-    """The source `spec` names; its `split`, and the first `limit` records of that, where given.
+    """The source `spec` names, or the mixture of several; its `split`, and the first `limit`
+    records of that, where given.
 
-    `data_dir` is where `tfds:` sets are prepared (default: tensorflow-datasets' own). ValueError,
-    in one line, for a source that does not exist, holds no picture or is damaged.
+    `data_dir` is where `tfds:` sets are prepared (default: tensorflow-datasets' own); the others
+    are as in `Opening`. ValueError, in one line, for a source that does not exist, holds no picture
+    or is damaged.
     """
-    source = _open(str(spec), heldout_fraction, data_dir)
+    specs = [str(spec)] if isinstance(spec, (str, os.PathLike)) else [str(one) for one in spec]
+    if not specs:
+        raise UserError("--data names no source")
+    reading = _Reading(heldout_fraction, data_dir, caption_key, image_key)
+    parts, weights = zip(*map(_weighted, specs), strict=True)
+    sources = []
+    for part in parts:
+        one = reading.open(part)
+        one = one if template is None else choosing.with_template(one, template)
+        sources.append(choosing.where(one, where) if where else one)
+    source = sources[0] if len(sources) == 1 else choosing.mixture(sources, weights)
     if split is not None:
         source = source.split(split)
     return source if limit is None else source.take(limit)
+
+
+def _weighted(spec: str) -> tuple[str, float]:
+    """`A=0.7` as its two parts; the weight is 1 where none is given."""
+    name, equals, weight = spec.rpartition("=")
+    if equals and re.fullmatch(r"\d+(\.\d*)?|\.\d+", weight) and not Path(spec).exists():
+        return name, float(weight)
+    return spec, 1.0
 
 
 def demo_captions() -> list[str]:
@@ -64,91 +138,116 @@ def demo_captions() -> list[str]:
     return text.splitlines()
 
 
-def _open(spec: str, heldout_fraction: float, data_dir: str | os.PathLike | None) -> Source:
-    if spec == "bundled":
-        return _bundled()
-    if spec == "scenes" or spec.startswith("scenes:"):
-        return scenes.open_scenes(spec.partition(":")[2] or None)
-    if spec.startswith("tfds:"):
-        match = re.fullmatch(r"tfds:(.+?(?::\d+\.\d+\.\d+)?)(?::([^:]+))?", spec)
-        if match is None:
-            raise UserError(f"{spec!r} does not name a set: write tfds:NAME or tfds:NAME:SPLIT")
-        name, part = match.groups()
-        return readers.prepared(name, part, data_dir=data_dir, heldout_fraction=heldout_fraction)
-    path = Path(spec)
-    if path.is_dir():
-        return _open_folder(path, heldout_fraction)
-    paths = [path] if path.is_file() else _matching(spec)
-    if not paths:
-        raise UserError(
-            f"no source {spec!r}: give 'bundled', 'scenes', a folder, a .tar shard or a glob of "
-            "them, or tfds:NAME[:SPLIT]"
+@dataclass(frozen=True)
+class _Reading:
+    """How one source is read."""
+
+    heldout_fraction: float
+    data_dir: str | os.PathLike | None
+    caption_key: str | None
+    image_key: str | None
+
+    @property
+    def keys(self) -> dict[str, str | None]:
+        return {"caption_key": self.caption_key, "image_key": self.image_key}
+
+    def open(self, spec: str) -> Source:
+        fraction = self.heldout_fraction
+        if spec == "bundled":
+            return _bundled()
+        if spec == "scenes" or spec.startswith("scenes:"):
+            return scenes.open_scenes(spec.partition(":")[2] or None)
+        if spec.startswith("tfds:"):
+            name, part = _named(spec, r"tfds:(.+?(?::\d+\.\d+\.\d+)?)(?::([^:]+))?")
+            return readers.prepared(
+                name, part, data_dir=self.data_dir, heldout_fraction=fraction, **self.keys
+            )
+        if spec.startswith("hf:"):
+            name, part = _named(spec, r"hf:(.+?)(?::([^:]+))?")
+            return hugging_face.dataset(name, part, heldout_fraction=fraction, **self.keys)
+        if _is_folder(spec):
+            return self._folder(spec)
+        paths = [spec] if Path(spec).is_file() else files.matching(spec)
+        if not paths:
+            raise UserError(
+                f"no source {spec!r}: give 'bundled', 'scenes', a folder, a .tar shard or a glob "
+                "of them, a .csv, .jsonl or .parquet, or tfds:NAME[:SPLIT] or hf:NAME[:SPLIT]"
+            )
+        return self._files(paths)
+
+    def _files(self, paths: Sequence[str]) -> Source:
+        fraction = self.heldout_fraction
+        found = {kinds.split_name(path)[1] for path in paths}
+        if found == {"array_record"}:
+            return array_records.array_records(paths, heldout_fraction=fraction, **self.keys)
+        if len(paths) == 1 and found <= set(tables.TABLES):
+            return tables.table(paths[0], heldout_fraction=fraction, **self.keys)
+        for path in paths:
+            if kinds.split_name(path)[1] in kinds.ARCHIVES:
+                raise UserError(f"{path} is not a plain .tar: unpack it to one, or to a folder")
+            if not _is_shard(path) or not (is_remote(path) or Path(path).is_file()):
+                raise UserError(f"{path} is neither a folder nor a .tar shard")
+        return shards.tar_shards(paths, heldout_fraction=fraction, caption_key=self.caption_key)
+
+    def _folder(self, path: str) -> Source:
+        """The shards below a folder, or the pictures. Raises UserError where it holds both."""
+        path = path.rstrip("/") or path
+        left_out: dict[str, str] = {}
+        names = readers.files_below(path, left_out)
+        fraction, key = self.heldout_fraction, self.caption_key
+        tars = [name for name in names if _is_shard(name)]
+        listed = [name for name in tables.METADATA if name in names]
+        if not tars and listed:
+            if len(listed) > 1:
+                raise UserError(f"{path} holds {' and '.join(listed)}: name one of them")
+            return tables.table(
+                f"{path}/{listed[0]}",
+                heldout_fraction=fraction,
+                names=names,
+                left_out=left_out,
+                **self.keys,
+            )
+        if not tars:
+            return readers.folder(path, names, left_out, heldout_fraction=fraction, caption_key=key)
+        pictures = [name for name in names if kinds.split_name(name)[1] in kinds.PICTURES]
+        if pictures:
+            raise UserError(
+                f"{path} holds pictures ({len(pictures)}: {shown(pictures[0])}) and shards "
+                f"({len(tars)}: {shown(tars[0])}): give the shards as a pattern, or move one of "
+                "them"
+            )
+        source = shards.tar_shards(
+            [f"{path}/{name}" for name in tars], heldout_fraction=fraction, caption_key=key
         )
-    for path in paths:
-        if kinds.split_name(path.name)[1] in kinds.ARCHIVES:
-            raise UserError(f"{path} is not a plain .tar: unpack it to one, or to a folder")
-        if not _is_shard(path.name) or not path.is_file():
-            raise UserError(f"{path} is neither a folder nor a .tar shard")
-    return shards.tar_shards(paths, heldout_fraction=heldout_fraction)
+        archives = {name: kinds.why_not(kinds.split_name(name)[1]) for name in names}
+        archives = {name: reason for name, reason in archives.items() if reason}
+        return replace(source, left_out={**source.left_out, **left_out, **archives})
 
 
-def _open_folder(path: Path, heldout_fraction: float) -> Source:
-    """The shards below a folder, or the pictures. Raises UserError where it holds both."""
-    left_out: dict[str, str] = {}
-    names = readers.files_below(path, left_out)
-    tars = [name for name in names if _is_shard(name)]
-    if not tars:
-        return readers.folder(path, names, left_out, heldout_fraction=heldout_fraction)
-    pictures = [name for name in names if kinds.split_name(name)[1] in kinds.PICTURES]
-    if pictures:
-        raise UserError(
-            f"{path} holds pictures ({len(pictures)}: {shown(pictures[0])}) and shards "
-            f"({len(tars)}: {shown(tars[0])}): give the shards as a pattern, or move one of them"
-        )
-    source = shards.tar_shards([path / name for name in tars], heldout_fraction=heldout_fraction)
-    archives = {name: kinds.why_not(kinds.split_name(name)[1]) for name in names}
-    archives = {name: reason for name, reason in archives.items() if reason}
-    return replace(source, left_out={**source.left_out, **left_out, **archives})
+def _named(spec: str, pattern: str) -> tuple[str, str | None]:
+    match = re.fullmatch(pattern, spec)
+    if match is None:
+        kind = spec.partition(":")[0]
+        raise UserError(f"{spec!r} does not name a set: write {kind}:NAME or {kind}:NAME:SPLIT")
+    return match[1], match[2]
+
+
+def _is_folder(spec: str) -> bool:
+    if not is_remote(spec):
+        return Path(spec).is_dir()
+    if spec.startswith("http") or kinds.split_name(spec.rstrip("/"))[1] or "*" in spec:
+        return False
+    system, name = files.remote(spec)
+    return system.isdir(name)
 
 
 def _is_shard(name: str) -> bool:
     return kinds.split_name(name)[1] == "tar"
 
 
-def _matching(pattern: str) -> list[Path]:
-    """The files of a glob with the shell's braces, {00000..00009} and {a,b}; sorted.
-
-    Raises UserError for a name without wildcards, out of braces, that does not exist.
-    """
-    found: list[str] = []
-    names = list(_expanded(pattern))
-    for name in names:
-        matches = glob.glob(name, recursive=True)
-        if not matches and len(names) > 1 and not glob.has_magic(name):
-            raise UserError(f"{pattern!r}: there is no {name}")
-        found += matches
-    return sorted({Path(name) for name in found})
-
-
-def _expanded(pattern: str) -> Iterator[str]:
-    """`a{1,2}` and `a{08..10}` as a shell writes them out, the zeros in front kept."""
-    parts = re.split(r"\{([^{}]*,[^{}]*|\d+\.\.\d+)\}", pattern)
-    choices = []
-    for number, part in enumerate(parts):
-        first, dots, last = part.partition("..")
-        if number % 2 == 0:
-            choices.append([part])
-        elif dots and "," not in part:
-            width = len(first)
-            choices.append([f"{i:0{width}d}" for i in range(int(first), int(last) + 1)])
-        else:
-            choices.append(part.split(","))
-    return ("".join(chosen) for chosen in itertools.product(*choices))
-
-
 def _bundled() -> Source:
     """The shard in the package; its metadata says which captions are held out."""
-    shard = Path(str(resources.files("imagen_jax.data").joinpath("bundled/00000.tar")))
+    shard = str(resources.files("imagen_jax.data").joinpath("bundled/00000.tar"))
     source = shards.tar_shards([shard], heldout_fraction=0.0)
-    split = [source.read.metadata(i)["split"] for i in range(len(source))]
+    split = [source.read.columns(i)["split"] for i in range(len(source))]
     return replace(source, name="bundled", heldout=np.array(split) == "heldout")

@@ -28,6 +28,19 @@ def caption(value: Any) -> str | None:
     return value.strip()
 
 
+def captions(value: Any, *, by_line: bool = False) -> tuple[str, ...]:
+    """All captions in a field of a record, a string or a list of them, or in the bytes of a file;
+    with `by_line` each line is one. Empty ones are left out beside others. See `caption`."""
+    if isinstance(value, (list, tuple)):
+        found = [caption(one) for one in value]
+    else:
+        text = caption(value)
+        lines = text.splitlines() if text and by_line else [text]
+        found = [line and line.strip() for line in lines]
+    full = tuple(one for one in found if one)
+    return full or tuple(one for one in found if one is not None)[:1]
+
+
 def json_object(data: bytes | None) -> dict[str, Any]:
     """The JSON object of a record, {} where it has none. Raises UserError for anything else."""
     if data is None:

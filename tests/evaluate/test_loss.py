@@ -23,7 +23,7 @@ def settings(tmp_path_factory):
 @pytest.fixture
 def command(monkeypatch, settings):
     def start(*arguments, data=settings.data):
-        words = ["", "--checkpoint", settings.run, "--data", data]
+        words = ["", "--checkpoint", settings.run, "--data", *data]
         monkeypatch.setattr(sys, "argv", [*map(str, words), *map(str, arguments)])
         loss.main()
         return json.loads((settings.run / "evaluation" / "loss.json").read_text())["loss"]
@@ -61,4 +61,4 @@ def test_a_mesh_changes_nothing(command):
 
 def test_a_set_without_held_out_images_is_refused(command):
     with pytest.raises(UserError, match="no image is held out"):
-        command(data="scenes:train")
+        command(data=("scenes:train",))

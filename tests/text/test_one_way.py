@@ -81,7 +81,7 @@ def pictures(tmp_path) -> Path:
 
 
 def open_feed(config: ImagenConfig, data: Path, recorded: Identity | None = None) -> Feed:
-    settings = Settings(data=str(data), batch_size=2, heldout_fraction=0.0, dtype="float32")
+    settings = Settings(data=(str(data),), batch_size=2, heldout_fraction=0.0, dtype="float32")
     sections = (settings.section(Data), settings.section(Optimization))
     layout = sharding.make_layout("2x1")
     return Feed.open(config, config.stage(1), *sections, layout, seed=0, recorded=recorded)

@@ -20,7 +20,7 @@ def feed(tmp_path_factory):
     for i in range(7):
         Image.new("RGB", (8, 8), (30 * i, 0, 0)).save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text(f"number {i}")
-    settings = support.settings(folder, data=str(folder), limit=None, heldout_fraction=0.4)
+    settings = support.settings(folder, data=(str(folder),), limit=None, heldout_fraction=0.4)
     layout = make_layout(settings.mesh, rows=settings.rows)
     sections = settings.section(Data), settings.section(Optimization)
     return Feed.open(settings.cascade(), support.CASCADE.stage(1), *sections, layout, seed=0)

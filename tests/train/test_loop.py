@@ -13,7 +13,7 @@ from PIL import Image
 
 from imagen_jax import checkpoint, flops, nn
 from imagen_jax.data import open_source
-from imagen_jax.data.records import hashed_heldout
+from imagen_jax.data.records import hashed_heldout, key_hashes
 from imagen_jax.errors import UserError
 from imagen_jax.evaluation import bin_labels
 from imagen_jax.imagen import Imagen
@@ -207,7 +207,7 @@ def test_mistakes(straight, tmp_path):
         "describes another cascade: unets.0.dim is 8 there, 16 here": dataclasses.replace(
             on, config=support.other_cascade(tmp_path)
         ),
-        "no source 'nowhere'": support.settings(tmp_path, data="nowhere"),
+        "no source 'nowhere'": support.settings(tmp_path, data=("nowhere",)),
         "--mesh 16x1: 16x1 needs 16 devices, found 8": support.settings(tmp_path, mesh="16x1"),
         "--mesh 8x1: 4 images a step do not split": support.settings(tmp_path, mesh="8x1"),
         "remat = 'all' is not one of nothing_saveable,": support.settings(tmp_path, remat="all"),
@@ -254,7 +254,9 @@ def test_bad_pictures_are_skipped_counted_and_named(tmp_path, capsys):
     folder = tmp_path / "pictures"
     folder.mkdir()
     names = [f"{i}.png" for i in range(12)]
-    heldout = [name for name, out in zip(names, hashed_heldout(names, 0.3), strict=True) if out]
+    heldout = [
+        name for name, out in zip(names, hashed_heldout(key_hashes(names), 0.3), strict=True) if out
+    ]
     good = [name for name in names if name not in heldout]
     assert heldout and len(good) > 4
     for i, name in enumerate(names):
@@ -266,7 +268,7 @@ def test_bad_pictures_are_skipped_counted_and_named(tmp_path, capsys):
     (folder / good[2]).with_suffix(".txt").write_text(" ")
     (folder / good[3]).write_bytes((folder / good[3]).read_bytes()[:-30])  # seen by decoding alone
     (folder / "13.heic").write_bytes(b"not read")
-    settings = support.settings(tmp_path, data=str(folder), limit=None, heldout_fraction=0.3)
+    settings = support.settings(tmp_path, data=(str(folder),), limit=None, heldout_fraction=0.3)
     assert loop.run(settings, 1)
     printed, err = capsys.readouterr()
     before, _, after = printed.partition("devices: ")
@@ -290,12 +292,12 @@ def test_a_run_goes_on_with_the_same_pictures_elsewhere(tmp_path):
     for i in range(4):
         Image.new("RGB", (8, 8), (60 * i, 0, 0)).save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text("red")
-    settings = support.settings(tmp_path, data=str(folder), heldout_fraction=0.0, steps=1)
+    settings = support.settings(tmp_path, data=(str(folder),), heldout_fraction=0.0, steps=1)
     assert loop.run(settings, 1)
     on = dataclasses.replace(settings, resume=True)
-    assert loop.run(dataclasses.replace(on, steps=2, data=f"{folder}/"), 1)
+    assert loop.run(dataclasses.replace(on, steps=2, data=(f"{folder}/",)), 1)
     folder.rename(tmp_path / "moved")
-    moved = dataclasses.replace(on, steps=3, data=str(tmp_path / "moved"))
+    moved = dataclasses.replace(on, steps=3, data=(str(tmp_path / "moved"),))
     assert loop.run(moved, 1)
     Image.new("RGB", (8, 8), (0, 0, 9)).save(tmp_path / "moved" / "2.png")
     with pytest.raises(ValueError, match="--data .*moved, .*: not the pictures that the run was"):
@@ -305,7 +307,7 @@ def test_a_run_goes_on_with_the_same_pictures_elsewhere(tmp_path):
 def test_a_set_that_is_all_held_out_names_the_flag(tmp_path):
     (tmp_path / "one").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "one" / "dog_52.png")
-    settings = support.settings(tmp_path, data=str(tmp_path / "one"))
+    settings = support.settings(tmp_path, data=(str(tmp_path / "one"),))
     with pytest.raises(ValueError, match=r"\(1 of 1\) are held out .*--heldout-fraction 0 trains"):
         loop.run(settings, 1)
 
@@ -315,7 +317,7 @@ def test_stored_embeddings_of_another_width(tmp_path):
         Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.png")
         np.save(tmp_path / f"{i}.npy", np.ones((2, 5), np.float32))
     with pytest.raises(ValueError, match="text_embeds are 5 wide, text_embed_dim is 128"):
-        loop.run(support.settings(tmp_path, data=str(tmp_path), heldout_fraction=0.0), 1)
+        loop.run(support.settings(tmp_path, data=(str(tmp_path),), heldout_fraction=0.0), 1)
 
 
 def test_training_without_captions(tmp_path):

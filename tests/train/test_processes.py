@@ -91,7 +91,7 @@ def test_processes_are_one(tmp_path, monkeypatch, mesh, then):
     """Two, of which one is sent SIGTERM; then another number; then one alone, for comparison. A
     broken picture is in the second half of the first batch, which process 0 does not read."""
     data = pictures(tmp_path / "pictures", 9, broken=5)
-    same = dict(mesh=mesh, eps=1e-3, flip=True, save_every=1000, data=str(data), limit=None)
+    same = dict(mesh=mesh, eps=1e-3, flip=True, save_every=1000, data=(str(data),), limit=None)
     same |= dict(heldout_fraction=0.0, sample_steps=2)
     settings = support.settings(tmp_path, steps=1000, **same)
     running, files = start(tmp_path, settings, 2)

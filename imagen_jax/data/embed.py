@@ -1,0 +1,212 @@
+"""Encodes the captions of a set once, for training without a text encoder.
+
+    python -m imagen_jax.data.embed --data SRC --t5 google/t5-v1_1-xxl --out DIR
+    python -m train.base --data SRC --embeddings DIR
+
+The encoder is most of a small step and 39 % of a paper-sized one. Equal captions are stored once.
+The same command goes on after an interruption, and adds the captions that a set has gained since.
+"""
+
+import dataclasses
+import json
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+import tyro
+from etils import epath
+from tqdm import tqdm
+
+from imagen_jax import distributed, nn, storage, text
+from imagen_jax.config import ImagenConfig
+from imagen_jax.data import embeddings
+from imagen_jax.data.embeddings import Embeddings, Form, Stored
+from imagen_jax.data.sources import Opening
+from imagen_jax.errors import UserError
+from imagen_jax.sharding import make_layout
+from imagen_jax.unet_config import TEXT_LENGTH
+
+SHARD_BYTES = 64 * 2**20  # about what one interruption loses
+BAR_INTERVAL = 1.0  # seconds between updates of the bar
+SURVEYED = 10_000  # captions from which the sizes of all are estimated
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(Opening):
+    """Encodes the captions of a set once; `train.base --embeddings DIR` reads them."""
+
+    data: tuple[str, ...] = dataclasses.field()
+    """The images whose captions are encoded, as in training."""
+    out: Path
+    """Folder to write to. What it holds already is kept, and not encoded again."""
+    t5: str | None = None
+    """Text encoder: folder or name of a T5, or `demo`. Default: that of --config."""
+    config: Path | None = None
+    """JSON file of a cascade, or a run's folder: the encoder as it is used by this one. Needed for
+    DeepFloyd IF, which cleans captions and reads padding."""
+    store: Stored = "bfloat16"
+    """What embeddings are stored in. `int8`, with a scale for each token, takes half of bfloat16;
+    the command says how far it is off."""
+    limit: int | None = None
+    """Encode the captions of the first so many images only."""
+    batch_size: int = 64
+    """Captions at once."""
+    mesh: str = "auto"
+    """DATAxMODEL devices, as 8x1; `auto` takes all."""
+    compute: str = "auto"
+    """What the encoder computes in; `auto` is bfloat16 on accelerators and float32 on a CPU."""
+
+    def __post_init__(self):
+        if self.batch_size < 1:
+            raise UserError(f"--batch-size {self.batch_size}: at least 1.")
+
+
+def main() -> None:
+    given = tyro.cli(Settings, prog="python -m imagen_jax.data.embed", description=__doc__)
+    embed(given)
+
+
+def embed(given: Settings) -> Embeddings:
+    """Encodes what `given.out` does not have yet. Raises UserError for a folder of another
+    encoder's, captions that cannot be encoded, or too small a disk."""
+    folder = storage.folder(given.out)
+    if storage.is_remote(folder):
+        raise UserError(f"--out {folder}: embeddings are written to a local folder; copy it then.")
+    storage.check_writable(folder)
+    encoder, length = _encoder(given)
+    form = Form(
+        width=encoder.width,
+        dtype=given.store,
+        keeps_padding=encoder.keeps_padding,
+        cleans=encoder.cleans,
+    )
+    if distributed.talks():
+        _begin(folder, form, encoder)
+    there = Embeddings.open(folder)
+    captions = [one for one in _captions(given, encoder) if one not in there]
+    print(f"{len(there):,} captions are stored in {folder}, {len(captions):,} are not")
+    if not captions:
+        return there
+    per_shard = _plan(folder, form, encoder, captions)
+    errors = []
+    with tqdm(total=len(captions), unit="caption", mininterval=BAR_INTERVAL) as bar:
+        for first in range(0, len(captions), per_shard):
+            part = captions[first : first + per_shard]
+            with jax.default_matmul_precision("highest"):  # float32 in float32
+                encoded = _encode(encoder, part, length, given.batch_size, bar)
+            if distributed.talks():
+                embeddings.write_shard(folder, form, part, encoded)
+            errors += [_error(form, one) for one in encoded[:SURVEYED]]
+    print(
+        f"stored in {form.dtype}: off by {100 * np.sqrt(np.mean(np.square(errors))):.2g} % "
+        "(root mean square, of a token's length)"
+    )
+    return Embeddings.open(folder)
+
+
+def _encoder(given: Settings) -> tuple[text.TextEncoder, int]:
+    """The encoder, and how many tokens it reads."""
+    layout = make_layout(given.mesh, rows=given.batch_size)
+    dtype = nn.compute_dtype(None if given.compute == "auto" else given.compute)
+    if given.config is None:
+        if given.t5 is None:
+            raise UserError("--t5 or --config must say which text encoder.")
+        return text.load_encoder(given.t5, dtype=dtype, layout=layout), TEXT_LENGTH
+    path = storage.folder(given.config)
+    data = storage.read_object(path / "config.json" if path.is_dir() else path)
+    config = ImagenConfig.from_dict(data.get("imagen", data))
+    encoder = text.cascade_encoder(config, name=given.t5, dtype=dtype, layout=layout)
+    return encoder, config.text_len if encoder.keeps_padding else TEXT_LENGTH
+
+
+def _begin(folder: epath.Path, form: Form, encoder: text.TextEncoder) -> None:
+    """Writes what the folder holds, or compares it with what it says."""
+    there = embeddings.read_form(folder)
+    if there is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        encoder.identity.write(folder)
+        storage.write_text(folder / embeddings.FORM, json.dumps(form.to_dict()) + "\n")
+    elif there != form:
+        raise UserError(f"{folder} holds embeddings in another form: {there}, not {form}.")
+    encoder.identity.check(text.read_beside(folder), f"{folder}")
+
+
+def _captions(given: Settings, encoder: text.TextEncoder) -> list[str]:
+    """Every caption of the set once, in its order. Says how many records have none."""
+    source = given.open()
+    source = source if given.limit is None else source.take(given.limit)
+    for note in source.notes:
+        print(note)
+    found: dict[str, None] = {"": None} if encoder.keeps_padding else {}
+    without: list[str] = []
+    for captions in tqdm(
+        source.every_caption(), "captions", unit="image", mininterval=BAR_INTERVAL
+    ):
+        if isinstance(captions, UserError):
+            without.append(str(captions))
+        else:
+            found |= dict.fromkeys(captions)
+    if without:
+        print(f"{len(without):,} images have no caption; the first: {without[0]}")
+    return list(found)
+
+
+def _plan(
+    folder: epath.Path, form: Form, encoder: text.TextEncoder, captions: Sequence[str]
+) -> int:
+    """How many captions make a shard. Says how much room all take, and checks that it is there."""
+    some = captions[:: max(1, len(captions) // SURVEYED)]
+    tokens = np.mean([max(1, np.count_nonzero(encoder.tokenize([one]))) for one in some])
+    one = form.size(float(tokens)) + 40
+    needed, free = one * len(captions), shutil.disk_usage(folder).free
+    size = f"about {_bytes(needed)} in {folder}: {len(captions):,} captions of {tokens:.0f} tokens"
+    if needed > free:
+        raise UserError(f"{size} do not fit, {_bytes(free)} are free. --store int8 takes less.")
+    print(f"{size}, {_bytes(one)} each; {_bytes(free)} are free")
+    return max(1, int(SHARD_BYTES / one))
+
+
+def _encode(
+    encoder: text.TextEncoder, captions: Sequence[str], length: int, batch_size: int, bar: tqdm
+) -> list[np.ndarray]:
+    """Their embeddings, without padding. Captions of similar length are encoded together."""
+    lengths = np.array([np.count_nonzero(encoder.tokenize([one])) for one in captions])
+    encoded: list[np.ndarray] = [np.zeros(0)] * len(captions)
+    for rows in _batches(np.argsort(lengths, kind="stable"), batch_size):
+        texts = [captions[row] for row in rows]
+        # The last batch is filled up: one shape is one compiled program.
+        embeds, masks = encoder(texts + texts[-1:] * (batch_size - len(texts)), length=length)
+        for row, one, mask in zip(rows, embeds, masks, strict=False):
+            encoded[row] = one if encoder.keeps_padding else one[mask]
+        bar.update(len(rows))
+    return encoded
+
+
+def _batches(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    return (rows[i : i + size] for i in range(0, len(rows), size))
+
+
+def _error(form: Form, embeds: np.ndarray) -> float:
+    """The root of the mean square error of what is stored, relative to the embedding's."""
+    stored = form.unpack(form.pack(embeds)).astype(np.float32)
+    return float(np.linalg.norm(stored - embeds) / max(np.linalg.norm(embeds), 1e-30))
+
+
+def _bytes(count: int | float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
