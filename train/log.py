@@ -73,15 +73,18 @@ def report_left_out(
     left_out: Mapping[str, str], run: epath.Path, unet_number: int, *, known: Set[str] = frozenset()
 ) -> None:
     """Prints how many files and pictures are left out, by reason, except for those `known`, and
-    writes all of them to RUN/unetN-left-out.txt. Of many processes only the one that talks does."""
+    writes all of them to RUN/unetN-skipped.jsonl. Of many processes only the one that talks does."""
     reasons: dict[str, list[str]] = {}
     for name in sorted(left_out.keys() - known):
         reasons.setdefault(left_out[name].partition(":")[0], []).append(shown(name))
     if not reasons or not distributed.talks():
         return
-    path = run / f"unet{unet_number}-left-out.txt"
-    lines = (f"{shown(name)}\t{shown(left_out[name])}\n" for name in sorted(left_out))
-    storage.write_text(path, "".join(lines))
+    path = run / f"unet{unet_number}-skipped.jsonl"
+    lines = [
+        json.dumps({"name": shown(name), "reason": shown(left_out[name])}, ensure_ascii=False)
+        for name in sorted(left_out)
+    ]
+    storage.write_text(path, "\n".join(lines) + "\n")
     more = " more" if known else ""
     print(f"left out: {sum(map(len, reasons.values()))}{more}, all named in {path}")
     for reason, names in sorted(reasons.items(), key=lambda found: -len(found[1])):

@@ -84,7 +84,7 @@ def read(
             size = f"{picture.height}x{picture.width}"
             raise UserError(f"{size} pixels are more than {max_pixels:,} in all")
         picture.load()
-        picture = _to_mode(_to_srgb(ImageOps.exif_transpose(picture)), MODES[channels])
+        picture = _to_mode(_to_srgb(_upright(picture)), MODES[channels])
         return np.asarray(picture).reshape(picture.height, picture.width, channels)
 
 
@@ -145,7 +145,12 @@ def _open(image: bytes, size: Size) -> Image.Image:
     if isinstance(picture, JpegImageFile):
         _reduce(picture, size)
     picture.load()
-    return _to_srgb(ImageOps.exif_transpose(picture))
+    return _to_srgb(_upright(picture))
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    ImageOps.exif_transpose(picture, in_place=True)
+    return picture
 
 
 def _to_srgb(picture: Image.Image) -> Image.Image:
@@ -188,17 +193,23 @@ def _reduce(picture: JpegImageFile, size: Size) -> None:
 
 
 def _cover(picture: Image.Image, size: Size, crop: tuple[float, float] | None) -> np.ndarray:
-    """Resize a picture until it just covers `size`, and cut this out at `crop` or the center."""
+    """Resize a picture until it just covers `size`, and cut this out at `crop` or the center.
+
+    What is cut off is not computed, though the filter looks beyond the cut.
+    """
     height, width = size
     scale = max(width / picture.width, height / picture.height)
-    covering = max(width, round(picture.width * scale)), max(height, round(picture.height * scale))
-    if covering != picture.size:
-        picture = picture.resize(covering, Image.Resampling.BICUBIC)
-    room = picture.height - height, picture.width - width
-    top, left = (n // 2 for n in room)
-    if crop is not None:
-        top, left = (int(at * (n + 1)) for at, n in zip(crop, room, strict=True))
-    return np.asarray(picture.crop((left, top, left + width, top + height)))
+    seen = min(picture.height, height / scale), min(picture.width, width / scale)
+    room = picture.height - seen[0], picture.width - seen[1]
+    if scale == 1:  # whole pixels
+        room = tuple(map(round, room))
+        top, left = (n // 2 for n in room)
+        if crop is not None:
+            top, left = (int(at * (n + 1)) for at, n in zip(crop, room, strict=True))
+        return np.asarray(picture.crop((left, top, left + width, top + height)))
+    top, left = (at * n for at, n in zip(crop or (0.5, 0.5), room, strict=True))
+    box = left, top, min(picture.width, left + seen[1]), min(picture.height, top + seen[0])
+    return np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC, box=box))
 
 
 def _to_mode(picture: Image.Image, mode: str) -> Image.Image:

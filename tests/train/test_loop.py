@@ -276,11 +276,12 @@ def test_bad_pictures_are_skipped_counted_and_named(tmp_path, capsys):
     assert f"1  smaller than 8x8 pixels (height x width) ({good[1]})" in before
     assert f"1  empty caption ({good[2]})" in before
     assert "1  a .heic file, which is not read (13.heic)" in before
-    assert f"left out: 1 more, all named in {settings.run}/unet1-left-out.txt" in after
+    assert f"left out: 1 more, all named in {settings.run}/unet1-skipped.jsonl" in after
     assert "left out" not in err and "skipped" not in err
-    named = (settings.run / "unet1-left-out.txt").read_text().splitlines()
+    named = (settings.run / "unet1-skipped.jsonl").read_text().splitlines()
     assert len(named) == len(heldout) + 5
-    assert f"{good[1]}\tsmaller than 8x8 pixels (height x width): 5x5" in named
+    why = "smaller than 8x8 pixels (height x width): 5x5"
+    assert {"name": good[1], "reason": why} in map(json.loads, named)
     assert "note: with so few held out, eval/heldout is not measured" in before
     assert len(support.metrics(settings.run)) == 4
     assert not support.metrics(settings.run, "eval/heldout")
