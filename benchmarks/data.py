@@ -4,9 +4,9 @@
     taskset -c 0 python -m benchmarks.data            # images a second, on one core
     python -m benchmarks.data --records 10000000      # the index of a set that is not there
 
-Both sides read the same JPEG shards, which are made first: 512 x 384 pixels, 40 kB each. Both decode
-with pillow, reduce to the size with its bicubic filter, and cut the center. Each is timed in turn,
-several times; medians.
+Both sides read the same JPEG shards, which are made first: 512 x 384 pixels, 40 kB each. Both
+decode with pillow, reduce to the size with its bicubic filter, and cut the center. Each is timed in
+turn, several times; medians.
 """
 
 import argparse

@@ -82,6 +82,20 @@ def measure(given: Settings) -> dict[str, Measured]:
     pipeline = open_pipeline(given, print, numbers)
     folder = storage.folder(given.out or given.run / "evaluation")
     storage.check_writable(folder)
+    measured = judged(pipeline, given, options)
+    results = {level: one.summary for level, one in measured.items()}
+    print(table(results))
+    folder.mkdir(parents=True, exist_ok=True)
+    write(folder / "composition.json", results, given, options, pipeline)
+    rows = [row for level, one in measured.items() for row in sheet_rows(level, one)]
+    with (folder / "composition.png").open("wb") as file:
+        labelled_grid(rows).save(file, format="PNG")
+    print(f"{folder / 'composition.json'}; what was drawn: {folder / 'composition.png'}")
+    return measured
+
+
+def judged(pipeline: Pipeline, given: Settings, options: dict) -> dict[str, Measured]:
+    """Draws and judges, by level."""
     measured = {}
     for level in dict.fromkeys(given.levels):
         chosen = scenes_of(level, given.num_images)
@@ -91,14 +105,6 @@ def measure(given: Settings) -> dict[str, Measured]:
             for scene, image in zip(chosen, images, strict=True)
         ]
         measured[level] = Measured(chosen, images, verdicts)
-    results = {level: one.summary for level, one in measured.items()}
-    print(table(results))
-    folder.mkdir(parents=True, exist_ok=True)
-    write(folder / "composition.json", results, given, options, pipeline)
-    rows = [row for level, one in measured.items() for row in sheet_rows(level, one)]
-    with (folder / "composition.png").open("wb") as file:
-        labelled_grid(rows).save(file, format="PNG")
-    print(f"{folder / 'composition.json'}; what was drawn: {folder / 'composition.png'}")
     return measured
 
 

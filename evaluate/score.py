@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -23,7 +23,7 @@ from flax import nnx
 from tqdm import trange
 
 import commands
-from imagen_jax.data import Source, check_caption, decode, open_source, read
+from imagen_jax.data import Source, decode, open_source, read
 from imagen_jax.errors import UserError
 from imagen_jax.metrics import fid
 from imagen_jax.metrics.clip import load_clip, r_precision, score
@@ -103,9 +103,7 @@ def by_features(given: Settings) -> dict[str, float]:
             f"{given.reference} holds statistics, which serve FID alone: --metrics fid, or give "
             "the images."
         )
-    graph, params = nnx.split(load_inception(given.inception))
-    compiled = jax.jit(lambda params, x: nnx.merge(graph, params)(x))
-    network = functools.partial(compiled, params)
+    network = compiled(given.inception)
     samples = features(given.samples, given, network)
     one = fid.statistics([samples])
     if given.write_statistics is not None:
@@ -122,6 +120,13 @@ def by_features(given: Settings) -> dict[str, float]:
     if "pr" in given.metrics:
         scores["precision"], scores["recall"] = fid.precision_recall(samples, reference)
     return scores
+
+
+def compiled(inception: Path) -> Callable[[np.ndarray], np.ndarray]:
+    """The network of FID's features, from its file."""
+    graph, params = nnx.split(load_inception(inception))
+    program = jax.jit(lambda params, x: nnx.merge(graph, params)(x))
+    return functools.partial(program, params)
 
 
 def by_clip(given: Settings) -> dict[str, float]:
@@ -145,13 +150,25 @@ def by_clip(given: Settings) -> dict[str, float]:
 def features(spec: str, given: Settings, network: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     """Features (n, 2048) of all usable images of a set."""
     source, left_out = open_set(spec, given)
-    found = []
-    for batch in batched(tracked(source, given, left_out), given.batch_size):
-        rows = [prepare(image[None], given.resizing)[0] for image, _ in batch]
-        filled = np.stack(rows + rows[-1:] * (given.batch_size - len(rows)))
-        found.append(np.asarray(network(filled))[: len(rows)])
+    images = (image for image, _ in tracked(source, given, left_out))
+    found = features_of(images, network, given.batch_size, given.resizing)
     report(spec, left_out, found=len(found))
-    return np.concatenate(found)
+    return found
+
+
+def features_of(
+    images: Iterable[np.ndarray],
+    network: Callable[[np.ndarray], np.ndarray],
+    batch_size: int,
+    resizing: Resizing = "clean",
+) -> np.ndarray:
+    """Features (n, 2048) of uint8 images (h, w, 3) of any sizes."""
+    found = []
+    for batch in batched(iter(images), batch_size):
+        rows = [prepare(image[None], resizing)[0] for image in batch]
+        filled = np.stack(rows + rows[-1:] * (batch_size - len(rows)))
+        found.append(np.asarray(network(filled))[: len(rows)])
+    return np.concatenate(found) if found else np.zeros((0, FEATURES), np.float32)
 
 
 def open_set(spec: str, given: Settings) -> tuple[Source, dict[str, str]]:
@@ -175,7 +192,7 @@ def tracked(
         try:
             record = source[i]
             if captions:
-                check_caption(record)
+                _ = record.captions  # raises for a record without one
             image = record.image
             if size is None and isinstance(image, bytes):
                 yield read(image), record.caption

@@ -61,7 +61,9 @@ class Request:
     inpaint_images: AnyArray | None = None
     inpaint_masks: AnyArray | None = None
     """(b, h, w), True where `inpaint_images` are kept."""
-    inpaint_resample_times: int = 5
+    inpaint_resample_times: int | None = None
+    """Repetitions of each step (RePaint). 0: the known part is kept clean instead, as DeepFloyd
+    IF's pipelines do. None: 5, or 0 for a cascade in discrete steps."""
     """RePaint: how often each step is repeated."""
     inpaint_variance: RenoiseVariance = "exact"
     init_images: AnyArray | Sequence[AnyArray | None] | None = None
@@ -122,6 +124,10 @@ class Request:
             raise UserError("cond_scale other than 1 needs a model trained with cond_drop_prob.")
         if (self.inpaint_images is None) != (self.inpaint_masks is None):
             raise UserError("inpainting needs both inpaint_images and inpaint_masks.")
+        if self._resample_times(config) < 0:
+            raise UserError(
+                f"inpaint_resample_times must be at least 0, got {self.inpaint_resample_times}."
+            )
         if numbers[0] > 1 and self.start_image_or_video is None:
             raise UserError(f"starting at U-Net {numbers[0]} needs start_image_or_video.")
         if self.strength is not None:
@@ -195,7 +201,12 @@ class Request:
             raise UserError(f"batch sizes differ: {found}.")
         return next(iter(counts.values()), 1)
 
-    def given(self) -> Given:
+    def _resample_times(self, config: ImagenConfig) -> int:
+        if self.inpaint_resample_times is None:
+            return 5 if config.discrete is None else 0
+        return self.inpaint_resample_times
+
+    def given(self, config: ImagenConfig) -> Given:
         """The arrays that are the same for every stage."""
         inpaints = self.inpaint_images is not None
         embeds, masks = _with_mask(self.text_embeds, self.text_masks)
@@ -208,7 +219,7 @@ class Request:
             cond_images=self.cond_images,
             inpaint_images=self.inpaint_images,
             inpaint_masks=self.inpaint_masks,
-            resample_times=np.int32(self.inpaint_resample_times) if inpaints else None,
+            resample_times=np.int32(self._resample_times(config)) if inpaints else None,
         )
 
     def randomness(self, keys: RowKeys, number: int) -> Randomness:
@@ -330,7 +341,7 @@ def _sample_stage(
     noised = request.strength is not None and start_from is not None
     if noised:
         skip_steps = steps - max(1, int(steps * request.strength))
-    given = request.given()._replace(
+    given = request.given(config)._replace(
         previous=previous,
         lowres_noise_level=None if stage.lowres is None else np.float32(level),
         init_images=None if noised else start_from,

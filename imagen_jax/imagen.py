@@ -151,7 +151,7 @@ class Imagen(nnx.Module):
         cond_images: AnyArray | None = None,
         inpaint_images: AnyArray | None = None,
         inpaint_masks: AnyArray | None = None,
-        inpaint_resample_times: int = 5,
+        inpaint_resample_times: int | None = None,
         inpaint_variance: RenoiseVariance = "exact",
         init_images: AnyArray | Sequence[AnyArray | None] | None = None,
         skip_steps: int | Sequence[int | None] | None = None,

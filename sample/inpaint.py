@@ -37,12 +37,13 @@ class Settings(settings.Settings):
     """What the image shows afterwards. Give it again for another prompt."""
     num_images_per_prompt: int = 1
     """Images of each prompt; in all, for a cascade without captions."""
-    resample_times: int = 5
-    """How often each step is repeated; the time grows with it."""
+    resample_times: int | None = None
+    """How often each step is repeated; the time grows with it. 0: once, with the known part clean,
+    as DeepFloyd IF does it. Default: 5, and 0 for DeepFloyd IF."""
 
     @property
     def counts(self) -> tuple[str, ...]:
-        return (*super().counts, "num_images_per_prompt", "resample_times")
+        return (*super().counts, "num_images_per_prompt")
 
 
 class Box(NamedTuple):

@@ -73,7 +73,7 @@ def report_left_out(
     left_out: Mapping[str, str], run: epath.Path, unet_number: int, *, known: Set[str] = frozenset()
 ) -> None:
     """Prints how many files and pictures are left out, by reason, except for those `known`, and
-    writes all of them to RUN/unetN-skipped.jsonl. Of many processes only the one that talks does."""
+    writes all of them to RUN/unetN-skipped.jsonl. Of many processes only one does."""
     reasons: dict[str, list[str]] = {}
     for name in sorted(left_out.keys() - known):
         reasons.setdefault(left_out[name].partition(":")[0], []).append(shown(name))

@@ -111,7 +111,9 @@ class Sampler(NamedTuple):
 class Inpaint(NamedTuple):
     """The known part of an image (RePaint): where `mask` is True, `image` (in [-1, 1]) is kept.
 
-    The mask is (b, h, w, 1). Every step is repeated `resample_times` times, going back between.
+    The mask is (b, h, w, 1). Every step is repeated `resample_times` times, going back between, and
+    begins with the known part as noisy as the rest. With 0 each is taken once, and the known part
+    is never noisy: so do DeepFloyd IF's pipelines.
     """
 
     image: Sample
@@ -187,7 +189,7 @@ def make_grid(
 
 def count_noises(num_steps: int, *, resample_times: int | None = None) -> int:
     """How many given noises `num_steps` steps take: one each without inpainting (None)."""
-    if resample_times is None:
+    if not resample_times:
         return num_steps
     return num_steps * (3 * resample_times - 1) - (resample_times - 1)
 
@@ -199,7 +201,7 @@ def given_noises(
 
     One a step; with inpainting (`times` resamplings), for every resampling the known part's, the
     step's and the renoising's, the last one only where x goes back: not before the next step, and
-    not in the last. `count_noises` says how many.
+    not in the last. With 0 resamplings the step's alone. `count_noises` says how many.
     """
     noises = jnp.asarray(noises)
 
@@ -207,7 +209,8 @@ def given_noises(
         if times is None:
             return noises[i]
         per_resampling = jnp.where(i == grid.num_steps - 1, 2, 3)
-        return noises[i * (3 * times - 1) + r * per_resampling + which]
+        resampled = i * (3 * times - 1) + r * per_resampling + which
+        return noises[jnp.where(times == 0, i, resampled)]
 
     return noise
 
@@ -255,7 +258,8 @@ def run_slice(
 
         def resample(r: Array, state: State) -> State:
             if inpaint is not None:
-                known = q_sample(inpaint.image, now, noise(i, r, 0))
+                noisy = q_sample(inpaint.image, now, noise(i, r, 0))
+                known = jnp.where(inpaint.resample_times == 0, inpaint.image, noisy)
                 state = state._replace(x=jnp.where(inpaint.mask, known, state.x))
             given = Step(process, now, then, noise(i, r, 1), last, grid.planned_steps, options)
             state = sampler.step(state, estimate, given)
@@ -267,7 +271,7 @@ def run_slice(
 
         if inpaint is None:
             return resample(jnp.int32(0), state)
-        return lax.fori_loop(0, times, resample, state)
+        return lax.fori_loop(0, jnp.maximum(times, 1), resample, state)
 
     return lax.fori_loop(first, stop, advance, state)
 

@@ -1,9 +1,14 @@
 """Sampling loops of DeepFloyd IF against diffusers' pipelines, with the same noises."""
 
+import dataclasses
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 
+from imagen_jax import Imagen, UnetConfig, nn
 from imagen_jax.diffusion.discrete import PRESETS, Discrete
 from imagen_jax.diffusion.process import beside
 from imagen_jax.diffusion.samplers import SAMPLERS, make_grid, run_slice, start
@@ -28,6 +33,7 @@ def noises(monkeypatch):
     for module in (
         "diffusers.pipelines.deepfloyd_if.pipeline_if",
         "diffusers.pipelines.deepfloyd_if.pipeline_if_img2img",
+        "diffusers.pipelines.deepfloyd_if.pipeline_if_inpainting",
         "diffusers.pipelines.deepfloyd_if.pipeline_if_superresolution",
         "diffusers.schedulers.scheduling_ddpm",
     ):
@@ -140,6 +146,40 @@ def test_image_to_image_draws_what_diffusers_draws(noises):
     np.testing.assert_allclose(got, wanted, atol=1e-3)
 
 
+@pytest.mark.parametrize("strength", [1.0, 0.7])
+def test_inpainting_draws_what_diffusers_draws(noises, strength):
+    """The known part stays clean, and what is drawn anew starts from the noisy image."""
+    unet, schedule = networks.networks()[0], networks.scheduler(0)
+    pipe = diffusers.IFInpaintingPipeline(
+        unet=unet, scheduler=schedule, requires_safety_checker=False, **EMPTY
+    )
+    pipe.set_progress_bar_config(disable=True)
+    size = networks.SIZES[0]
+    image = np.random.default_rng(4).uniform(size=(B, size, size, 3)).astype(np.float32)
+    drawn_anew = np.zeros((B, size, size), bool)
+    drawn_anew[0, 3:9, 2:], drawn_anew[1, :, :5] = True, True
+    wanted = pipe(
+        image=torch.from_numpy(image.transpose(0, 3, 1, 2) * 2 - 1),
+        mask_image=torch.from_numpy(drawn_anew[:, None].astype(np.float32)),
+        num_inference_steps=10,
+        strength=strength,
+        **theirs(5.0),
+    ).images
+    got = networks.imagen().sample(
+        draws=[filled(noises, round(10 * strength), 1)],
+        timesteps=10,
+        strength=strength,
+        init_images=image,
+        inpaint_images=image,
+        inpaint_masks=~drawn_anew,
+        stop_at_unet_number=1,
+        **given(5.0),
+    )
+    np.testing.assert_allclose(got, wanted, atol=1e-3)
+    np.testing.assert_allclose(got[~drawn_anew], image[~drawn_anew], atol=1e-7)
+    assert np.abs(got - image)[drawn_anew].mean() > 0.05
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler_ends_at_the_data(sampler):
     """With the exact answer for data at one point, each draws this point, from any spacing."""
@@ -164,3 +204,38 @@ def test_respacing_presets_are_diffusers(name):
     grid = Discrete().grid(1, spacing=name)
     assert grid[:-1].astype(int).tolist() == getattr(published, f"{name}_timesteps")
     assert grid[-1] == -1
+
+
+def test_a_stage_of_ours_above_them():
+    """Both stages of IF, then imagen-pytorch's U-Net in the same discrete steps: one cascade."""
+    own = UnetConfig(
+        dim=8, dim_mults=(1, 2), cond_dim=16, text_embed_dim=networks.WIDTH, layer_attns=False,
+        attn_heads=2, attn_dim_head=8, max_text_len=networks.TOKENS, memory_efficient=True,
+        init_cross_embed_kernel_sizes=(3, 7), attend_at_middle=False,
+    )  # fmt: skip
+    two = networks.CONFIG
+    most = (*two.discrete.sample_max_value, 1.0)
+    config = dataclasses.replace(
+        two, unets=(*two.unets, own), image_sizes=(*networks.SIZES, 64),
+        discrete=dataclasses.replace(two.discrete, sample_max_value=most),
+    )  # fmt: skip
+    imagen = Imagen(
+        config,
+        unets=[*networks.imagen().unets, nn.bind(config.unets[2], random_params(config.unets[2]))],
+    )
+    common = given(4.0) | dict(key=jax.random.key(0))
+    images = imagen.sample(timesteps=(3, 2, 2), return_all_unet_outputs=True, **common)
+    assert [image.shape for image in images] == [(B, size, size, 3) for size in (16, 32, 64)]
+    below = networks.imagen().sample(timesteps=(3, 2), **common)
+    np.testing.assert_array_equal(images[1], below)
+    assert np.isfinite(images[2]).all() and np.std(images[2]) > 0.01
+    text = dict(text_embeds=common["text_embeds"], text_masks=common["text_masks"])
+    loss = imagen.loss(images[2], unet_number=3, key=jax.random.key(1), **text)
+    assert np.isfinite(loss)
+
+
+def random_params(config: UnetConfig):
+    rng = np.random.default_rng(5)
+    return jax.tree.map(
+        lambda x: jnp.asarray(0.2 * rng.normal(size=x.shape), x.dtype), nn.abstract(config)[1]
+    )
