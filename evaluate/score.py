@@ -1,4 +1,4 @@
-"""Scores of images: FID, KID, precision and recall against others; CLIP with their captions.
+"""Scores of images: FID, KID, precision and recall against others; CLIP with their captions; LPIPS.
 
     python -m evaluate.score --samples DIR --reference DIR|STATS.npz --inception FILE
     python -m evaluate.score --samples DIR --metrics clip --clip FOLDER
@@ -20,7 +20,7 @@ import jax
 import numpy as np
 import tyro
 from flax import nnx
-from tqdm import trange
+from tqdm import tqdm, trange
 
 import commands
 from imagen_jax.data import Source, decode, open_source, read
@@ -28,8 +28,9 @@ from imagen_jax.errors import UserError
 from imagen_jax.metrics import fid
 from imagen_jax.metrics.clip import load_clip, r_precision, score
 from imagen_jax.metrics.inception import FEATURES, Resizing, load_inception, prepare
+from imagen_jax.metrics.lpips import load_lpips
 
-Metric = Literal["fid", "kid", "pr", "clip"]
+Metric = Literal["fid", "kid", "pr", "clip", "lpips"]
 BY_FEATURES = ("fid", "kid", "pr")
 T = TypeVar("T")
 
@@ -48,7 +49,8 @@ class Settings:
     """Hugging Face folder of a CLIP."""
     metrics: tuple[Metric, ...] = BY_FEATURES
     """fid; kid, its unbiased cousin for few images; pr, precision and recall; clip, the CLIP score
-    and R-precision of the samples and their captions."""
+    and R-precision of the samples and their captions; lpips, the mean distance of each sample from
+    the reference of its name (extra `lpips`)."""
     resizing: Resizing = "clean"
     """How images become 299 x 299: clean (bicubic, antialiased) or legacy (as pytorch-fid)."""
     image_size: int | None = None
@@ -70,6 +72,8 @@ class Settings:
         needed = {"clip"} if "clip" in self.metrics else set()
         if set(self.metrics) & set(BY_FEATURES):
             needed |= {"reference", "inception"}
+        if "lpips" in self.metrics:
+            needed |= {"reference"}
         for name in sorted(needed):
             if getattr(self, name) is None:
                 raise UserError(f"--metrics {' '.join(self.metrics)} needs {commands.flag(name)}.")
@@ -82,6 +86,8 @@ def main() -> None:
         scores |= by_features(given)
     if "clip" in given.metrics:
         scores |= by_clip(given)
+    if "lpips" in given.metrics:
+        scores |= by_lpips(given)
     for name, value in scores.items():
         print(f"{name:<12} {value:.6g}")
     if "fid" in scores and scores["samples"] < FEATURES:
@@ -145,6 +151,32 @@ def by_clip(given: Settings) -> dict[str, float]:
         "clip": float(score(one, two).mean()),
         "r_precision": r_precision(one, two),
     }
+
+
+def by_lpips(given: Settings) -> dict[str, float]:
+    """The mean LPIPS of the samples from references of the same names and sizes."""
+    distance = load_lpips()
+    sets = []
+    for spec in (given.samples, given.reference):
+        source, left_out = open_set(spec, given)
+        keys = (source.key(i).rpartition(".")[0] or source.key(i) for i in range(len(source)))
+        names = [key.rpartition("/")[2] for key in keys]
+        sets.append((source, dict(zip(names, range(len(source)), strict=True))))
+    (samples, own), (reference, others) = sets
+    found = []
+    for name in tqdm(sorted(own.keys() & others.keys()), "LPIPS", unit="image"):
+        pair = []
+        for source, i in ((samples, own[name]), (reference, others[name])):
+            size = given.image_size
+            image = source[i].image
+            pair.append(read(image) if size is None else decode(image, image_size=size))
+        if pair[0].shape != pair[1].shape:
+            shapes = " and ".join(f"{x.shape[0]}x{x.shape[1]}" for x in pair)
+            raise UserError(f"{name}: {shapes} pixels; --image-size scales both sets.")
+        found.append(float(distance(*(x[None] for x in pair))[0]))
+    if not found:
+        raise UserError(f"{given.samples} and {given.reference} have no image of one name.")
+    return {"pairs": len(found), "lpips": float(np.mean(found))}
 
 
 def features(spec: str, given: Settings, network: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:

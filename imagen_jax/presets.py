@@ -92,13 +92,15 @@ def imagen() -> ImagenConfig:
     """The paper-sized cascade, 64 -> 256 -> 1024, super-resolution on 256-pixel crops at 1024.
 
     Super-resolution predicts v: memory-efficient U-Nets drift in colour when they predict noise
-    (imagen-pytorch issue 72).
+    (imagen-pytorch issue 72). Small images are means, as those that the base is trained on; every
+    fourth pixel, the reference's default, is not what a base draws (docs/quality.md).
     """
     return ImagenConfig(
         unets=(BaseUnet64(), SRUnet256(), SRUnet1024()),
         image_sizes=(64, 256, 1024),
         text_encoder_name="google/t5-v1_1-xxl",
         pred_objectives=("noise", "v", "v"),
+        resize_mode="area",
         random_crop_sizes=(None, None, 256),
     )
 

@@ -121,3 +121,30 @@ def test_clip_scores_images_with_their_captions(command, tmp_path, monkeypatch, 
     with pytest.raises(SystemExit):
         command("--samples", folder)
     assert "--metrics fid kid pr needs --reference." in capsys.readouterr().err
+
+
+def test_lpips_compares_images_of_one_name(command, tmp_path):
+    """By the package's own weights: equal images are at 0, noisy ones farther the more noise."""
+    rng = np.random.default_rng(0)
+    folder_of(tmp_path / "true", range(3), size=64)
+    shares = {}
+    for noise in (0, 8, 32):
+        folder = tmp_path / f"noise{noise}"
+        folder.mkdir()
+        for path in (tmp_path / "true").iterdir():
+            pixels = np.asarray(Image.open(path)).astype(float)
+            pixels += rng.normal(0, 1, pixels.shape) * noise
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / path.name)
+        words = ("--samples", folder, "--reference", tmp_path / "true", "--metrics", "lpips")
+        found = command(*words)
+        assert found["pairs"] == 3
+        shares[noise] = found["lpips"]
+    assert shares[0] < 1e-6 < 0.01 < shares[8] < shares[32] < 2
+    folder_of(tmp_path / "small", range(3), size=48)
+    words = ("--samples", tmp_path / "small", "--reference", tmp_path / "true")
+    with pytest.raises(UserError, match="48x48 and 64x64 pixels; --image-size scales both"):
+        command(*words, "--metrics", "lpips")
+    assert command(*words, "--metrics", "lpips", "--image-size", "48")["pairs"] == 3
+    folder_of(tmp_path / "others", range(5, 7))
+    with pytest.raises(UserError, match="have no image of one name"):
+        command("--samples", tmp_path / "others", *words[2:], "--metrics", "lpips")
