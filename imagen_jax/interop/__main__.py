@@ -225,17 +225,31 @@ class ToDiffusers:
 class VerifyIf:
     """For people with access to DeepFloyd IF's weights: each network's answer beside diffusers', on
     the same noise, steps and text; with its weights as they are in the folder, in float32. Needs
-    torch and diffusers."""
+    torch and diffusers. With --t5 a picture, too."""
 
     folders: Annotated[Positional[tuple[Path, ...]], arg(metavar="DIR [DIR ...]")]
     """The stages' folders, in diffusers' layout."""
     variant: deepfloyd.Variant | None = None
     """Files of another dtype, as `--variant fp16`."""
+    t5: str | None = None
+    """Folder of T5-v1.1-XXL, as IF-I's text_encoder: draws a picture with the stages."""
+    prompt: str = "a red cube on top of a blue sphere"
+    """What it shows."""
+    out: Path = Path("verify-if.png")
+    """Where it is written."""
 
     def run(self) -> None:
         if not self.folders:
             raise UserError("verify-if needs a folder.")
         compare(self.folders, self.variant)
+        if self.t5 is not None:
+            picture = verify_if.draw(
+                [deepfloyd.read(folder, self.variant) for folder in self.folders],
+                self.t5,
+                self.prompt,
+            )
+            picture.save(self.out)
+            print(f"{self.out}: {self.prompt}")
 
 
 def compare(folders: Sequence[Path], variant: deepfloyd.Variant | None) -> None:

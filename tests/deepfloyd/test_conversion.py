@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import imagen_jax
 from imagen_jax import checkpoint, nn, presets
@@ -15,8 +16,11 @@ from imagen_jax.errors import UserError
 from imagen_jax.interop import __main__ as interop
 from imagen_jax.interop import deepfloyd, keys
 from imagen_jax.interop.if_table import IF_UNET, modules
-from tests.deepfloyd import networks
-from tests.deepfloyd.networks import diffusers
+from imagen_jax.text import load_tokenizer
+from tests.deepfloyd import networks  # it mends torchvision, for transformers
+
+from tests.deepfloyd.networks import diffusers  # isort: skip
+from transformers import T5Config, T5EncoderModel  # isort: skip
 
 
 @pytest.fixture
@@ -181,3 +185,25 @@ def test_mistakes(folders, tmp_path, command):
     (folder / "unet" / "config.json").write_text(json.dumps(described))
     with pytest.raises(UserError, match="config.json: mid_block_type = 'UNetMidBlock2DCrossAttn'"):
         deepfloyd.read(folder)
+
+
+def test_verify_draws_a_picture(folders, command, tmp_path):
+    """The same one for the same weights, of the size of the last stage, and no other prompt's."""
+    t5 = T5EncoderModel(
+        T5Config(
+            d_model=networks.WIDTH, d_kv=8, d_ff=32, num_layers=1, num_heads=2,
+            feed_forward_proj="gated-gelu", vocab_size=32128,
+        )
+    )  # fmt: skip
+    t5.save_pretrained(tmp_path / "t5")
+    load_tokenizer().save(str(tmp_path / "t5" / "tokenizer.json"))
+    drawn = {}
+    for name, prompt in (("a", "a red cube"), ("b", "a red cube"), ("c", "two blue spheres")):
+        out = tmp_path / f"{name}.png"
+        words = ("--t5", tmp_path / "t5", "--prompt", prompt, "--out", out)
+        assert f"{out}: {prompt}" in command("verify-if", *folders, *words)
+        with Image.open(out) as picture:
+            assert picture.size == (networks.SIZES[1],) * 2
+            drawn[name] = np.asarray(picture)
+    np.testing.assert_array_equal(drawn["a"], drawn["b"])
+    assert np.std(drawn["a"]) > 5 and (drawn["a"] != drawn["c"]).any()
