@@ -60,7 +60,12 @@ def run(settings: Settings, unet_number: int, layout: Layout | None = None) -> b
         announce(feed, run_dir.path, settings.describe())
         announced = set(feed.left_out)
         start = run_dir.start(
-            optimization, layout, record, seed=settings.seed, init_from=settings.init_from
+            optimization,
+            layout,
+            record,
+            seed=settings.seed,
+            init_from=settings.init_from,
+            continue_from=settings.continue_from,
         )
         previews = Previews(run_dir, feed, metrics, watching, optimization.compute_dtype)
         with (

@@ -16,7 +16,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -41,17 +41,20 @@ Record = Mapping[str, Any]
 
 TREES = ("params", "ema", "opt_state")
 
+OPTIMIZER = ("optimizer", "moments")
+
 # What decides which pictures and which noise a step meets, and what the optimiser remembers.
 SAME = (
     *("seed", "batch_size", "limit", "heldout_fraction"),
     *("flip", "crop", "small", "buckets"),
-    *("optimizer", "moments"),
+    *OPTIMIZER,
 )
 # The same of the data itself, wherever it is stored: how many pictures, and a hash of which.
 MEASURED = {"pictures": "the number of pictures", "content": "the hash of the pictures"}
 
 # Of this start alone, or printed elsewhere: not what a run is.
-PASSING = ("workdir", "resume", "print_config", "preset", "config", "init_from", "profile",
+PASSING = ("workdir", "resume", "print_config", "preset", "config", "init_from",
+           "continue_from", "profile",
            "coordinator", "process_id", "num_processes")  # fmt: skip
 
 # How TensorStore, which raises ValueError for a failing disk or store too, begins its messages.
@@ -143,10 +146,13 @@ class RunDir:
         *,
         seed: int,
         init_from: str | os.PathLike | None,
+        continue_from: str | os.PathLike | None = None,
     ) -> Start:
-        """Its own saved state where it has one, or that before the first step."""
+        """Its own saved state where it has one, another run's, or that before the first step."""
         if self.newest is not None:
             return self.resume(optimization, layout, record)
+        if continue_from is not None:
+            return self.go_on(optimization, layout, record, continue_from)
         return self.begin(optimization, layout, seed=seed, init_from=init_from)
 
     def resume(self, optimization: Optimization, layout: Layout, record: Record) -> Start:
@@ -179,16 +185,37 @@ class RunDir:
             return start
         raise UserError(f"{damaged[0][1]}. No older step of {self.folder} can be read.")
 
+    def go_on(
+        self, optimization: Optimization, layout: Layout, record: Record, run: str | os.PathLike
+    ) -> Start:
+        """The newest complete state of another run of the same network, for other pictures, another
+        batch size or rate. Prints what is another now. Raises UserError for another optimiser."""
+        other = dataclasses.replace(self, path=storage.folder(run))
+        _check_network(other.path, self.stage, "--continue-from")
+        step = checkpoint.latest_step(other.path, self.stage.unet_number)
+        if step is None:
+            raise UserError(f"--continue-from {other.path}: no complete step of {other.folder}.")
+        print(f"going on from step {step} of {other.folder}")
+        start = other._saved(step, optimization, layout, record, exactly=False)
+        return Start(start.state, [])
+
     def _saved(
-        self, step: int, optimization: Optimization, layout: Layout, record: Record
+        self,
+        step: int,
+        optimization: Optimization,
+        layout: Layout,
+        record: Record,
+        *,
+        exactly: bool = True,
     ) -> Start:
         meta = checkpoint.read_meta(self.path, self.stage.unet_number, step)
-        if meta.get("settings") is None:
+        saved = meta.get("settings")
+        if saved is None:
             raise UserError(
                 f"{self.folder} holds weights alone: start another run from them with --init-from."
             )
-        _check_continues(meta["settings"], record)
-        for line in changes(meta["settings"], record):
+        _check_continues(saved, record, (*SAME, *MEASURED) if exactly else OPTIMIZER)
+        for line in changes(saved, record, () if exactly else (*SAME, *MEASURED)):
             print(f"changed: {line}")
         shapes = TrainState.shapes(self.stage.network, make_optimizer(optimization))
         target = layout.targets(shapes)
@@ -293,8 +320,8 @@ def _reason(error: Exception) -> str:
     return found[1] if found else first_line(error)
 
 
-def _check_continues(saved: Record, record: Record) -> None:
-    for name in (*SAME, *MEASURED):
+def _check_continues(saved: Record, record: Record, names: Sequence[str]) -> None:
+    for name in names:
         was, now = saved.get(name, record[name]), record[name]  # older runs recorded less
         if was != now and name in MEASURED:
             given = ", ".join(
@@ -311,21 +338,29 @@ def _check_continues(saved: Record, record: Record) -> None:
             )
 
 
-def changes(saved: Record, record: Record) -> list[str]:
-    """What differs between the settings of a saved step and those of now, a line each."""
+def changes(saved: Record, record: Record, more: Sequence[str] = ()) -> list[str]:
+    """What differs between the settings of a saved step and those of now, a line each; of those
+    that must not in a run that is resumed, `more`."""
+    unsaid = {*PASSING, *SAME, *MEASURED} - set(more)
     return [
         f"{commands.flag(name)} was {spelled(saved[name])} and is {spelled(now)}"
         for name, now in record.items()
-        if name in saved and name not in (*PASSING, *SAME, *MEASURED) and saved[name] != now
+        if name in saved and name not in unsaid and saved[name] != now
     ]
+
+
+def _check_network(run: epath.Path, stage: Stage, flag: str) -> None:
+    """Raises UserError unless the run's U-Net is the one that is trained."""
+    number = stage.unet_number
+    source = checkpoint.read_config(run).stage(number).network
+    difference = first_difference(source, stage.network, f"unets.{number - 1}")
+    if difference:
+        raise UserError(f"{flag} {run}: {difference}.")
 
 
 def _weights_of(run: str | os.PathLike, stage: Stage, layout: Layout) -> Params:
     run, number = storage.folder(run), stage.unet_number
-    source = checkpoint.read_config(run).stage(number).network
-    difference = first_difference(source, stage.network, f"unets.{number - 1}")
-    if difference:
-        raise UserError(f"--init-from {run}: {difference}.")
+    _check_network(run, stage, "--init-from")
     choice = checkpoint.choose(run, number)
     if choice is None:
         raise UserError(f"{run} has no weights of U-Net {number}.")

@@ -41,6 +41,9 @@ class Run:
     are given change them, and each change is printed. Starts the run if there is none."""
     init_from: Path | None = None
     """Run directory whose weights (the average, where kept) to start from, optimiser fresh."""
+    continue_from: Path | None = None
+    """Run directory that another one goes on from, the optimiser's state and the step with it: with
+    more pictures, another batch size or rate. Each change is printed."""
     steps: int = 100_000
     """Steps in all, those before a resume included."""
     seed: int = 0
@@ -180,7 +183,7 @@ BETWEEN_0_AND_1 = (
     "ema_decay",
 )  # 1 is not among them
 POSITIVE = ("lr", "eps", "max_grad_norm")
-PATHS = {"captions_from", "init_from", "embeddings"}
+PATHS = {"captions_from", "init_from", "continue_from", "embeddings"}
 ONE_START = ("resume", "print_config", "profile", "coordinator", "process_id", "num_processes")
 
 
@@ -200,6 +203,8 @@ class Settings(Watching, Devices, Optimization, Data, Run):
                 f"--batch-size {self.batch_size} does not split into --accumulate "
                 f"{self.accumulate} equal parts."
             )
+        if None not in (self.init_from, self.continue_from):
+            raise UserError("--init-from and --continue-from: one of them.")
         if self.mesh != "auto":
             sharding.parse(self.mesh)
         for bucket in self.buckets:

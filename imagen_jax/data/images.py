@@ -19,10 +19,15 @@ from jaxtyping import UInt8
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
-from imagen_jax.data import records
+from imagen_jax.data import kinds, records
 from imagen_jax.errors import UserError
 from imagen_jax.pixels import to_pil
 from imagen_jax.types import Size, pair
+
+if kinds.HEIC:
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # those of pixels.CHANNELS
 

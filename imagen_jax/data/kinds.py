@@ -7,11 +7,14 @@ stem is everything before the last dot, and capitals in what follows it make no 
 """
 
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from typing import TypeVar
 
 from imagen_jax.data.written import captions, json_object
 
-PICTURES = ("jpg", "jpeg", "jfif", "png", "webp", "tiff", "tif", "bmp", "gif", "avif")
+# With the extra `heic` those of telephones too.
+HEIC = ("heic", "heif") if find_spec("pillow_heif") else ()
+PICTURES = ("jpg", "jpeg", "jfif", "png", "webp", "tiff", "tif", "bmp", "gif", "avif", *HEIC)
 CAPTIONS = ("txt", "caption", "json")
 BESIDE = (*CAPTIONS, "npy")
 OTHER_PICTURES = (
@@ -45,8 +48,9 @@ def hidden(name: str) -> bool:
 
 def why_not(kind: str) -> str | None:
     """Why a file that somebody may take for a picture is none here; None for all other files."""
-    if kind in OTHER_PICTURES:
-        return f"a .{kind} file, which is not read"
+    if kind in OTHER_PICTURES and kind not in PICTURES:
+        more = " without the extra heic" if kind in ("heic", "heif") else ""
+        return f"a .{kind} file, which is not read{more}"
     if kind in ARCHIVES:
         return f"a .{kind} archive, to be unpacked first"
     return None

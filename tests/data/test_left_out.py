@@ -115,7 +115,7 @@ def test_file_names_that_are_not_utf8(place):
 def test_what_is_no_record_has_its_reason(place):
     files = {
         **{"a.jpg": jpeg(), "a.txt": b"one", "a.npy": b"", "b.jpg": jpeg(), "b.txt": b"two"},
-        **{"b.heic": b"", "film.mp4": b"", "old.tar.gz": b"", "lost.txt": b"no picture"},
+        **{"b.psd": b"", "film.mp4": b"", "old.tar.gz": b"", "lost.txt": b"no picture"},
         **{"readme.md": b"", "._a.jpg": b"not a picture", "__MACOSX/._b.jpg": b"nor this"},
     }
     write(place, files)
@@ -124,17 +124,18 @@ def test_what_is_no_record_has_its_reason(place):
     reasons = {name.removeprefix("x/").removesuffix(".txt"): why for name, why in bad.items()}
     assert reasons == {
         "a.npy": "a stored embedding, where not all pictures have one",
-        "b.heic": "a .heic file, which is not read",
+        "b.psd": "a .psd file, which is not read",
         "film.mp4": "a .mp4 file, which is not read",
         "old.tar.gz": "a .gz archive, to be unpacked first",
         "lost": "a caption without a picture",
     }
 
 
-@pytest.mark.parametrize("kind", ["gif", "avif", "jfif", "tiff"])
+@pytest.mark.parametrize("kind", ["gif", "avif", "jfif", "tiff", "heic"])
 def test_more_kinds_of_pictures(place, kind):
     out = io.BytesIO()
-    Image.new("RGB", (8, 8), (200, 30, 40)).save(out, "jpeg" if kind == "jfif" else kind)
+    formats = {"jfif": "jpeg", "heic": "heif"}
+    Image.new("RGB", (8, 8), (200, 30, 40)).save(out, formats.get(kind, kind))
     write(place, {f"a.{kind}": out.getvalue()})
     with make_batches(open_source(place), image_size=8, batch_size=1, seed=0) as batches:
         assert np.abs(next(batches)["images"][0, 4, 4].astype(int) - (200, 30, 40)).max() < 6

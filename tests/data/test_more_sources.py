@@ -417,7 +417,7 @@ class TestIndices:
 
     def write(self, number: int, count: int) -> None:
         records = {f"{j}.png": png(10 * number + j) for j in range(count)}
-        records |= {f"{j}.txt": f"{number} {j}".encode() for j in range(count)} | {"x.heic": b"1"}
+        records |= {f"{j}.txt": f"{number} {j}".encode() for j in range(count)} | {"x.psd": b"1"}
         shard(self.folder / f"{number:05}.tar", records)
 
     def contents(self):

@@ -267,7 +267,7 @@ def test_bad_pictures_are_skipped_counted_and_named(tmp_path, capsys):
     Image.new("RGB", (5, 5)).save(folder / good[1])
     (folder / good[2]).with_suffix(".txt").write_text(" ")
     (folder / good[3]).write_bytes((folder / good[3]).read_bytes()[:-30])  # seen by decoding alone
-    (folder / "13.heic").write_bytes(b"not read")
+    (folder / "13.psd").write_bytes(b"not read")
     settings = support.settings(tmp_path, data=(str(folder),), limit=None, heldout_fraction=0.3)
     assert loop.run(settings, 1)
     printed, err = capsys.readouterr()
@@ -275,7 +275,7 @@ def test_bad_pictures_are_skipped_counted_and_named(tmp_path, capsys):
     assert f"left out: {len(heldout) + 4}, all named in" in before, printed
     assert f"1  smaller than 8x8 pixels (height x width) ({good[1]})" in before
     assert f"1  empty caption ({good[2]})" in before
-    assert "1  a .heic file, which is not read (13.heic)" in before
+    assert "1  a .psd file, which is not read (13.psd)" in before
     assert f"left out: 1 more, all named in {settings.run}/unet1-skipped.jsonl" in after
     assert "left out" not in err and "skipped" not in err
     named = (settings.run / "unet1-skipped.jsonl").read_text().splitlines()
@@ -431,3 +431,27 @@ def test_tensorboard_gets_the_metrics(tmp_path, monkeypatch):
         Metrics(tmp_path, 1, tensorboard=True, settings={})
     with pytest.raises(ValueError, match="--wandb needs wandb: pip install"):
         Metrics(tmp_path, 1, wandb="project", settings={})
+
+
+def test_another_run_goes_on_with_more_pictures_and_a_larger_batch(tmp_path, capsys):
+    """From the optimiser's state and the step; resumed exactly as any other."""
+    first = support.settings(tmp_path, steps=2)
+    assert loop.run(first, 1)
+    again = dict(continue_from=Path(first.run), batch_size=8, limit=16, lr=2e-4, steps=4)
+    settings = support.settings(tmp_path, workdir=tmp_path / "more", **again)
+    capsys.readouterr()
+    assert loop.run(settings, 1)
+    said = capsys.readouterr().out
+    assert f"going on from step 2 of {first.run}/unet1" in said
+    for line in ("--batch-size was 4 and is 8", "--lr was 0.0001 and is 0.0002",
+                 "--limit was 8 and is 16", "--pictures was 8 and is 16"):  # fmt: skip
+        assert f"changed: {line}" in said, said
+    assert [line["step"] for line in support.metrics(settings.run)] == [3, 4]
+    count = support.saved(settings.run, 4, "opt_state")
+    before = support.saved(first.run, 2, "opt_state")
+    steps = [int(x) for x in jax.tree.leaves(count) if np.ndim(x) == 0]
+    assert steps and steps == [int(x) + 2 for x in jax.tree.leaves(before) if np.ndim(x) == 0]
+    with pytest.raises(UserError, match="--optimizer was adam and is adafactor: that would not"):
+        loop.run(dataclasses.replace(settings, workdir=tmp_path / "o", optimizer="adafactor"), 1)
+    with pytest.raises(UserError, match="one of them"):
+        dataclasses.replace(settings, init_from=Path(first.run))
