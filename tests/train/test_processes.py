@@ -159,7 +159,7 @@ def test_a_signal_before_the_loop_ends_a_process(tmp_path):
 
 def test_what_goes_wrong_in_one_process_goes_wrong_in_all(tmp_path):
     settings = support.settings(tmp_path, mesh="4x1")
-    running, files = start(tmp_path, settings, 2, data=("bundled", "nowhere"))
+    running, files = start(tmp_path, settings, 2, data=[("bundled",), ("nowhere",)])
     assert [forked.join(process, 60) for process in running] == [1, 1]
     said = [file.read_text().splitlines()[-1] for file in files]
     assert said[1].startswith("error: no source 'nowhere'")
