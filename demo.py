@@ -40,7 +40,7 @@ from train import log, loop, text_encoder
 from train.settings import Settings
 
 SEED = 0
-COND_SCALE = {"bundled": (2.0, 1.0), "scenes": (3.0, 3.0, 1.0)}  # guidance, by U-Net
+COND_SCALE = {"bundled": (2.0, 1.0), "scenes": (2.0, 3.0, 1.0)}  # guidance, by U-Net
 PRESET = {"bundled": "demo", "scenes": "scenes"}
 LONG = 3.5  # times the steps of the demo
 LONGEST_FIRST = (2, 1, 3)  # stages of scenes, in the order in which they are started
