@@ -72,8 +72,7 @@ def make_shards(folder: Path) -> None:
 
 def ours(folder: str, size: int) -> Iterator[int]:
     source = open_source(folder, heldout_fraction=0.0)
-    captions = []
-    tokenize = lambda texts: captions.append(texts) or np.zeros((len(texts), 1), np.int32)  # noqa: E731
+    tokenize = lambda texts: np.zeros((len(texts), 1), np.int32)  # noqa: E731
     with make_batches(
         source, image_size=size, batch_size=BATCH, seed=0, tokenize=tokenize, threads=1,
         cache_bytes=0,
