@@ -10,6 +10,7 @@ between runs of one objective; the mean over all levels only where the schedules
 import dataclasses
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +22,7 @@ import commands
 from imagen_jax import checkpoint, nn, storage, text
 from imagen_jax.config import NullUnetConfig
 from imagen_jax.data import Opening, Source, make_batches
+from imagen_jax.data.sources import gathered
 from imagen_jax.errors import UserError
 from imagen_jax.evaluation import LOG_SNR_EDGES, bin_labels, make_eval_step
 from imagen_jax.pipeline import Pipeline
@@ -60,7 +62,7 @@ class Settings(Opening):
 
 
 def main() -> None:
-    given = tyro.cli(Settings, prog="python -m evaluate.loss")
+    given = tyro.cli(Settings, prog="python -m evaluate.loss", args=gathered(sys.argv[1:]))
     run = storage.folder(given.checkpoint)
     folder = storage.folder(given.out or run / "evaluation")
     storage.check_writable(folder)

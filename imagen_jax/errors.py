@@ -1,5 +1,8 @@
 """The one exception class for a user's mistake, and what a message quotes of another error."""
 
+import sys
+from collections.abc import Callable
+
 
 class UserError(ValueError):
     """A wrong argument, configuration, file or flag; its message is one line that says which.
@@ -7,6 +10,16 @@ class UserError(ValueError):
     Commands print the message without a traceback. Any other exception is a fault of this library
     or of one below it, and keeps its traceback.
     """
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs a command of the library: a mistake or a failing disk ends it with one line."""
+    try:
+        main()
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
 
 
 def first_line(error: BaseException) -> str:

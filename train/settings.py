@@ -19,6 +19,7 @@ import commands
 from imagen_jax import checkpoint, nn, sharding, storage
 from imagen_jax.config import ImagenConfig
 from imagen_jax.data import Opening
+from imagen_jax.data.sources import gathered
 from imagen_jax.errors import UserError
 from imagen_jax.presets import PRESETS, RECIPES
 
@@ -333,23 +334,10 @@ def _parse(description: str | None, more: Sequence[type], defaults: Settings) ->
     ]
     command = dataclasses.make_dataclass("command", sections)
     program = f"python -m train.{Path(sys.argv[0]).stem}"
-    found = tyro.cli(command, prog=program, description=description, args=_gathered(sys.argv[1:]))
+    found = tyro.cli(command, prog=program, description=description, args=gathered(sys.argv[1:]))
     parts = list(vars(found).values())
     others, parts = parts[: -len(SECTIONS)], parts[-len(SECTIONS) :]
     return *others, Settings(**{name: x for part in parts for name, x in vars(part).items()})
-
-
-def _gathered(arguments: Sequence[str]) -> list[str]:
-    """`--data A ... --data B` as `--data A B`, the one way in which tyro reads several."""
-    rest, data = list(arguments), []
-    while "--data" in rest:
-        start = rest.index("--data")
-        end = start + 1
-        while end < len(rest) and not rest[end].startswith("--"):
-            end += 1
-        data += rest[start + 1 : end]
-        del rest[start:end]
-    return [*rest, "--data", *data] if len(rest) < len(arguments) else rest
 
 
 def _shown(kind: type, again: bool = False) -> Any:

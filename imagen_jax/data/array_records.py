@@ -67,8 +67,7 @@ class _Reader:
         image = example.get(self.image_key)
         if not image or not isinstance(image[0], bytes):
             raise UserError(f"no image in the feature {self.image_key!r}")
-        first, *more = found_captions(example, self.caption_key) or (None,)
-        return Record(self.keys[i], image[0], first, None, tuple(more))
+        return Record.of(self.keys[i], image[0], found_captions(example, self.caption_key))
 
     def columns(self, i: int) -> Mapping[str, Any]:
         """The other features; those of one value as this."""

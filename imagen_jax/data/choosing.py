@@ -51,17 +51,20 @@ class _Templated:
 
     def captions(self, i: int) -> tuple[str, ...]:
         columns = self.columns(i)
-        if missing := [name for name in self.names if columns.get(name) in (None, "")]:
-            raise NoCaption(f"no {missing[0]!r} for its caption")
-        return (self.template.format_map({name: _spelled(columns[name]) for name in self.names}),)
+        values = {}
+        for name in self.names:
+            text = "" if columns.get(name) is None else _text(columns[name])
+            if not text:
+                raise NoCaption(f"no {name!r} for its caption")
+            values[name] = text.replace("_", " ")
+        return (self.template.format_map(values),)
 
     def columns(self, i: int) -> Mapping[str, Any]:
         return self.read.columns(i) if hasattr(self.read, "columns") else {}
 
 
-def _spelled(value: Any) -> str:
-    text = value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
-    return text.replace("_", " ")
+def _text(value: Any) -> str:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
 
 @dataclass(frozen=True)
@@ -83,8 +86,8 @@ class Condition:
 
     def holds(self, value: Any) -> bool:
         """Whether it holds of a value; not of one that is missing, or no number where one is."""
-        if isinstance(self.value, float):
-            value = _number(value)
+        if value is not None:
+            value = _number(value) if isinstance(self.value, float) else _text(value)
         return value is not None and OPERATORS[self.operator](value, self.value)
 
 

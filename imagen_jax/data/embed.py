@@ -20,12 +20,12 @@ import tyro
 from etils import epath
 from tqdm import tqdm
 
-from imagen_jax import distributed, nn, storage, text
+from imagen_jax import nn, storage, text
 from imagen_jax.config import ImagenConfig
 from imagen_jax.data import embeddings
 from imagen_jax.data.embeddings import Embeddings, Form, Stored
-from imagen_jax.data.sources import Opening
-from imagen_jax.errors import UserError
+from imagen_jax.data.sources import Opening, gathered
+from imagen_jax.errors import UserError, run
 from imagen_jax.sharding import make_layout
 from imagen_jax.unet_config import TEXT_LENGTH
 
@@ -65,7 +65,9 @@ class Settings(Opening):
 
 
 def main() -> None:
-    given = tyro.cli(Settings, prog="python -m imagen_jax.data.embed", description=__doc__)
+    arguments = gathered(sys.argv[1:])
+    program = "python -m imagen_jax.data.embed"
+    given = tyro.cli(Settings, prog=program, description=__doc__, args=arguments)
     embed(given)
 
 
@@ -83,8 +85,7 @@ def embed(given: Settings) -> Embeddings:
         keeps_padding=encoder.keeps_padding,
         cleans=encoder.cleans,
     )
-    if distributed.talks():
-        _begin(folder, form, encoder)
+    _begin(folder, form, encoder)
     there = Embeddings.open(folder)
     captions = [one for one in _captions(given, encoder) if one not in there]
     print(f"{len(there):,} captions are stored in {folder}, {len(captions):,} are not")
@@ -97,8 +98,7 @@ def embed(given: Settings) -> Embeddings:
             part = captions[first : first + per_shard]
             with jax.default_matmul_precision("highest"):  # float32 in float32
                 encoded = _encode(encoder, part, length, given.batch_size, bar)
-            if distributed.talks():
-                embeddings.write_shard(folder, form, part, encoded)
+            embeddings.write_shard(folder, form, part, encoded)
             errors += [_error(form, one) for one in encoded[:SURVEYED]]
     print(
         f"stored in {form.dtype}: off by {100 * np.sqrt(np.mean(np.square(errors))):.2g} % "
@@ -204,9 +204,4 @@ def _bytes(count: int | float) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
+    run(main)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from imagen_jax.data.readers import found_captions, make_source, read_beside
-from imagen_jax.data.records import Record, Source, Strings
+from imagen_jax.data.records import Record, Source, Strings, required
 from imagen_jax.data.tables import IMAGE_KEYS
 from imagen_jax.errors import UserError, first_line
 
@@ -81,12 +81,10 @@ class _Reader:
             image = read_beside("", image)
         if image is None:
             raise UserError("no image")
-        first, *more = found_captions(row, self.caption_key) or (None,)
-        return Record(self.keys[i], image, first, None, tuple(more))
+        return Record.of(self.keys[i], image, found_captions(row, self.caption_key))
 
     def captions(self, i: int) -> tuple[str, ...]:
-        first, *more = found_captions(self._row(i, text_only=True), self.caption_key) or (None,)
-        return Record("", b"", first, None, tuple(more)).captions
+        return required(found_captions(self._row(i, text_only=True), self.caption_key))
 
     def columns(self, i: int) -> Mapping[str, Any]:
         """The other columns; classes by their names."""

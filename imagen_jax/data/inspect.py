@@ -9,7 +9,6 @@ and a labelled sheet of what the trainer sees at each size.
 import dataclasses
 import hashlib
 import json
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ from imagen_jax.data.images import decode
 from imagen_jax.data.records import Record, Source
 from imagen_jax.data.sources import Opening
 from imagen_jax.data.written import shown
-from imagen_jax.errors import UserError
+from imagen_jax.errors import UserError, run
 from imagen_jax.text.tokenizer import load_tokenizer
 
 RATIOS = (1 / 2, 2 / 3, 3 / 4, 1, 4 / 3, 3 / 2, 2)  # height to width
@@ -203,9 +202,4 @@ def sheet(source: Source, numbers: Sequence[int], sizes: Sequence[int]) -> list:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
+    run(main)

@@ -119,8 +119,8 @@ def make_batches(
     cache = {} if fits and not workers and crop == "center" else None
     wants_caption = not source.has_embeds and (tokenize is not None or embeddings is not None)
     pictures = _Pictures(source, channels, wants_caption, upsample, embeddings, cache)
-    pictures.usable(0, sizes[0])  # a source without a usable image fails here, not in a thread
     order = _Order.of(source, sizes, batch_size, seed, shuffle)
+    pictures.usable(*order.first)  # a source without a usable image fails here, not in a thread
     draws = _Draws(seed, flip, crop)
     steps = _Steps(pictures, order, draws, batch_size, rows, start_step, workers > 0)
     iterator = _prefetch(grain.MapDataset.source(steps), threads, workers)
@@ -160,6 +160,12 @@ class _Order:
         ]
         steps = grain.MapDataset.mix(counted, [float(len(own)) for own in rows])
         return cls(sizes, rows, steps, records, batch_size)
+
+    @property
+    def first(self) -> tuple[int, Size]:
+        """The first record of the first size that has one, and this size."""
+        rows = self.rows[0]
+        return (0 if rows is None else int(rows[0])), self.sizes[0]
 
     def __call__(self, step: int) -> tuple[Size, Callable[[int], int]]:
         """The size of a step, and the record of each of its rows."""
@@ -325,24 +331,24 @@ class _Pictures:
     upsample: bool
     embeddings: Embeddings | None
     cache: dict[tuple[int, Size], Example] | None  # None: decode every time
-    unusable: dict[int, Why] = field(default_factory=dict)
+    unusable: dict[tuple[int, Size], Why] = field(default_factory=dict)
 
     def usable(self, i: int, size: Size, draw: Draw | None = None) -> Example:
         """`draw` chooses the crop (none: the center) and one of the captions (none: the first)."""
         count, skipped = len(self.source), {}
         for j in (k % count for k in range(i, i + count)):
-            if j not in self.unusable:
+            if (j, size) not in self.unusable:
                 try:
                     example = self._example(j, size, draw)
                 except UserError as error:
                     left_out = isinstance(error, (TooSmall, NoCaption))
-                    self.unusable[j] = Why(str(error), damaged=not left_out)
+                    self.unusable[j, size] = Why(str(error), damaged=not left_out)
                 else:
                     captions = example.captions
                     if draw is not None and len(captions) > 1:
                         captions = captions[int(draw.caption * len(captions)) :]
                     return example._replace(captions=captions[:1], skipped=skipped)
-            skipped[self.source.key(j)] = self.unusable[j]
+            skipped[self.source.key(j)] = self.unusable[j, size]
         key, why = next(iter(skipped.items()))
         raise UserError(
             f"{self.source.name}: none of {count} records can be used; the first: {key}: "

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import UInt32
 
 from imagen_jax.data import files, kinds
-from imagen_jax.data.records import Record, Source, Strings, hashed_heldout, key_hashes
+from imagen_jax.data.records import Record, Source, Strings, hashed_heldout, key_hashes, required
 from imagen_jax.data.written import captions, json_object
 from imagen_jax.errors import UserError, first_line
 from imagen_jax.storage import is_remote
@@ -114,12 +114,11 @@ class _FolderReader:
         key, embeds = self.keys[i], None
         if self.has_embeds:
             embeds = load_embedding(self._bytes(f"{self._stem(i)}.{self.beside[i]['npy']}"))
-        first, *more = self._captions(i) or (None,)
-        return Record(key, self._bytes(key), first, embeds, tuple(more))
+        captions = self._captions(i)
+        return Record.of(key, self._bytes(key), captions, embeds)
 
     def captions(self, i: int) -> tuple[str, ...]:
-        first, *more = self._captions(i) or (None,)
-        return Record("", b"", first, None, tuple(more)).captions
+        return required(self._captions(i))
 
     def columns(self, i: int) -> Mapping[str, Any]:
         """The `.json` beside a picture, and as "label" the folder that it is in."""
@@ -226,8 +225,8 @@ class _TfdsReader:
 
     def __call__(self, i: int) -> Record:
         example = self._example(i)
-        first, *more = found_captions(example, self.caption_key) or (None,)
-        return Record(self.keys[i], example[self.image_key], first, None, tuple(more))
+        captions = found_captions(example, self.caption_key)
+        return Record.of(self.keys[i], example[self.image_key], captions)
 
     def columns(self, i: int) -> Mapping[str, Any]:
         """The other features; classes by their names."""

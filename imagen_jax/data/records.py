@@ -41,16 +41,29 @@ class Record(NamedTuple):
     embeds: np.ndarray | None = None
     more: tuple[str, ...] = ()
 
+    @classmethod
+    def of(
+        cls, key: str, image: Image, captions: Sequence[str], embeds: np.ndarray | None = None
+    ) -> "Record":
+        """A record with all of its captions, or none."""
+        first, *more = captions or (None,)
+        return cls(key, image, first, embeds, tuple(more))
+
     @property
     def captions(self) -> tuple[str, ...]:
-        """All of them. Raises UserError for a record without a caption."""
-        if not self.caption:
-            raise NoCaption("no caption" if self.caption is None else "empty caption")
-        return self.caption, *self.more
+        """All of them. Raises NoCaption for a record without one."""
+        return required(() if self.caption is None else (self.caption, *self.more))
 
 
 class NoCaption(UserError):
     """A record without a caption, or with an empty one."""
+
+
+def required(captions: tuple[str, ...]) -> tuple[str, ...]:
+    """The captions of a record. Raises NoCaption where there is none, or an empty one."""
+    if not captions or not captions[0]:
+        raise NoCaption("empty caption" if captions else "no caption")
+    return captions
 
 
 class Strings(Sequence[str]):

@@ -16,7 +16,7 @@ import numpy as np
 
 from imagen_jax.data import files, kinds, tar_index
 from imagen_jax.data.readers import NOT_ALL_EMBEDDED, load_embedding, make_source
-from imagen_jax.data.records import Record, Source
+from imagen_jax.data.records import Record, Source, required
 from imagen_jax.data.tar_index import Index
 from imagen_jax.data.written import json_object
 from imagen_jax.errors import UserError
@@ -91,13 +91,12 @@ class _TarReader:
         members = self._members(i)
         with _Shard(*self._shard(i)) as read:
             embeds = load_embedding(read(members["npy"])) if self.has_embeds else None
-            first, *more = self._captions(members, read) or (None,)
-            return Record(self.index.keys[i], read(members["picture"]), first, embeds, tuple(more))
+            captions = self._captions(members, read)
+            return Record.of(self.index.keys[i], read(members["picture"]), captions, embeds)
 
     def captions(self, i: int) -> tuple[str, ...]:
         with _Shard(*self._shard(i)) as read:
-            first, *more = self._captions(self._members(i), read) or (None,)
-            return Record("", b"", first, None, tuple(more)).captions
+            return required(self._captions(self._members(i), read))
 
     def columns(self, i: int) -> Mapping[str, Any]:
         """The `.json` of record i; {} without one."""

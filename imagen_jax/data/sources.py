@@ -89,6 +89,24 @@ class Opening:
         )
 
 
+def gathered(arguments: Sequence[str]) -> list[str]:
+    """A command line's `--data A ... --data=B` as `--data A B`: of several, tyro would take the
+    last alone."""
+    rest: list[str] = []
+    data: list[str] = []
+    taking = False
+    for word in arguments:
+        if word.startswith("--"):
+            taking = word == "--data"
+        if word.startswith("--data="):
+            data.append(word.removeprefix("--data="))
+        elif taking and word != "--data":
+            data.append(word)
+        elif not taking:
+            rest.append(word)
+    return [*rest, "--data", *data] if data else list(arguments)
+
+
 def open_source(
     spec: str | os.PathLike | Sequence[str],
     *,

@@ -15,7 +15,7 @@ from typing import Any
 
 from imagen_jax.data import files, kinds
 from imagen_jax.data.readers import found_captions, make_source, read_beside
-from imagen_jax.data.records import Record, Source, Strings
+from imagen_jax.data.records import Record, Source, Strings, required
 from imagen_jax.errors import UserError, first_line
 
 TABLES = ("csv", "tsv", "jsonl", "parquet")
@@ -89,12 +89,10 @@ class _TableReader:
         image = _bytes(self.rows[i][0][self.image_key])
         if image is None:
             image = read_beside("" if _is_absolute(self.keys[i]) else self.folder, self.keys[i])
-        first, *more = self._captions(i) or (None,)
-        return Record(self.keys[i], image, first, None, tuple(more))
+        return Record.of(self.keys[i], image, self._captions(i))
 
     def captions(self, i: int) -> tuple[str, ...]:
-        first, *more = self._captions(i) or (None,)
-        return Record("", b"", first, None, tuple(more)).captions
+        return required(self._captions(i))
 
     def columns(self, i: int) -> Row:
         return {name: value for name, value in self.rows[i][0].items() if name != self.image_key}
@@ -105,11 +103,12 @@ class _TableReader:
 
 
 def _name(image: Any, number: int) -> str | None:
-    """The path of an image, or the row's number where the table holds the image; None without."""
-    if isinstance(image, Mapping):
-        return image.get("path") or (f"row {number}" if image.get("bytes") else None)
-    if isinstance(image, bytes):
+    """The path of an image, or the row's number where the table holds the image, since what it
+    calls a path there may repeat; None without."""
+    if _bytes(image):
         return f"row {number}"
+    if isinstance(image, Mapping):
+        return image.get("path")
     return str(image) if image else None
 
 

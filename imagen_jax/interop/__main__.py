@@ -10,7 +10,6 @@ A run directory made this way is sampled from like any other (`python -m sample.
 """
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -20,7 +19,7 @@ from tyro.conf import Positional, arg, subcommand
 
 from imagen_jax import checkpoint
 from imagen_jax.checkpoint import Weights
-from imagen_jax.errors import UserError
+from imagen_jax.errors import UserError, run
 from imagen_jax.interop import (
     deepfloyd,
     imagen_pytorch,
@@ -389,7 +388,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run(main)

@@ -20,7 +20,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagen_jax.data import array_records, choosing, make_batches, open_source, tar_index
+from imagen_jax.data import (
+    array_records,
+    choosing,
+    make_batches,
+    open_source,
+    sources,
+    tar_index,
+)
 from imagen_jax.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -134,7 +141,8 @@ def test_images_inside_a_table(tmp_path):
     import pyarrow
     from pyarrow import parquet
 
-    rows = [{"image": {"bytes": png(i), "path": None}, "caption": f"c{i}"} for i in range(3)]
+    image = {"path": "image.png"}  # of all alike, as some datasets have it
+    rows = [{"image": image | {"bytes": png(i)}, "caption": f"c{i}"} for i in range(3)]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "train.parquet")
     source = open_source(tmp_path / "train.parquet")
     assert [(r.key, r.image, r.caption) for r in source][2] == ("row 3", png(2), "c2")
@@ -365,6 +373,8 @@ def test_conditions(tmp_path):
         with pytest.raises(UserError, match=message):
             open_source(tmp_path / "a.tar", where=[condition])
     assert not choosing.Condition.parse("a >= 1").holds("words")
+    assert choosing.Condition.parse("a == en").holds(b"en")
+    assert not choosing.Condition.parse("a > en").holds(3)
 
 
 def test_a_mixture_has_its_shares(tmp_path):
@@ -558,3 +568,24 @@ def test_crops_upsampling_and_buckets(tmp_path):
             taken = [next(batches)["images"][1::2] for _ in range(10)]
         moving[crop] = len({image.tobytes() for images in taken for image in images})
     assert moving["center"] == 1 and moving["random"] > 8
+
+
+def test_an_image_is_too_small_for_one_bucket_alone(tmp_path):
+    """The first bucket fits no image of this set, and says nothing of the others."""
+    for i in range(6):
+        Image.new("RGB", (20, 10), (i, i, i)).save(tmp_path / f"{i}.png")
+    source = open_source(tmp_path, heldout_fraction=0.0)
+    left_out = {}
+    with make_batches(
+        source, image_size=8, buckets=[(16, 8), (8, 16)], batch_size=6, seed=0,
+        on_skip=left_out.__setitem__,
+    ) as batches:  # fmt: skip
+        images = next(batches)["images"]
+    assert images.shape == (6, 8, 16, 3) and len(np.unique(images)) == 6 and not left_out
+
+
+def test_several_data_on_a_command_line():
+    assert sources.gathered(["--data", "A=1", "B", "--x", "1", "--data=C"]) == [
+        *("--x", "1", "--data", "A=1", "B", "C")
+    ]
+    assert sources.gathered(["--x", "1"]) == ["--x", "1"]
