@@ -7,13 +7,14 @@
 The first compares equal numbers of steps by the same sampler, the ancestral one, then our default
 against the original's default of 250. The sides take turns in processes of their own; compilation
 and warm-up are not timed. The medians of the rounds are printed as a table, ratios above 1 where
-ours is faster. `--paper` prints, for our default steps and for those of `--original-steps`, the
-seconds per image and the peak memory up to each stage, in bfloat16, without the text encoder.
+ours is faster. `--paper` prints, for our default steps and for those of `--original-steps` by the
+reference's sampler, the seconds of each stage alone and of the cascade, and the peak memory up to
+then, in bfloat16, without the text encoder.
 Weights are random in both: they cost what trained ones do. Needs what `make test` installs.
 """
 
 import argparse
-import functools
+import concurrent.futures
 import json
 import statistics
 import subprocess
@@ -24,7 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import commands
-from benchmarks.unet import COND_SCALE, SIZE, UNET, _hardware
+from benchmarks.unet import COND_SCALE, SIZE, UNET, hardware
 
 BATCH, TIMED, TEXT_LEN = 4, 2, 32
 DEFAULT = "default"
@@ -38,12 +39,13 @@ def main() -> None:
     parser.add_argument("--original-steps", type=int, default=250, help="beside our default")
     parser.add_argument("--paper", action="store_true", help="the paper-sized cascade, ours alone")
     parser.add_argument("--preset", default="imagen", help="another cascade for --paper, as tiny")
+    parser.add_argument("--cond-scale", type=float, help="of every stage in --paper, not 3, 1, 1")
     parser.add_argument("--side", choices=("jax", "torch"), help=argparse.SUPPRESS)
     parser.add_argument("--weights", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     commands.keep_memory()
     if args.paper:
-        print(paper(args.preset, args.original_steps))
+        print(paper(args.preset, args.original_steps, args.cond_scale))
     elif args.side:
         run = {"jax": run_jax, "torch": run_torch}[args.side]
         print(json.dumps(run(args.weights, args.steps, args.original_steps)))
@@ -69,7 +71,7 @@ def compare(args: argparse.Namespace) -> None:
 def table(runs: dict[str, list[dict[str, float]]]) -> str:
     """Medians over the rounds, and of the ratios of their pairs."""
     lines = [
-        f"Hardware: {_hardware()}; {BATCH} images of {SIZE} pixels, guided",
+        f"Hardware: {hardware()}; {BATCH} images of {SIZE} pixels, guided",
         "",
         "| steps | ours, s | steps | imagen-pytorch, s | times faster |",
         "|---|---|---|---|---|",
@@ -88,9 +90,10 @@ def table(runs: dict[str, list[dict[str, float]]]) -> str:
     return "\n".join(lines)
 
 
-def timed(draw: Callable[[], object]) -> float:
-    """The median of a few calls, the first left out."""
-    draw()
+def timed(draw: Callable[[], object], *, warm: bool = True) -> float:
+    """The median of a few calls, the first left out, unless all is compiled."""
+    if warm:
+        draw()
     seconds = []
     for _ in range(TIMED):
         began = time.perf_counter()
@@ -154,8 +157,11 @@ def run_jax(weights: Path, steps: int, original_steps: int) -> dict[str, float]:
     return {name: seconds(**chosen) for name, chosen in choices.items()}
 
 
-def paper(preset: str, original_steps: int) -> str:
-    """Seconds per image and peak memory up to each stage, one image at a time, random weights."""
+def paper(preset: str, original_steps: int, cond_scale: float | None) -> str:
+    """Seconds of each stage alone and of the cascade, one image at a time, and the memory.
+
+    Weights are random and in bfloat16; every program is compiled first, side by side.
+    """
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -165,9 +171,10 @@ def paper(preset: str, original_steps: int) -> str:
     from imagen_jax.pipeline import sampling_defaults
 
     config, dtype = presets.PRESETS[preset](), jnp.bfloat16
+    size = sum(x.size for unet in config.unets for x in jax.tree.leaves(nn.abstract(unet)[1]))
 
     def draw_weights(shape):  # array by array: float32 weights of all would be the peak
-        return 0.05 * jax.random.normal(jax.random.key(0), shape.shape, dtype)
+        return 0.02 * jax.random.normal(jax.random.key(0), shape.shape, dtype)
 
     unets = [
         nn.bind(unet, jax.tree.map(draw_weights, nn.abstract(unet)[1]), dtype=dtype)
@@ -176,26 +183,53 @@ def paper(preset: str, original_steps: int) -> str:
     imagen = imagen_jax.Imagen(config, unets=unets)
     shape = (1, config.text_len, config.text_embed_dim)
     texts = np.random.default_rng(0).standard_normal(shape, np.float32)
-    default = sampling_defaults(config)
-    guidance = {"cond_scale": default["cond_scale"]}
-    original = dict(timesteps=original_steps) | guidance
+    few, count = sampling_defaults(config), len(config.unets)
+    if cond_scale is not None:
+        few["cond_scale"] = (cond_scale,) * count
+    many = dict(timesteps=(original_steps,) * count, cond_scale=few["cond_scale"])
+
+    def draw(first: int, last: int, **chosen) -> None:
+        given = dict(start_at_unet_number=first, stop_at_unet_number=last, text_embeds=texts)
+        if first > 1:
+            pixels = config.image_sizes[first - 2]
+            given["start_image_or_video"] = np.full((1, pixels, pixels, 3), 0.5, np.float32)
+        images = imagen.sample(key=jax.random.key(0), **given, **chosen)
+        if not jnp.isfinite(images).all():
+            print("note: the images are not finite", file=sys.stderr)
+
+    runs = [(number, chosen) for chosen in (few, many) for number in range(1, count + 1)]
+
+    def compile_(run) -> float:
+        number, chosen = run
+        began = time.perf_counter()
+        draw(number, number, **chosen | dict(timesteps=2))
+        return time.perf_counter() - began
+
+    with concurrent.futures.ThreadPoolExecutor(len(runs)) as pool:
+        compiled = list(pool.map(compile_, runs))
     lines = [
-        f"Hardware: {_hardware()}; preset {preset}, {dtype.__name__}, guidance "
-        f"{guidance['cond_scale']}, one image at a time",
+        f"Hardware: {hardware()}; preset {preset}, {dtype.__name__}, one image at a time; "
+        f"{size / 1e9:.2f} billion parameters; compiled side by side, "
+        f"the longest in {max(compiled):.0f} s",
         "",
-        "| up to pixels | steps of each stage | seconds an image | peak memory so far, GB |",
-        "|---|---|---|---|",
+        "| pixels | steps, sampler | guidance | seconds an image | ms a step | peak memory, GB |",
+        "|---|---|---|---|---|---|",
     ]
-    for name, chosen in ((default["timesteps"], default), (original_steps, original)):
-        for number, size in enumerate(config.image_sizes, 1):
-            given = chosen | dict(stop_at_unet_number=number, text_embeds=texts)
-            draw = functools.partial(imagen.sample, key=jax.random.key(0), **given)
-            seconds = timed(lambda draw=draw: jax.block_until_ready(draw()))
-            stats = jax.devices()[0].memory_stats() or {}
-            peak = stats.get("peak_bytes_in_use")
-            memory = "not known" if peak is None else f"{peak / 1e9:.1f}"
-            lines.append(f"| {size} | {name} | {seconds:.2f} | {memory} |")
-            print(lines[-1], file=sys.stderr, flush=True)
+    runs = [(number, number, chosen) for number, chosen in runs]
+    runs[count:count], runs[len(runs) :] = [(1, count, few)], [(1, count, many)]
+    for first, last, chosen in runs:
+        seconds = timed(lambda: draw(first, last, **chosen), warm=False)  # noqa: B023
+        steps, scales = (chosen[name][first - 1 : last] for name in ("timesteps", "cond_scale"))
+        what = "all" if last > first else config.image_sizes[last - 1]
+        stats = jax.devices()[0].memory_stats() or {}
+        peak = stats.get("peak_bytes_in_use")
+        lines.append(
+            f"| {what} | {' + '.join(map(str, steps))}, "
+            f"{chosen.get('sampler', 'ancestral')} | {', '.join(f'{s:g}' for s in scales)} | "
+            f"{seconds:.3f} | {1e3 * seconds / sum(steps):.1f} | "
+            f"{'not known' if peak is None else f'{peak / 1e9:.1f}'} |"
+        )
+        print(lines[-1], file=sys.stderr, flush=True)
     return "\n".join(lines)
 
 

@@ -1,7 +1,8 @@
-"""One training step and one 50-step sample of the same U-Net, here and in imagen-pytorch.
+"""One training step and one sample of the same U-Net, here and in imagen-pytorch.
 
     python -m benchmarks.unet                    # the two in turn, medians and ratios
     python -m benchmarks.unet --rounds 5 --out unet.json
+    python -m benchmarks.unet --model base --rounds 1    # a GPU: the paper's base, 1.6 billion
 
 Each side runs in a process of its own, alternating, since both keep their threads spinning; within
 a process compilation and warm-up come first and are reported apart. On a GPU both compute in
@@ -9,6 +10,8 @@ bfloat16, and the original also runs under `torch.compile`. Needs what `make tes
 """
 
 import argparse
+import dataclasses
+import functools
 import json
 import platform
 import statistics
@@ -19,6 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import commands
+from imagen_jax import UnetConfig
+from imagen_jax.presets import BaseUnet64
 
 UNET = dict(
     dim=64,
@@ -30,32 +35,58 @@ UNET = dict(
     text_embed_dim=512,
     max_text_len=32,
 )
-SIZE, TRAIN_BATCH, SAMPLE_BATCH, STEPS, COND_SCALE = 32, 8, 4, 50, 3.0
+SIZE, COND_SCALE = 32, 3.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    config: UnetConfig
+    size: int
+    train_batch: int
+    sample_batch: int
+    steps: int
+
+    @property
+    def imagen(self) -> dict:
+        """Arguments of either project's cascade."""
+        width = self.config.text_embed_dim
+        return dict(image_sizes=self.size, text_embed_dim=width, timesteps=self.steps)
+
+    @property
+    def text_shape(self) -> tuple[int, int, int]:
+        return self.train_batch, self.config.max_text_len, self.config.text_embed_dim
+
+
+MODELS = {
+    "small": Model(UnetConfig(**UNET), SIZE, train_batch=8, sample_batch=4, steps=50),
+    "base": Model(BaseUnet64(text_embed_dim=1024), 64, train_batch=16, sample_batch=1, steps=20),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=MODELS, default="small")
     parser.add_argument("--rounds", type=int, default=3, help="processes of each side")
     parser.add_argument("--out", type=Path, help="write the measurements as JSON")
     parser.add_argument("--side", choices=SIDES, help="measure one side in this process")
     args = parser.parse_args()
     if args.side:
         commands.keep_memory()  # for both sides alike
-        print(json.dumps(SIDES[args.side]()))
+        print(json.dumps(SIDES[args.side](MODELS[args.model])))
         return
     sides = ["jax", "torch"] + (["torch-compile"] if _has_gpu() else [])
     runs = {side: [] for side in sides}
     for number in range(args.rounds):
         for side in sides:
             print(f"round {number + 1} of {args.rounds}: {side}", file=sys.stderr)
-            runs[side].append(_measure(side))
+            runs[side].append(_measure(side, args.model))
     print(_table(runs))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(dict(hardware=_hardware(), runs=runs), indent=1) + "\n")
+        args.out.write_text(json.dumps(dict(hardware=hardware(), runs=runs), indent=1) + "\n")
 
 
-def run_jax() -> dict[str, float]:
+def run_jax(model: Model) -> dict[str, float]:
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -67,20 +98,19 @@ def run_jax() -> dict[str, float]:
     from train.state import TrainState
     from train.step import make_train_step
 
-    config = imagen_jax.ImagenConfig(
-        unets=imagen_jax.UnetConfig(**UNET), image_sizes=SIZE, text_embed_dim=512, timesteps=STEPS
-    )
-    settings = Settings(batch_size=TRAIN_BATCH, max_grad_norm=None)
+    config = imagen_jax.ImagenConfig(unets=model.config, **model.imagen)
+    settings = Settings(batch_size=model.train_batch, max_grad_norm=None)
     unet, rng = config.unets[0], np.random.default_rng(0)
     params = nn.init_fn(unet)(jax.random.key(0))
     imagen = imagen_jax.Imagen(
         config, unets=[nn.bind(unet, jax.tree.map(jnp.copy, params), dtype=settings.compute_dtype)]
     )
-    texts = jnp.asarray(rng.standard_normal((TRAIN_BATCH, 32, 512), np.float32))
+    texts = jnp.asarray(rng.standard_normal(model.text_shape, np.float32))
+    images = rng.random((model.train_batch, model.size, model.size, 3), np.float32)
     batch = dict(
-        images=jnp.asarray(rng.random((TRAIN_BATCH, SIZE, SIZE, 3), np.float32)),
+        images=jnp.asarray(images),
         text_embeds=texts,
-        text_masks=jnp.ones((TRAIN_BATCH, 32), bool),
+        text_masks=jnp.ones(model.text_shape[:2], bool),
     )
     step, key = make_train_step(config.stage(1), settings.section(Optimization)), jax.random.key(0)
     state = TrainState.create(params, make_optimizer(settings))
@@ -92,29 +122,29 @@ def run_jax() -> dict[str, float]:
 
     def sample(cond_scale):
         return lambda: jax.block_until_ready(
-            imagen.sample(text_embeds=texts[:SAMPLE_BATCH], cond_scale=cond_scale, key=key)
+            imagen.sample(text_embeds=texts[: model.sample_batch], cond_scale=cond_scale, key=key)
         )
 
     return _measured(train, sample)
 
 
-def run_torch(compiled: bool = False) -> dict[str, float]:
+def run_torch(model: Model, *, compiled: bool = False) -> dict[str, float]:
     import contextlib
 
-    from imagen_jax.interop.reference import import_imagen_pytorch
+    from imagen_jax.interop.reference import build_unet, import_imagen_pytorch
 
     original = import_imagen_pytorch()
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    unet = original.Unet(**UNET)
-    imagen = original.Imagen(unet, image_sizes=SIZE, text_embed_dim=512, timesteps=STEPS)
-    imagen = imagen.to(device)
+    with torch.device(device):
+        unet = build_unet(model.config)
+    imagen = original.Imagen(unet, **model.imagen).to(device)
     if compiled:
         imagen.unets[0].forward = torch.compile(imagen.unets[0].forward)
     optimizer = torch.optim.Adam(imagen.parameters(), 1e-4, betas=(0.9, 0.99))
-    images = torch.rand(TRAIN_BATCH, 3, SIZE, SIZE, device=device)
-    texts = torch.randn(TRAIN_BATCH, 32, 512, device=device)
+    images = torch.rand(model.train_batch, 3, model.size, model.size, device=device)
+    texts = torch.randn(*model.text_shape, device=device)
 
     def half():
         return (
@@ -137,7 +167,7 @@ def run_torch(compiled: bool = False) -> dict[str, float]:
         def run():
             with half():
                 imagen.sample(
-                    text_embeds=texts[:SAMPLE_BATCH], cond_scale=cond_scale, use_tqdm=False
+                    text_embeds=texts[: model.sample_batch], cond_scale=cond_scale, use_tqdm=False
                 )
             wait()
 
@@ -146,7 +176,11 @@ def run_torch(compiled: bool = False) -> dict[str, float]:
     return _measured(train, sample)
 
 
-SIDES = {"jax": run_jax, "torch": run_torch, "torch-compile": lambda: run_torch(compiled=True)}
+SIDES = {
+    "jax": run_jax,
+    "torch": run_torch,
+    "torch-compile": functools.partial(run_torch, compiled=True),
+}
 
 
 def _measured(train: Callable[[], object], sample: Callable[[float], Callable]) -> dict[str, float]:
@@ -171,8 +205,8 @@ def _timed(name: str, run: Callable[[], object], times: int) -> dict[str, float]
     return {name: statistics.median(seconds), f"first {name}": first}
 
 
-def _measure(side: str) -> dict[str, float]:
-    command = [sys.executable, "-m", "benchmarks.unet", "--side", side]
+def _measure(side: str, model: str) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.unet", "--model", model, "--side", side]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     return json.loads(output.splitlines()[-1])
 
@@ -180,7 +214,7 @@ def _measure(side: str) -> dict[str, float]:
 def _table(runs: dict[str, list[dict[str, float]]]) -> str:
     """Medians over the rounds; the ratio is of the rounds' pairs, above 1 where ours is faster."""
     lines = [
-        f"Hardware: {_hardware()}",
+        f"Hardware: {hardware()}",
         "",
         "| seconds | "
         + " | ".join(runs)
@@ -208,7 +242,7 @@ def _has_gpu() -> bool:
     return jax.default_backend() == "gpu"
 
 
-def _hardware() -> str:
+def hardware() -> str:
     import jax
 
     device = jax.devices()[0]
