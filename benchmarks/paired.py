@@ -1,17 +1,26 @@
 """imagen-pytorch and this project, trained on the same: weights, batches, noise, optimiser.
 
     python -m benchmarks.paired                  # 100 steps on the CPU, a few minutes
+    python -m benchmarks.paired --own-draws 0 1 2 --steps 1500 --inception FILE    # half an hour
 
 Both start from the weights that imagen-pytorch drew, take the same scenes in the same order, are
 given the same noise levels, noise and dropped captions, and step with Adam at one rate. Prints the
 two losses as they go, and at the end how far the losses and the parameters are apart: of the
 parameters the distance between the two, over the distance that ours have moved. Float32 in full
 precision. Needs what `make test` installs.
+
+With `--own-draws`, once for each of these seeds, each side draws its own noise levels, noise and
+dropped captions, down a cosine of the rate; then both are measured by the same code, the original's
+weights converted: the loss on held-out scenes, what is drawn right of captions that were trained
+on, and the FID of these images to the true ones.
 """
 
 import argparse
+import contextlib
+import itertools
 import json
 import platform
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -32,6 +41,8 @@ UNET = dict(
     text_embed_dim=128,
 )
 SIZE, BATCH, LR, EVERY = 16, 8, 1e-3, 10
+HELDOUT, DRAWN = 1024, 1000  # scenes whose loss is measured, and that are drawn
+UNSEEN = 10**6  # the first batch that is not trained on
 
 
 def main() -> None:
@@ -39,8 +50,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--objective", choices=("noise", "v", "x_start"), default="noise")
     parser.add_argument("--seed", type=int, default=0, help="of weights, batches and draws")
+    parser.add_argument("--own-draws", type=int, nargs="+", metavar="SEED")
+    parser.add_argument("--inception", type=Path, help="the network of the FID")
     parser.add_argument("--out", type=Path, help="write the losses as JSON")
     args = parser.parse_args()
+    if args.own_draws:
+        for seed in args.own_draws:
+            for name, found in apart_by_draws(args, seed).items():
+                print(f"seed {seed}, {name:>14}: {json.dumps(found)}", flush=True)
+        return
     ours, theirs = Ours(args.objective), Theirs(args.objective, args.seed)
     start = ours.load(theirs.state())
     losses = []
@@ -59,18 +77,32 @@ def main() -> None:
         args.out.write_text(json.dumps(about | results, indent=1) + "\n")
 
 
+def apart_by_draws(args: argparse.Namespace, seed: int) -> dict[str, dict[str, float]]:
+    """Trains both sides, each with its own draws, and measures both."""
+    ours = Ours(args.objective, args.steps)
+    theirs = Theirs(args.objective, seed, ours.rate)
+    ours.load(theirs.state())
+    for batch in batches(seed, args.steps):
+        own = {name: batch[name] for name in ("images", "text_embeds", "text_masks")}
+        ours.step(own | {"seed": np.uint32(seed)})
+        theirs.step(own)
+    found = {"imagen-jax": ours.measured(args.inception)}
+    ours.load(theirs.state())
+    return found | {"imagen-pytorch": ours.measured(args.inception)}
+
+
 def apart(pair: tuple[float, float]) -> float:
     """The relative difference of two losses."""
     return abs(pair[0] - pair[1]) / abs(pair[1])
 
 
-def batches(seed: int, count: int) -> Iterator[dict[str, np.ndarray]]:
+def batches(seed: int, count: int, first: int = 0) -> Iterator[dict[str, np.ndarray]]:
     """Scenes, their embeddings by the demo encoder, and every draw of a step."""
     from imagen_jax import text
     from imagen_jax.data import scenes
 
     encoder, rng = text.load_encoder("demo"), np.random.default_rng(seed)
-    for number in range(count):
+    for number in range(first, first + count):
         chosen = [scenes.training_scene(number * BATCH + row) for row in range(BATCH)]
         embeds, masks = encoder([one.caption for one in chosen], length=UNET["max_text_len"])
         yield dict(
@@ -86,7 +118,7 @@ def batches(seed: int, count: int) -> Iterator[dict[str, np.ndarray]]:
 class Ours:
     """This project's loss and optax's Adam."""
 
-    def __init__(self, objective: str):
+    def __init__(self, objective: str, decay_steps: int | None = None):
         import jax
         import optax
 
@@ -96,28 +128,38 @@ class Ours:
         config = ImagenConfig(
             unets=UnetConfig(**UNET),
             image_sizes=SIZE,
+            text_encoder_name="demo",
             text_embed_dim=UNET["text_embed_dim"],
             pred_objectives=objective,
         )
-        stage, optimizer = config.stage(1), optax.adam(LR, b1=0.9, b2=0.99)
+        self.rate = (
+            optax.cosine_decay_schedule(LR, decay_steps)
+            if decay_steps
+            else optax.constant_schedule(LR)
+        )
+        stage, optimizer = config.stage(1), optax.adam(self.rate, b1=0.9, b2=0.99)
+
+        def loss(params, batch):
+            names = ("times", "noise", "keep_mask")
+            draws = training.Draws(**{k: batch[k] for k in names if k in batch})
+            given = {k: batch[k] for k in ("text_embeds", "text_masks")}
+            network = nn.bind(stage.network, params)
+            losses, _ = training.stage_losses(
+                stage, network, batch["images"], draws=draws, key=batch.get("key"), **given
+            )
+            return losses.mean()
 
         @jax.jit
         def step(params, state, batch):
-            def loss(params):
-                draws = training.Draws(**{k: batch[k] for k in ("times", "noise", "keep_mask")})
-                given = {k: batch[k] for k in ("text_embeds", "text_masks")}
-                network = nn.bind(stage.network, params)
-                losses, _ = training.stage_losses(
-                    stage, network, batch["images"], draws=draws, **given
-                )
-                return losses.mean()
-
-            value, grads = jax.value_and_grad(loss)(params)
+            if "seed" in batch:  # its own draws
+                key = jax.random.fold_in(jax.random.key(batch["seed"]), state[0].count)
+                batch = batch | {"key": key}
+            value, grads = jax.value_and_grad(loss)(params, batch)
             updates, state = optimizer.update(grads, state)
             return optax.apply_updates(params, updates), state, value
 
-        self.target = nn.abstract(stage.network)[1]
-        self.compiled, self.optimizer = step, optimizer
+        self.config, self.target = config, nn.abstract(stage.network)[1]
+        self.compiled, self.optimizer, self.loss = step, optimizer, jax.jit(loss)
 
     def load(self, state_dict: dict[str, np.ndarray]):
         import jax
@@ -145,11 +187,32 @@ class Ours:
         moved = jax.tree.map(lambda a, b: a - b, self.params, start)
         return float(optax.tree.norm(moved)), float(optax.tree.norm(apart))
 
+    def measured(self, inception: Path | None) -> dict[str, float]:
+        """The loss of held-out scenes, the shares of trained captions drawn right, and the FID."""
+        import imagen_jax
+        from evaluate import composition, report, score
+        from imagen_jax import nn
+
+        held = batches(0, HELDOUT // BATCH, first=UNSEEN)
+        found = {"loss": float(np.mean([self.loss(self.params, batch) for batch in held]))}
+        with tempfile.TemporaryDirectory() as run, contextlib.redirect_stdout(None):
+            unet = nn.bind(self.config.unets[0], self.params)
+            imagen_jax.save(run, imagen_jax.Imagen(self.config, unets=[unet]), step=1)
+            given = composition.Settings(
+                checkpoint=Path(run), levels=("seen",), num_images=DRAWN, weights="online"
+            )
+            drawn = composition.measure(given)
+        shares = drawn["seen"].summary
+        found |= {name: shares[name].share for name in ("relation", "count", "attributes")}
+        if inception is not None:
+            found["fid"] = report.distance(drawn, score.compiled(inception))
+        return {name: round(value, 4) for name, value in found.items()}
+
 
 class Theirs:
     """imagen-pytorch's loss and torch's Adam."""
 
-    def __init__(self, objective: str, seed: int):
+    def __init__(self, objective: str, seed: int, rate=lambda step: LR):
         from imagen_jax.interop.reference import import_imagen_pytorch
 
         original = import_imagen_pytorch()
@@ -164,33 +227,35 @@ class Theirs:
             pred_objectives=objective,
         )
         self.adam = torch.optim.Adam(self.imagen.parameters(), LR, betas=(0.9, 0.99))
+        self.rates = map(rate, itertools.count())
 
     def state(self) -> dict[str, np.ndarray]:
         return {name: x.numpy().copy() for name, x in self.imagen.unets[0].state_dict().items()}
 
     def step(self, batch: dict[str, np.ndarray]) -> float:
         given = {name: self.torch.tensor(value) for name, value in batch.items()}
-        nchw = {name: given[name].permute(0, 3, 1, 2) for name in ("images", "noise")}
-        patch = mock.patch.object
-        with (
-            patch(self.module, "prob_mask_like", lambda *_, **__: given["keep_mask"]),
-            patch(
-                self.imagen.noise_schedulers[0],
-                "sample_random_times",
-                lambda *_, **__: given["times"],
-            ),
-            patch(self.torch, "randn_like", lambda *_, **__: nchw["noise"]),
-        ):
+        with contextlib.ExitStack() as stack:
+            for target, name, value in self._draws(given):
+                stack.enter_context(mock.patch.object(target, name, lambda *_, v=value, **__: v))
             loss = self.imagen(
-                nchw["images"],
+                given["images"].permute(0, 3, 1, 2),
                 text_embeds=given["text_embeds"],
                 text_masks=given["text_masks"],
                 unet_number=1,
             )
         self.adam.zero_grad()
         loss.backward()
+        for group in self.adam.param_groups:
+            group["lr"] = float(next(self.rates))
         self.adam.step()
         return float(loss.detach())
+
+    def _draws(self, given: dict) -> Iterator[tuple]:
+        """What is drawn elsewhere: the module, the name of what draws it there, and the draw."""
+        if "noise" in given:
+            yield self.module, "prob_mask_like", given["keep_mask"]
+            yield self.imagen.noise_schedulers[0], "sample_random_times", given["times"]
+            yield self.torch, "randn_like", given["noise"].permute(0, 3, 1, 2)
 
 
 if __name__ == "__main__":

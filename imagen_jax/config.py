@@ -82,11 +82,12 @@ class ElucidatedConfig(Config):
 class DiscreteConfig(Config):
     """Diffusion in discrete steps, as DeepFloyd IF's (diffusion/discrete.py).
 
-    One value, or one per U-Net, for `sample_max_value`: the most that dynamic thresholding divides
-    by (diffusers' name; IF has 1.5 and 1.0).
+    One value, or one per U-Net, for `betas` (the noise on low-resolution images has the first's),
+    and for `sample_max_value`: the most that dynamic thresholding divides by (diffusers' names; IF
+    has 1.5 and 1.0).
     """
 
-    betas: Betas = "squaredcos_cap_v2"
+    betas: Betas | tuple[Betas, ...] = "squaredcos_cap_v2"
     num_train_timesteps: int = 1000
     sample_max_value: float | tuple[float, ...] = 1.5
 
@@ -97,6 +98,11 @@ class DiscreteConfig(Config):
         values = self.sample_max_value
         if min(values if isinstance(values, tuple) else (values,)) < 1:
             raise UserError(f"sample_max_value = {values} must be at least 1.")
+
+    def of_stage(self, i: int, name: str) -> Any:
+        """The value of this field for U-Net i (from 0)."""
+        value = getattr(self, name)
+        return value[i] if isinstance(value, tuple) else value
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -337,8 +343,7 @@ class ImagenConfig(Config):
             options = Options(**own.of_stage(i, "S_churn", "S_tmin", "S_tmax", "S_noise"))
         most = float("inf")
         if self.discrete is not None:
-            values = self.discrete.sample_max_value
-            most = float(values[i] if isinstance(values, tuple) else values)
+            most = float(self.discrete.of_stage(i, "sample_max_value"))
         return SamplingDefaults(
             num_steps=steps,
             percentile=self.dynamic_thresholding_percentile,
@@ -361,7 +366,7 @@ class ImagenConfig(Config):
             return EDM(**self.elucidated.of_stage(i, *_EDM))
         if self.discrete is not None:
             return Discrete(
-                betas=self.discrete.betas,
+                betas=self.discrete.of_stage(i, "betas"),
                 steps=self.discrete.num_train_timesteps,
                 learned_variance=getattr(self.unets[i], "learned_variance", False),
                 loss_type=self.loss_type,
@@ -380,7 +385,7 @@ class ImagenConfig(Config):
         process = VP(schedule=self.lowres_noise_schedule)
         if self.discrete is not None:
             process = Discrete(
-                betas=self.discrete.betas,
+                betas=self.discrete.of_stage(0, "betas"),
                 steps=self.discrete.num_train_timesteps,
                 learned_variance=False,
             )

@@ -7,7 +7,7 @@ reference's parameter counts at text width 768: 1,625,742,116, 732,036,754 and 7
 import dataclasses
 from typing import Literal
 
-from imagen_jax.config import ElucidatedConfig, ImagenConfig, UnetConfig
+from imagen_jax.config import DiscreteConfig, ElucidatedConfig, ImagenConfig, UnetConfig
 from imagen_jax.if_config import IFUnetConfig
 
 
@@ -18,7 +18,7 @@ class Recipe:
 
     steps: int
     batch_size: int
-    optimizer: Literal["adam", "adafactor"] = "adam"
+    optimizer: Literal["adam", "adafactor", "muon"] = "adam"
     lr: float = 1e-4
     warmup_steps: int = 10_000
     ema: Literal["reference", "plain"] = "reference"
@@ -100,6 +100,25 @@ def imagen() -> ImagenConfig:
         image_sizes=(64, 256, 1024),
         text_encoder_name="google/t5-v1_1-xxl",
         pred_objectives=("noise", "v", "v"),
+        resize_mode="area",
+        random_crop_sizes=(None, None, 256),
+    )
+
+
+def paper() -> ImagenConfig:
+    """The cascade of the paper's appendix F: its own base, then its efficient U-Nets.
+
+    All predict noise, in 1,000 steps where the paper's time is continuous; the schedules are
+    cosine, cosine and linear; thresholding has no limit to speak of. `imagen` is the reference's
+    reading of the same appendix.
+    """
+    return ImagenConfig(
+        unets=(ImagenBase64(), SRUnet256(), SRUnet1024()),
+        image_sizes=(64, 256, 1024),
+        text_encoder_name="google/t5-v1_1-xxl",
+        discrete=DiscreteConfig(
+            betas=("squaredcos_cap_v2", "squaredcos_cap_v2", "linear"), sample_max_value=1e6
+        ),
         resize_mode="area",
         random_crop_sizes=(None, None, 256),
     )
@@ -212,7 +231,7 @@ def tiny() -> ImagenConfig:
     )
 
 
-PRESETS = {"imagen": imagen, "demo": demo, "scenes": scenes, "tiny": tiny}
+PRESETS = {"imagen": imagen, "paper": paper, "demo": demo, "scenes": scenes, "tiny": tiny}
 
 PAPER = Recipe(steps=2_500_000, batch_size=2048)
 """Saharia et al. 2022, Section 4.1 and appendix C. At the published peak of 256 TPU v5e a step of
@@ -225,6 +244,7 @@ _DEMO = Recipe(
 
 RECIPES: dict[str, tuple[Recipe, ...]] = {
     "imagen": (dataclasses.replace(PAPER, optimizer="adafactor"), PAPER, PAPER),
+    "paper": (dataclasses.replace(PAPER, optimizer="adafactor"), PAPER, PAPER),
     "demo": (_DEMO, dataclasses.replace(_DEMO, steps=1000, lr=2e-3)),
     "scenes": (
         dataclasses.replace(_DEMO, steps=6000, lr=2e-3, ema_decay=0.998),

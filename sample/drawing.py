@@ -206,18 +206,22 @@ class Drawing:
         if self.hooks.flags(image):
             stages = [blank(stage) for stage in stages]
             recipe["flagged"] = True
-        signer = self.hooks.signer
-        sign = signer and functools.partial(signer.sign, command=self.command)
         self.folder.mkdir(parents=True, exist_ok=True)
         kept = recipe if given.metadata else None
-        shown = outputs.write_image(path, stages[-1], kept, given.format, sign=sign)
+        shown = outputs.write_image(path, stages[-1], kept, given.format, sign=self.sign)
         if given.save_stages:
             for number, stage in enumerate(stages[:-1], self.first):
                 smaller = path.with_name(f"{path.stem}-unet{number}{path.suffix}")
-                outputs.write_image(smaller, stage, None, given.format, sign=sign)
+                outputs.write_image(smaller, stage, None, given.format, sign=self.sign)
         if given.json:
             print(json.dumps({"file": str(path)} | recipe, ensure_ascii=False), flush=True)
         return Drawn(index, path, shown, recipe)
+
+    @property
+    def sign(self) -> outputs.Sign | None:
+        """What signs the files, if they are to be signed."""
+        signer = self.hooks.signer
+        return signer and functools.partial(signer.sign, command=self.command)
 
     def safe(self, image: np.ndarray) -> np.ndarray:
         """The image, or grey where the safety checker flags it: for what is not written by

@@ -46,8 +46,6 @@ class Settings(settings.Settings):
 
 def main() -> None:
     given = tyro.cli(Settings, description=__doc__)
-    if given.c2pa is not None:
-        raise UserError("--c2pa: this command's files are not signed; leave it out.")
     rows, columns = axes(given)
     chosen = [[cell(given, row | column) for column in columns] for row in rows]
     drawing = Drawing.open("grid", chosen[0][0])
@@ -126,7 +124,7 @@ def write(
     sheet = np.asarray(labelled_grid(titled, cell=side, columns=len(columns)))
     path = outputs.free_path(drawing.folder, recipe["prompt"], recipe["seed"], "png")
     drawing.folder.mkdir(parents=True, exist_ok=True)
-    outputs.write_image(path, sheet, recipe if drawing.given.metadata else None)
+    outputs.write_image(path, sheet, recipe if drawing.given.metadata else None, sign=drawing.sign)
     if drawing.given.json:
         print(json.dumps({"file": str(path)} | recipe, ensure_ascii=False), flush=True)
     count = len(list(itertools.chain(*images)))

@@ -55,8 +55,6 @@ class Settings(settings.Settings):
 
 def main() -> None:
     given = tyro.cli(Settings, description=__doc__)
-    if given.c2pa is not None:
-        raise UserError("--c2pa: this command's files are not signed; leave it out.")
     drawing = Drawing.open("interpolate", given)
     prompts = read_prompts(given, drawing.config)
     if prompts is not None and len(prompts) < 2:
@@ -124,12 +122,14 @@ def write(drawing: Drawing, images: list[np.ndarray], recipe: dict[str, Any]) ->
         outputs.check_finite(image, f"frame {number} of {path.name}")
     folder.mkdir(parents=True, exist_ok=True)
     kept = recipe if given.metadata else None
-    outputs.write_animation(path, [to_pil(image) for image in images], kept, given.fps)
+    outputs.write_animation(
+        path, [to_pil(image) for image in images], kept, given.fps, sign=drawing.sign
+    )
     if given.save_frames:
         for number, image in enumerate(images, 1):
             own = kept and kept | {"frame": number}
             frame = outputs.free_path(folder, f"{path.stem}-frame", number, "png")
-            outputs.write_image(frame, image, own)
+            outputs.write_image(frame, image, own, sign=drawing.sign)
     if given.json:
         print(json.dumps({"file": str(path)} | recipe, ensure_ascii=False), flush=True)
     drawing.say(f"{len(images)} frames: {path}")

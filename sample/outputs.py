@@ -95,6 +95,8 @@ def write_animation(
     frames: Sequence[Image.Image],
     recipe: Mapping[str, Any] | None,
     fps: float,
+    *,
+    sign: Sign | None = None,
 ) -> None:
     """A GIF or WebP, by the name, that repeats. A GIF has its recipe as a comment in JSON, a WebP
     as an image has it."""
@@ -107,7 +109,7 @@ def write_animation(
     options |= SAVE_OPTIONS.get(format, {})
     first, *others = frames
     _save(
-        path, first, format, save_all=True, append_images=others, loop=0,
+        path, first, format, sign=sign, save_all=True, append_images=others, loop=0,
         duration=round(1000 / fps), **options,
     )  # fmt: skip
 

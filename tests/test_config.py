@@ -35,7 +35,15 @@ def test_json_round_trip_of_presets(name):
     text = json.dumps(config.to_dict())
     assert ImagenConfig.from_dict(json.loads(text)) == config
     for unet in config.unets:
-        assert UnetConfig.from_dict(unet.to_dict()) == unet
+        assert type(unet).from_dict(unet.to_dict()) == unet
+
+
+def test_the_papers_own_cascade():
+    """Betas of the last stage grow linearly; the noise on small images is the first's."""
+    stages = [presets.paper().stage(number) for number in (1, 2, 3)]
+    betas = [stage.process.betas for stage in stages]
+    assert betas == ["squaredcos_cap_v2", "squaredcos_cap_v2", "linear"]
+    assert stages[2].lowres.process.betas == "squaredcos_cap_v2"
 
 
 def test_json_round_trip_of_everything():

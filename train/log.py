@@ -56,7 +56,7 @@ def announce(feed: Feed, run: epath.Path, settings: str) -> None:
             f"note: with so few held out, eval/heldout {weak}; --heldout-fraction {share:.2g} "
             f"keeps about {FEW}, or half of a small set."
         )
-    report_left_out(feed.left_out, run, stage.unet_number)
+    report_left_out(feed.left_out, run, stage.unet_number, again=feed.settings.resume)
     if feed.encoder is not None and feed.encoder.is_demo:
         print(f"{text.DEMO_NOTE} --t5 google/t5-v1_1-base uses a real one.")
     if stage.condition_on_text and feed.text_encoder is None:
@@ -70,10 +70,16 @@ def announce(feed: Feed, run: epath.Path, settings: str) -> None:
 
 
 def report_left_out(
-    left_out: Mapping[str, str], run: epath.Path, unet_number: int, *, known: Set[str] = frozenset()
+    left_out: Mapping[str, str],
+    run: epath.Path,
+    unet_number: int,
+    *,
+    again: bool,
+    known: Set[str] = frozenset(),
 ) -> None:
     """Prints how many files and pictures are left out, by reason, except for those `known`, and
-    writes all of them to RUN/unetN-skipped.jsonl. Of many processes only one does."""
+    writes all of them to RUN/unetN-skipped.jsonl, below those that are there already if a run goes
+    on `again`. Of many processes only one does."""
     reasons: dict[str, list[str]] = {}
     for name in sorted(left_out.keys() - known):
         reasons.setdefault(left_out[name].partition(":")[0], []).append(shown(name))
@@ -84,6 +90,8 @@ def report_left_out(
         json.dumps({"name": shown(name), "reason": shown(left_out[name])}, ensure_ascii=False)
         for name in sorted(left_out)
     ]
+    if again and path.exists():
+        lines = list(dict.fromkeys([*path.read_text().splitlines(), *lines]))
     storage.write_text(path, "\n".join(lines) + "\n")
     more = " more" if known else ""
     print(f"left out: {sum(map(len, reasons.values()))}{more}, all named in {path}")

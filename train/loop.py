@@ -212,7 +212,7 @@ def _report(
     for text in distributed.gather(json.dumps(found)):
         for name, reason in json.loads(text).items():
             feed.skip(name, reason)
-    report_left_out(feed.left_out, run.path, run.stage.unet_number, known=announced)
+    report_left_out(feed.left_out, run.path, run.stage.unet_number, again=True, known=announced)
     if stopped_by is None:
         print(f"U-Net {run.stage.unet_number} is at step {step}, saved in {run.path}.")
         return True

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 from jax.typing import DTypeLike
 from jaxtyping import Array, BFloat16, Float, Int, PyTree, UInt32
 
@@ -27,10 +28,16 @@ def learning_rate(settings: Optimization) -> optax.Schedule:
 
 
 def make_optimizer(settings: Optimization) -> optax.GradientTransformation:
-    """Clipping, then Adam, or Adafactor with factored second moments."""
+    """Clipping, then Adam, Adafactor with factored second moments, or Muon."""
     lr = learning_rate(settings)
+    adam = dict(b1=settings.beta1, b2=settings.beta2, eps=settings.eps)
     if settings.optimizer == "adam":
-        optimizer = optax.adam(lr, b1=settings.beta1, b2=settings.beta2, eps=settings.eps)
+        optimizer = optax.adam(lr, **adam)
+    elif settings.optimizer == "muon":
+        optimizer = optax.contrib.muon(
+            lr, adam_b1=settings.beta1, adam_b2=settings.beta2, eps=settings.eps,
+            muon_weight_dimension_numbers=matrices, consistent_rms=0.2,
+        )  # fmt: skip
     else:
         optimizer = optax.adafactor(lr, multiply_by_parameter_scale=False)
     if settings.moments == "bfloat16":
@@ -40,6 +47,21 @@ def make_optimizer(settings: Optimization) -> optax.GradientTransformation:
     if settings.max_grad_norm is not None:
         clip = optax.clip_by_global_norm(settings.max_grad_norm)
     return optax.chain(clip, optimizer)
+
+
+def matrices(params: PyTree) -> PyTree:
+    """How Muon sees each kernel between two hidden layers: input rows, output columns.
+
+    Adam steps all others: gains, biases, tables, and the first and the last convolution.
+    """
+
+    def matrix(path, x):
+        names = [str(getattr(entry, "key", "")) for entry in path]
+        if names[-1] != "kernel" or x.ndim < 2 or {"init_conv", "final_conv"} & set(names):
+            return None
+        return optax.contrib.MuonDimensionNumbers(tuple(range(x.ndim - 1)), x.ndim - 1)
+
+    return jax.tree_util.tree_map_with_path(matrix, params)
 
 
 def in_bfloat16(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:

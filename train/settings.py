@@ -28,9 +28,10 @@ from imagen_jax.presets import PRESETS, RECIPES
 class Run:
     """Which cascade, from where to where."""
 
-    preset: Literal["demo", "scenes", "imagen", "tiny"] = "demo"
-    """Named cascade: `demo` learns on a laptop, `imagen` is the paper's, `tiny` is for tests. Its
-    recipe, where it has one, gives steps, batch size, optimiser, rate, warm-up and average."""
+    preset: Literal["demo", "scenes", "imagen", "paper", "tiny"] = "demo"
+    """Named cascade: `demo` and `scenes` learn on a laptop, `imagen` is the reference's of the
+    paper's size, `paper` has the paper's own base, `tiny` is for tests. Its recipe, where it has
+    one, gives steps, batch size, optimiser, rate, warm-up and average."""
     config: Path | None = None
     """JSON file of a cascade, instead of a preset; `--print-config` shows what one looks like."""
     print_config: bool = False
@@ -93,8 +94,9 @@ class Optimization:
     """Pictures a step."""
     accumulate: int = 1
     """Parts that a batch is split into, one after another, to save memory."""
-    optimizer: Literal["adam", "adafactor"] = "adam"
-    """`adafactor` keeps far less memory than `adam`; beta1, beta2 and eps are adam's."""
+    optimizer: Literal["adam", "adafactor", "muon"] = "adam"
+    """`adafactor` keeps far less memory than `adam`; `muon` makes the updates of hidden layers
+    orthogonal (their rates have the size of Adam's). beta1, beta2 and eps are Adam's."""
     lr: float = 1e-4
     """Peak learning rate."""
     moments: Literal["float32", "bfloat16"] = "float32"

@@ -68,6 +68,8 @@ def decode(
     size = pair(image_size)
     if callable(image):
         image = image(size)
+    if isinstance(image, np.ndarray) and image.shape == (*size, channels):
+        return _bytes(image)  # as it should be already
     with _one_line_for_damage():
         picture = _from_pixels(image) if isinstance(image, np.ndarray) else _open(image, size)
         if not upsample:
@@ -122,9 +124,13 @@ def _check_size(stored: tuple[int, int], size: Size) -> None:
 
 
 def _from_pixels(pixels: np.ndarray) -> Image.Image:
+    return to_pil(_bytes(pixels))
+
+
+def _bytes(pixels: np.ndarray) -> UInt8[np.ndarray, "..."]:
     if pixels.dtype != np.uint8:
         raise UserError(f"pixels must be uint8, got {pixels.dtype}")
-    return to_pil(pixels)
+    return pixels
 
 
 @contextlib.contextmanager

@@ -7,6 +7,8 @@ from typing import Any
 
 from imagen_jax.errors import UserError
 
+BYTE_ORDER_MARK = "\ufeff"
+
 
 def caption(value: Any) -> str | None:
     """A caption from the bytes of a file or a field of a record; None where there is none.
@@ -18,7 +20,7 @@ def caption(value: Any) -> str | None:
         return None
     if isinstance(value, bytes):
         try:
-            value = value.decode("utf-8-sig")
+            value = value.decode().removeprefix(BYTE_ORDER_MARK)
         except UnicodeDecodeError as error:
             raise UserError("the caption is not UTF-8") from error
     if not isinstance(value, str):
@@ -76,7 +78,11 @@ def read_lines(path: str | os.PathLike) -> list[str]:
 
 def is_unicode(text: str) -> bool:
     """False for text with half of a surrogate pair, such as a file name that is not UTF-8."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def shown(name: str) -> str:

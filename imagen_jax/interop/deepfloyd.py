@@ -125,15 +125,14 @@ def write(
     if not isinstance(size, int):
         raise UserError(f"U-Net {number} is {size[0]} x {size[1]}: diffusers names one size.")
     described = if_configuration.to_diffusers(unet, size)
-    most = config.discrete.sample_max_value
     scheduler = {
         "_class_name": "DDPMScheduler",
-        "beta_schedule": config.discrete.betas,
+        "beta_schedule": config.discrete.of_stage(number - 1, "betas"),
         "clip_sample": True,
         "dynamic_thresholding_ratio": config.dynamic_thresholding_percentile,
         "num_train_timesteps": config.discrete.num_train_timesteps,
         "prediction_type": "epsilon",
-        "sample_max_value": most[number - 1] if isinstance(most, tuple) else most,
+        "sample_max_value": config.discrete.of_stage(number - 1, "sample_max_value"),
         "thresholding": config.per_stage("dynamic_thresholding")[number - 1],
         "variance_type": "learned_range" if unet.learned_variance else "fixed_small",
     }

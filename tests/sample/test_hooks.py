@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import importlib
 import io
 import sys
 from pathlib import Path
@@ -191,6 +192,30 @@ def test_files_are_signed_and_say_what_made_them(command, identity, tmp_path, fo
     changed[-30] ^= 1
     with c2pa.Reader(f"image/{format}", io.BytesIO(bytes(changed))) as reader:
         assert reader.get_validation_state() == "Invalid"
+
+
+@pytest.mark.parametrize(
+    "name, arguments, format",
+    [
+        ("grid", ("--steps", 1, 2), "png"),
+        ("interpolate", ("--frames", 3), "gif"),
+        ("interpolate", ("--frames", 3, "--format", "webp"), "webp"),
+    ],
+)
+def test_sheets_and_animations_are_signed(
+    run, identity, monkeypatch, tmp_path, name, arguments, format
+):
+    chain, key, _ = identity
+    monkeypatch.setattr(
+        Pipeline, "generate", lambda *_, seeds, **__: enumerate(IMAGES[: len(seeds)])
+    )
+    words = ("--checkpoint", run, *arguments, "--c2pa", chain, key, "--out", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["", *map(str, words)])
+    importlib.import_module(f"sample.{name}").main()
+    (path,) = tmp_path.iterdir()
+    with c2pa.Reader(f"image/{format}", io.BytesIO(path.read_bytes())) as reader:
+        assert reader.get_validation_state() == "Valid"
+    assert outputs.read_recipe(epath.Path(path))["size"] == [16, 16]
 
 
 @pytest.mark.parametrize("kind", ["p384", "ed25519", "rsa", "sec1"])

@@ -88,7 +88,7 @@ def test_a_sheet_of_settings(run, command, tmp_path, caplog):
     [
         ("interpolate", ("--prompt", "a"), "give two or more"),
         ("interpolate", (*PROMPTS, "--frames", 1), "--frames 1: at least 2"),
-        ("interpolate", (*PROMPTS, "--c2pa", "a", "b"), "files are not signed"),
+        ("interpolate", (*PROMPTS, "--c2pa", "a", "b"), "--c2pa a: No such file"),
         ("grid", ("--prompt", "a"), "one or two of --sampler, --cond-scale, --steps must have"),
         ("grid", ("--prompt", "a", "b", "--steps", 1, 2), "one text for all cells, not 2"),
     ],

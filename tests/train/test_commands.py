@@ -155,8 +155,9 @@ def test_super_resolution_by_name(monkeypatch, tmp_path, capsys):
     file = support.settings(tmp_path).config
     run_main(
         monkeypatch, super_res.main, "--config", file, "--unet-number", "sr256", "--workdir",
-        tmp_path / "run", "--optimizer", "adafactor", "--steps", "1", "--limit", "8",
-        "--batch-size", "4", "--eval-batches", "1", "--sample-steps", "2", "--mesh", "1x1",
+        tmp_path / "run", "--optimizer", "muon", "--moments", "bfloat16", "--steps", "1",
+        "--limit", "8", "--batch-size", "4", "--eval-batches", "1", "--sample-steps", "2",
+        "--mesh", "1x1",
     )  # fmt: skip
     assert checkpoint.latest_step(tmp_path / "run", 2) == 1
     assert (tmp_path / "run" / "samples" / "unet2-0000001.png").exists()

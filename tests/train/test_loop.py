@@ -2,8 +2,10 @@
 
 import dataclasses
 import importlib
+import io
 import json
 import signal
+import tarfile
 from pathlib import Path
 
 import jax
@@ -285,6 +287,43 @@ def test_bad_pictures_are_skipped_counted_and_named(tmp_path, capsys):
     assert "note: with so few held out, eval/heldout is not measured" in before
     assert len(support.metrics(settings.run)) == 4
     assert not support.metrics(settings.run, "eval/heldout")
+
+
+def test_damaged_shards_and_images_in_a_run_that_is_stopped(tmp_path):
+    """One of twenty shards is cut off and 1 % of the images are damaged: more than an epoch is
+    trained, what was lost is named, and a resumed run is still the uninterrupted one."""
+    shards, rng = tmp_path / "shards", np.random.default_rng(0)
+    shards.mkdir()
+    for number in range(20):
+        with tarfile.open(shards / f"{number:05}.tar", "w") as tar:
+            for i in range(10):
+                data, pixels = io.BytesIO(), rng.integers(0, 255, (12, 12, 3), np.uint8)
+                Image.fromarray(pixels).save(data, "png")
+                image = data.getvalue()
+                if (number, i) in ((3, 4), (7, 0)):  # seen by decoding alone
+                    image = image[:-40] + bytes(40)
+                for kind, content in (("png", image), ("txt", b"a picture")):
+                    member = tarfile.TarInfo(f"{i:04}.{kind}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    cut = shards / "00011.tar"
+    cut.write_bytes(cut.read_bytes()[: 6 * 2048 + 100])
+    more = dict(data=(str(shards),), limit=None, heldout_fraction=0.0, batch_size=32, save_every=4)
+    runs = [support.settings(tmp_path, **more, steps=8, workdir=tmp_path / name) for name in "ab"]
+    assert loop.run(runs[0], 1)
+    assert loop.run(dataclasses.replace(runs[1], steps=4), 1)
+    assert loop.run(dataclasses.replace(runs[1], resume=True), 1)
+    for item in ("params", "ema", "opt_state"):
+        support.assert_equal(*(support.saved(run.run, 8, item) for run in runs))
+    for run in runs:
+        lines = (run.run / "unet1-skipped.jsonl").read_text().splitlines()
+        lost = {line["name"]: line["reason"] for line in map(json.loads, lines)}
+        damaged, images = (
+            {name for name in lost if name.endswith(".tar") == is_shard}
+            for is_shard in (True, False)
+        )
+        assert damaged == {str(cut)} and "cut off" in lost[str(cut)]
+        assert images == {"00003/0004", "00007/0000"} and "corrupt" in lost["00003/0004"]
 
 
 def test_a_run_goes_on_with_the_same_pictures_elsewhere(tmp_path):

@@ -1,6 +1,7 @@
 """Learning rate, Adam and the averages against closed forms and the PyTorch originals."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -115,6 +116,31 @@ def test_the_dither_does_not_depend_on_the_mesh():
     key = jax.random.key(1)
     got = jax.jit(lambda key: _scrambled(key, (64, 32)), out_shardings=split)(key)
     np.testing.assert_array_equal(got, _scrambled(key, (64, 32)))
+
+
+def test_muon_makes_hidden_kernels_orthogonal():
+    """All directions of a convolution's gradient move it as far; Adam steps the rest."""
+    rng = np.random.default_rng(0)
+    shapes = dict(
+        down=dict(kernel=(3, 3, 8, 16), bias=(16,)),
+        init_conv=dict(kernel=(3, 3, 4, 16)),
+        table=dict(embedding=(16, 16)),
+    )
+    params = jax.tree.map(
+        lambda shape: jnp.asarray(rng.normal(size=shape), jnp.float32), shapes,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )  # fmt: skip
+    settings = Settings(optimizer="muon", lr=0.1, max_grad_norm=None)
+    optimizer, adam = make_optimizer(settings), optax.adam(0.1, b1=0.9, b2=0.99)
+    moved, state = optimizer.update(params, optimizer.init(params), params)
+    wanted = adam.update(params, adam.init(params))[0]
+    directions = np.linalg.svd(moved["down"]["kernel"].reshape(72, 16), compute_uv=False)
+    directions /= 0.1 * 0.2 * np.sqrt(72)  # such that its elements are as large as Adam's
+    assert 0.6 < directions.min() and directions.max() < 1.3
+    given = np.linalg.svd(params["down"]["kernel"].reshape(72, 16), compute_uv=False)
+    assert given.max() > 2 * given.min()
+    del moved["down"]["kernel"], wanted["down"]["kernel"]
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), moved, wanted)
 
 
 @pytest.mark.parametrize("name", ["adam", "adafactor"])

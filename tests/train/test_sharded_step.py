@@ -18,7 +18,7 @@ FEW = [
     Case(mesh="2x4", network="super_res", optimizer="adafactor", **REMAT),
     Case(mesh="8x1", network="super_res", optimizer="adafactor", accumulate=2),
     Case(mesh="1x8", network="super_res", optimizer="adafactor", accumulate=2, **REMAT),
-    Case(mesh="4x2", network="small", optimizer="adafactor"),
+    Case(mesh="4x2", network="small", optimizer="muon"),
     Case(mesh="2x4", network="if", **REMAT),
 ]
 PRODUCT = [
