@@ -32,8 +32,9 @@ UPLOAD_EVERY = 30.0  # seconds between uploads of metrics to an object store
 WARM_UP = 3  # steps before a profile: the first compiles, and its leftovers are done by then
 
 
-def announce(feed: Feed, run: epath.Path, settings: str) -> None:
-    """Prints what is about to be trained, on what, where and how (`Settings.describe`)."""
+def announce(feed: Feed, run: epath.Path, settings: str, *, again: bool) -> None:
+    """Prints what is about to be trained, on what, where and how (`Settings.describe`); whether a
+    run goes on `again`."""
     stage = feed.stage
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(nn.abstract(stage.network)[1]))
     size = f"{show(stage.size)} pixels"
@@ -56,7 +57,7 @@ def announce(feed: Feed, run: epath.Path, settings: str) -> None:
             f"note: with so few held out, eval/heldout {weak}; --heldout-fraction {share:.2g} "
             f"keeps about {FEW}, or half of a small set."
         )
-    report_left_out(feed.left_out, run, stage.unet_number, again=feed.settings.resume)
+    report_left_out(feed.left_out, run, stage.unet_number, again=again)
     if feed.encoder is not None and feed.encoder.is_demo:
         print(f"{text.DEMO_NOTE} --t5 google/t5-v1_1-base uses a real one.")
     if stage.condition_on_text and feed.text_encoder is None:

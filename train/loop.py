@@ -57,7 +57,7 @@ def run(settings: Settings, unet_number: int, layout: Layout | None = None) -> b
         )
     record = settings.record() | {"pictures": len(feed.train), "content": feed.train.fingerprint()}
     with run_dir.metrics(watching, record) as metrics:
-        announce(feed, run_dir.path, settings.describe())
+        announce(feed, run_dir.path, settings.describe(), again=settings.resume)
         announced = set(feed.left_out)
         start = run_dir.start(
             optimization,
