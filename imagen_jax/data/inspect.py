@@ -53,6 +53,10 @@ class Settings(Opening):
             raise UserError("name a source, as --data of training does.")
         if min(self.sizes, default=0) < 1 or self.limit < 0:
             raise UserError("--sizes must be positive, and --limit 0 or more.")
+        if self.out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+            raise UserError(f"--out {self.out}: the name of an image file, such as sheet.png.")
+        if not self.out.absolute().parent.is_dir():
+            raise UserError(f"--out {self.out}: there is no such folder.")
 
 
 @dataclasses.dataclass
@@ -75,6 +79,7 @@ def main() -> None:
     numbers = np.arange(len(source))
     if given.limit and len(source) > given.limit:
         numbers = np.unique(np.linspace(0, len(source) - 1, given.limit).astype(int))
+    numbers = numbers.tolist()
     found = look(source, numbers, given.sizes)
     report = summary(source, found, len(numbers))
     print("\n".join(lines(report)))
@@ -89,7 +94,6 @@ def look(source: Source, numbers: Sequence[int], sizes: Sequence[int]) -> Found:
     """Reads and decodes each of the records once."""
     found, tokenizer = Found(), load_tokenizer()
     for i in tqdm(numbers, "records", unit="image", mininterval=BAR_INTERVAL):
-        i = int(i)
         try:
             record = source[i]
             image = record.image
@@ -187,7 +191,7 @@ def sheet(source: Source, numbers: Sequence[int], sizes: Sequence[int]) -> list:
     chosen: list[Record] = []
     for i in numbers[:: max(1, len(numbers) // (4 * SHOWN))]:
         try:
-            record = source[int(i)]
+            record = source[i]
             decode(record.image, image_size=max(sizes))
         except UserError:
             continue

@@ -589,3 +589,20 @@ def test_several_data_on_a_command_line():
         *("--x", "1", "--data", "A=1", "B", "C")
     ]
     assert sources.gathered(["--x", "1"]) == ["--x", "1"]
+
+
+def test_what_img2dataset_writes():
+    """A real output of img2dataset 1.47 (`--output_format webdataset`): of eight addresses six
+    pictures, whose `.parquet` and `_stats.json` beside the shard are none of ours to read."""
+    source = open_source(str(Path(__file__).parent / "img2dataset"), heldout_fraction=0.0)
+    assert sorted(source.keys) == [f"00000/{i:09}" for i in range(6)] and not source.left_out
+    rows = {source.key(i): i for i in range(6)}
+    record = source[rows["00000/000000001"]]
+    assert record.captions == ("three yellow stars",)
+    assert source.size(rows["00000/000000001"]) == (48, 64)
+    columns = source.columns(rows["00000/000000001"])
+    assert columns["status"] == "success" and columns["original_width"] == 64
+    assert len(choosing.where(source, ["width > 48"])) == 3
+    with make_batches(source, image_size=32, batch_size=6, seed=0) as batches:
+        images = next(batches)["images"]
+    assert images.shape == (6, 32, 32, 3) and images.std() > 10
