@@ -3,14 +3,16 @@
     if __name__ == "__main__":
         commands.run(main)
 
-A `UserError`, or an OSError such as a full disk, ends the command with one line and exit status 1.
-Anything else is a bug and keeps its traceback. Either way the traceback is in RUN/error.log where a
-command has named its run directory. Where several processes run as one, all of them end.
+A `UserError`, an OSError such as a full disk, or a device that is full or gone ends the command
+with one line and exit status 1. Anything else is a bug and keeps its traceback. Either way the
+traceback is in RUN/error.log where a command has named its run directory. Where several processes
+run as one, all of them end.
 """
 
 import datetime
 import logging
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -25,10 +27,12 @@ from jax.typing import DTypeLike
 
 from commands import processes
 from commands.memory import keep_memory
-from imagen_jax.errors import UserError
+from imagen_jax.errors import UserError, first_line
 
 STAGES = {"base": 1, "sr256": 2, "sr1024": 3}
 """Names of stages, accepted wherever a number is."""
+LOST = r"^(UNAVAILABLE|DATA_LOSS|ABORTED|DEADLINE_EXCEEDED)\b|CUDA_ERROR_"
+"""Of JAX's errors those about a device that was taken away or is broken."""
 
 _error_log: Path | None = None
 
@@ -143,6 +147,8 @@ def _line(error: Exception) -> str | None:
             "the device's memory is full: a smaller --batch-size may fit; in training also "
             "--accumulate, --remat nothing_saveable or --dtype bfloat16."
         )
+    if isinstance(error, jax.errors.JaxRuntimeError) and re.search(LOST, str(error)):
+        return f"a device does not answer: {first_line(error)}"
     return None
 
 

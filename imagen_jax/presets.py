@@ -242,14 +242,16 @@ _DEMO = Recipe(
     steps=1600, batch_size=16, lr=1e-3, warmup_steps=100, ema="plain", ema_decay=0.995
 )  # an average over the last 200 steps or so
 
+_MUON = dataclasses.replace(_DEMO, optimizer="muon", warmup_steps=50, ema_decay=0.99)
+
 RECIPES: dict[str, tuple[Recipe, ...]] = {
     "imagen": (dataclasses.replace(PAPER, optimizer="adafactor"), PAPER, PAPER),
     "paper": (dataclasses.replace(PAPER, optimizer="adafactor"), PAPER, PAPER),
     "demo": (_DEMO, dataclasses.replace(_DEMO, steps=1000, lr=2e-3)),
     "scenes": (
-        dataclasses.replace(_DEMO, steps=6000, lr=2e-3, ema_decay=0.998),
-        dataclasses.replace(_DEMO, steps=8000, batch_size=8, lr=2e-3, ema_decay=0.998),
-        dataclasses.replace(_DEMO, steps=2500, batch_size=4, lr=2e-3, ema_decay=0.998),
+        dataclasses.replace(_MUON, steps=900, batch_size=32, lr=1.5e-3),
+        dataclasses.replace(_MUON, steps=1600, lr=5e-3),
+        dataclasses.replace(_DEMO, steps=2000, batch_size=4, lr=2e-3, ema_decay=0.998),
     ),
 }
 """By preset, one recipe per U-Net."""

@@ -85,7 +85,7 @@ class Feed:
                     f"{source.name} holds embeddings: dropping text (cond_drop_prob) needs that of "
                     "the empty text for this cascade. Train on captions, or without dropping."
                 )
-            text_encoder = next(filter(None, map(text.read_beside, settings.data)), None)
+            text_encoder = text.read_beside(settings.folders)
         elif config.condition_on_text and settings.embeddings is not None:
             embeddings, text_encoder = _stored(config, settings.embeddings)
         elif config.condition_on_text:
@@ -331,7 +331,7 @@ def _stored(config: ImagenConfig, folder: Path) -> tuple[Embeddings, text.Identi
             f"{folder}: the captions were not encoded as this cascade reads them; encode them with "
             "`python -m imagen_jax.data.embed --config`."
         )
-    return embeddings, text.read_beside(folder)
+    return embeddings, text.read_beside([folder])
 
 
 def _chosen(source: Source, settings: Data) -> Source:

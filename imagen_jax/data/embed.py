@@ -5,10 +5,13 @@
 
 The encoder is most of a small step and 39 % of a paper-sized one. Equal captions are stored once.
 The same command goes on after an interruption, and adds the captions that a set has gained since.
+Several machines share the work where DIR is on a disk that all of them see: started once on each,
+with --part 0/4 to --part 3/4.
 """
 
 import dataclasses
 import json
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -58,10 +61,20 @@ class Settings(Opening):
     """DATAxMODEL devices, as 8x1; `auto` takes all."""
     compute: str = "auto"
     """What the encoder computes in; `auto` is bfloat16 on accelerators and float32 on a CPU."""
+    part: str = "0/1"
+    """Encode every N-th caption from the I-th on, as I/N; another process encodes the others."""
 
     def __post_init__(self):
         if self.batch_size < 1:
             raise UserError(f"--batch-size {self.batch_size}: at least 1.")
+        if not re.fullmatch(r"\d{1,5}/\d{1,5}", self.part) or self.own[0] >= self.own[1]:
+            raise UserError(f"--part {self.part}: write I/N, from 0/4 to 3/4 for four processes.")
+
+    @property
+    def own(self) -> tuple[int, int]:
+        """Which part this process encodes, of how many."""
+        number, count = map(int, self.part.split("/"))
+        return number, count
 
 
 def main() -> None:
@@ -87,7 +100,8 @@ def embed(given: Settings) -> Embeddings:
     )
     _begin(folder, form, encoder)
     there = Embeddings.open(folder)
-    captions = [one for one in _captions(given, encoder) if one not in there]
+    number, parts = given.own
+    captions = [one for one in _captions(given, encoder)[number::parts] if one not in there]
     print(f"{len(there):,} captions are stored in {folder}, {len(captions):,} are not")
     if not captions:
         return there
@@ -98,7 +112,7 @@ def embed(given: Settings) -> Embeddings:
             part = captions[first : first + per_shard]
             with jax.default_matmul_precision("highest"):  # float32 in float32
                 encoded = _encode(encoder, part, length, given.batch_size, bar)
-            embeddings.write_shard(folder, form, part, encoded)
+            embeddings.write_shard(folder, form, part, encoded, given.own)
             errors += [_error(form, one) for one in encoded[:SURVEYED]]
     print(
         f"stored in {form.dtype}: off by {100 * np.sqrt(np.mean(np.square(errors))):.2g} % "
@@ -109,7 +123,8 @@ def embed(given: Settings) -> Embeddings:
 
 def _encoder(given: Settings) -> tuple[text.TextEncoder, int]:
     """The encoder, and how many tokens it reads."""
-    layout = make_layout(given.mesh, rows=given.batch_size)
+    # Processes do not wait for each other: each has the devices of its own machine.
+    layout = make_layout(given.mesh, rows=given.batch_size, devices=jax.local_devices())
     dtype = nn.compute_dtype(None if given.compute == "auto" else given.compute)
     if given.config is None:
         if given.t5 is None:
@@ -131,7 +146,7 @@ def _begin(folder: epath.Path, form: Form, encoder: text.TextEncoder) -> None:
         storage.write_text(folder / embeddings.FORM, json.dumps(form.to_dict()) + "\n")
     elif there != form:
         raise UserError(f"{folder} holds embeddings in another form: {there}, not {form}.")
-    encoder.identity.check(text.read_beside(folder), f"{folder}")
+    encoder.identity.check(text.read_beside([folder]), f"{folder}")
 
 
 def _captions(given: Settings, encoder: text.TextEncoder) -> list[str]:

@@ -12,6 +12,7 @@ makes such a folder.
 
 import hashlib
 import io
+import itertools
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -161,11 +162,16 @@ def complete_shards(folder: epath.Path) -> list[epath.Path]:
 
 
 def write_shard(
-    folder: epath.Path, form: Form, captions: Sequence[str], embeds: Sequence[np.ndarray]
+    folder: epath.Path,
+    form: Form,
+    captions: Sequence[str],
+    embeds: Sequence[np.ndarray],
+    part: tuple[int, int] = (0, 1),
 ) -> None:
-    """Adds a shard of embeddings (l, d), one for each caption."""
-    number = len(complete_shards(folder))
-    shard = folder / f"{number:05}.npy"
+    """Adds a shard of embeddings (l, d), one for each caption. Of several processes, each is a
+    `part` and has every n-th number."""
+    numbers = (folder / f"{number:05}.npy" for number in itertools.count(*part))
+    shard = next(path for path in numbers if not path.exists())
     # One embedding a group, so that one is read at a time; they do not compress.
     writer = ArrayRecordWriter(_records(shard), "group_size:1,uncompressed")
     for one in embeds:

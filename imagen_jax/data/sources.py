@@ -88,6 +88,17 @@ class Opening:
             where=self.where,
         )
 
+    @property
+    def folders(self) -> list[str]:
+        """Where the files that `data` names are, sets of other libraries aside."""
+        found: dict[str, None] = {}
+        for name, _ in map(_weighted, self.data):
+            paths = [name] if is_remote(name) or Path(name).exists() else files.matching(name)
+            for path in paths:
+                is_file = Path(path).is_file() or path.endswith(".tar")
+                found[os.path.dirname(path) if is_file else path] = None
+        return list(found)
+
 
 def gathered(arguments: Sequence[str]) -> list[str]:
     """A command line's `--data A ... --data=B` as `--data A B`: of several, tyro would take the

@@ -9,17 +9,17 @@ Stored embeddings carry it in `text_encoder.json`, in the folder that holds them
 """
 
 import dataclasses
-import glob
 import hashlib
 import json
 import os
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+from etils import epath
 
+from imagen_jax import storage
 from imagen_jax.errors import UserError
 from imagen_jax.fields import Config
 
@@ -49,25 +49,23 @@ class Identity(Config):
 
     def write(self, folder: str | os.PathLike) -> None:
         """Writes `text_encoder.json` beside stored embeddings."""
-        (Path(folder) / FILE).write_text(json.dumps(self.to_dict()) + "\n")
+        storage.write_text(storage.folder(folder) / FILE, json.dumps(self.to_dict()) + "\n")
 
 
-def read_beside(spec: str | os.PathLike) -> Identity | None:
-    """The encoder of the embeddings that `--data` names: a folder, a shard or a glob of them.
+def read_beside(folders: Iterable[str | os.PathLike]) -> Identity | None:
+    """The encoder of the embeddings in folders.
 
     None where no file says so. Raises UserError for a file that cannot be read, or two that differ.
     """
-    paths = [Path(spec)] if Path(spec).exists() else map(Path, glob.glob(str(spec), recursive=True))
-    folders = sorted({path if path.is_dir() else path.parent for path in paths})
-    found: dict[Path, Identity] = {}
-    for path in (folder / FILE for folder in folders):
+    found: dict[epath.Path, Identity] = {}
+    for path in (storage.folder(folder) / FILE for folder in folders):
         if path.is_file():
             found[path] = _read(path)
             found[path].check(next(iter(found.values())), f"{next(iter(found))}")
     return next(iter(found.values()), None)
 
 
-def _read(path: Path) -> Identity:
+def _read(path: epath.Path) -> Identity:
     try:
         return Identity.from_dict(json.loads(path.read_text()))
     except (ValueError, TypeError, AttributeError) as error:

@@ -52,6 +52,22 @@ def test_what_is_stored(dtype, error):
             form.unpack(damaged)
 
 
+def test_several_processes_share_the_captions(pictures, monkeypatch):
+    """Whatever the order and however often each starts; one of them is interrupted."""
+    alone = embed.embed(settings(pictures, out=pictures.parent / "alone"))
+    monkeypatch.setattr(embed, "SHARD_BYTES", 1)  # a caption each
+    assert len(embed.embed(settings(pictures, part="1/2"))) == 2
+    (pictures.parent / "stored" / "00003.npy").unlink()
+    for part in ("0/2", "0/2", "1/2"):
+        stored = embed.embed(settings(pictures, part=part))
+    assert len(stored) == 4 and len([*(pictures.parent / "stored").glob("*.npy")]) == 4
+    for caption in CAPTIONS:
+        np.testing.assert_allclose(stored[caption], alone[caption], atol=2e-6)
+    for part in ("2/2", "1", "-1/2", "a/b"):
+        with pytest.raises(UserError, match=f"--part {part}: write I/N"):
+            settings(pictures, part=part)
+
+
 def test_each_caption_is_encoded_once(pictures, capsys):
     stored = embed.embed(settings(pictures))
     assert len(stored) == 4

@@ -311,6 +311,27 @@ def test_no_run_directory_is_one_line_and_a_status(tmp_path, monkeypatch):
 # ---- recipes
 
 
+def test_a_full_disk_is_one_line_and_leaves_what_is_written(run, tmp_path, monkeypatch):
+    """It fills up with the second image."""
+    save, saved = outputs._save, []
+
+    def full(path, *arguments, **options):
+        if saved:
+            raise OSError(28, "No space left on device", str(path))
+        saved.append(path)
+        save(path, *arguments, **options)
+
+    monkeypatch.setattr(outputs, "_save", full)
+    monkeypatch.setattr(commands, "keep_writers_logs", list)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+    words = ("--checkpoint", run, "--prompt", "x", "--num-images-per-prompt", 2, "--steps", 1)
+    monkeypatch.setattr(sys, "argv", ["", *map(str, (*words, "--out", tmp_path))])
+    with pytest.raises(SystemExit, match="error: .*No space left on device: .*x-.*png"):
+        commands.run(text_to_image.main)
+    (path,) = tmp_path.iterdir()
+    assert [path] == [Path(one) for one in saved] and pixels(path).shape == (16, 16, 3)
+
+
 def test_from_image_repeats_it_to_the_bit(run, command, tmp_path):
     """Alone, an image of a batch; and it is refused by another cascade."""
     chosen = ("--guidance-schedule", "cosine", "--guidance-rescale", 0.5, "--negative-prompt", "y")

@@ -15,6 +15,7 @@ from PIL import Image
 
 from imagen_jax import Imagen, UnetConfig, checkpoint, nn, presets, sharding, text
 from imagen_jax.config import ImagenConfig, NullUnetConfig
+from imagen_jax.data import Opening
 from imagen_jax.interop.reference import import_imagen_pytorch
 from imagen_jax.pipeline import Pipeline
 from imagen_jax.text import Identity, read_beside, tokenizer
@@ -171,13 +172,18 @@ def test_the_file_beside_embeddings(tmp_path):
         (part / "0.tar").write_bytes(b"")
     one = Identity(name="t5", sha256="1" * 64)
     one.write(a)
-    for spec in (a, a / "0.tar", tmp_path / "*" / "*.tar"):
-        assert read_beside(spec) == one
-    assert read_beside(b) is None and read_beside("bundled") is None
+
+    def found(*specs) -> Identity | None:
+        return read_beside(Opening(data=tuple(map(str, specs))).folders)
+
+    for spec in (a, a / "0.tar", tmp_path / "*" / "*.tar", f"{tmp_path}/{{a,b}}/0.tar", f"{a}=0.7"):
+        assert found(spec) == one
+    assert found(b, f"{a}=2") == one
+    assert found(b) is None and found("bundled", "https://localhost/0.tar") is None
     dataclasses.replace(one, sha256="2" * 64).write(b)
     with pytest.raises(ValueError, match=f"is not the one of {a}/text_encoder.json"):
-        read_beside(tmp_path / "*" / "*.tar")
+        found(a, b)
     for junk in ("[]", "{", '{"name": 1, "sha256": ""}', '{"name": "x"}'):
         (a / "text_encoder.json").write_text(junk)
         with pytest.raises(ValueError, match="a/text_encoder.json must be"):
-            read_beside(a)
+            found(a)

@@ -151,6 +151,25 @@ def test_a_bug_keeps_its_traceback(monkeypatch, tmp_path):
     assert "cannot reshape array" in (tmp_path / "error.log").read_text()
 
 
+@pytest.mark.parametrize(
+    "message, line",
+    [
+        ("RESOURCE_EXHAUSTED: Out of memory", "error: the device's memory is full: a smaller"),
+        ("UNAVAILABLE: TPU 3\nis gone", "error: a device does not answer: UNAVAILABLE: TPU 3"),
+        ("INTERNAL: CUDA_ERROR_ECC_UNCORRECTABLE: x", "error: a device does not answer: INTERNAL"),
+    ],
+)
+def test_a_device_that_is_full_or_gone_is_one_line(monkeypatch, message, line):
+    monkeypatch.setattr(commands, "keep_writers_logs", list)
+
+    def main() -> None:
+        raise jax.errors.JaxRuntimeError(message)
+
+    with pytest.raises(SystemExit) as ended:
+        commands.run(main)
+    assert str(ended.value).startswith(line) and "\n" not in str(ended.value)
+
+
 def test_super_resolution_by_name(monkeypatch, tmp_path, capsys):
     file = support.settings(tmp_path).config
     run_main(
