@@ -4,7 +4,7 @@
 
 The cascade must have been trained on `--data scenes`, which never shows three kinds of captions:
 new pairs of colour and shape, new combinations of two objects and a relation, new counts. A fourth
-kind, `seen`, are combinations of the training set, placed anew. What is drawn is judged by
+kind, `seen`, are combinations of the training set in new places. What is drawn is judged by
 `imagen_jax.metrics.composition`, by fixed rules and without a network.
 """
 

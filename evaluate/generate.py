@@ -3,7 +3,7 @@
     python -m evaluate.generate --checkpoint RUN --prompts FILE --out DIR
 
 Prompt number i gives DIR/00000i.png and, beside it, its text in DIR/00000i.txt, from a seed of its
-own. What is there is not drawn again, so that the command, started again after any death, goes on.
+own. What is there is not drawn again, so the same command resumes after any interruption.
 An image depends on its prompt, the settings and its seed alone, not on the batch or the mesh (to
 rounding: one level of 255). DIR/generate.json has the settings; others are refused.
 """

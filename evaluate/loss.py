@@ -3,7 +3,7 @@
     python -m evaluate.loss --checkpoint RUN --data SRC
 
 The noise is the same for all runs, so that two of them differ by their weights alone: a number to
-compare runs with, long before their samples can be told apart. Losses at one noise level compare
+compare runs with, long before their samples look different. Losses at one noise level compare
 between runs of one objective; the mean over all levels only where the schedules are equal too.
 """
 

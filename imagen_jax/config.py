@@ -331,7 +331,7 @@ class ImagenConfig(Config):
 
     @property
     def encodes_blank_text(self) -> bool:
-        """Whether the empty text, encoded, stands for no text."""
+        """Whether a dropped text is replaced by the empty text's embedding."""
         return any(getattr(unet, "null_text", None) == "encoded" for unet in self.unets)
 
     def sampling_defaults(self, unet_number: int) -> SamplingDefaults:

@@ -48,8 +48,8 @@ class IFUnetConfig(Config):
     cond_on_text: bool = True
     max_text_len: int = IF_TEXT_LENGTH
     null_text: Literal["zeros", "encoded"] = "zeros"
-    """What stands for no text: zeros, as in the Imagen paper, or, as in DeepFloyd IF, the embedding
-    of the empty text."""
+    """What replaces a text that is dropped: zeros, as in the Imagen paper, or, as in DeepFloyd IF,
+    the embedding of the empty text."""
     activation: Literal["gelu", "silu"] = "gelu"
     """`gelu` with the error function, as IF; `silu` as the paper."""
     skip_scale: float = 1.0

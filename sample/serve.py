@@ -304,7 +304,7 @@ def make_ask(task: str, given: dict[str, Any], source: Any, drawing: Served) -> 
     elif task != "inpaint" and source is not None:
         image = serving.read_image(Path(source), channels)
     if given.get("seed") is None:
-        raise UserError("The seed is empty: give a whole number.")
+        raise UserError("The seed is empty: give an integer.")
     whole = {name: int(given.get(name) or 0) for name in ("seed", "count")}
     broken = {n: float(given[n] or 0) for n in ("cond_scale", "strength") if n in given}
     given |= whole | broken | {"stage": int(given.get("stage", numbers[-1]))}

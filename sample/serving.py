@@ -41,7 +41,7 @@ MOST_PIXELS = 50_000_000  # of an image that is sent
 MOST_WAITING = 20
 MOST_SHOWN = 200
 GUIDED = 1 + 1e-6
-"""Stands for guidance 1: exactly 1 is another program, which the slider must not compile."""
+"""In place of guidance 1: exactly 1 is another program, which the slider must not compile."""
 PREVIEW_PAUSE = 0.25  # seconds between two previews
 MOST_UPSCALED = 2**20  # pixels of an image that is upscaled
 OVERLAP, TILE_BATCH = 0.25, 8  # of the tiles in which it is

@@ -2,7 +2,7 @@
 the CPU, programs compiled quickly, float32 products in full precision, no network. Set before
 anything imports JAX.
 
-Tests of files that import torch, themselves or through `tests.parity` and its like, are marked
+Tests of files that import torch, themselves or through `tests.parity` and similar ones, are marked
 `torch`; with `-m "not torch"` these files are not read, so torch need not be installed.
 Tests marked `page` are deselected where gradio, playwright or a browser is missing.
 """

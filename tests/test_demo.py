@@ -1,4 +1,4 @@
-"""The demo: what it counts, and, run whole, that it learns what the README says."""
+"""The demo: what it counts, and, run to the end, that it learns what the README says."""
 
 import re
 import subprocess

@@ -54,7 +54,7 @@ MAY_IMPORT = {
     "config": LEAVES | {"diffusion", "stage"},
     "presets": {"config", "if_config"},
     "nn": LEAVES,
-    "text": LEAVES | {"nn", "config", "interop.torch_file"},
+    "text": LEAVES | {"nn", "config", "storage", "interop.torch_file"},
     "conditioning": LEAVES | {"diffusion", "nn"},
     "training": LEAVES | {"diffusion", "nn", "stage", "conditioning"},
     "tiled": LEAVES | {"nn"},

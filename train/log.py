@@ -32,9 +32,9 @@ UPLOAD_EVERY = 30.0  # seconds between uploads of metrics to an object store
 WARM_UP = 3  # steps before a profile: the first compiles, and its leftovers are done by then
 
 
-def announce(feed: Feed, run: epath.Path, settings: str, *, again: bool) -> None:
+def announce(feed: Feed, run: epath.Path, settings: str, *, resumed: bool) -> None:
     """Prints what is about to be trained, on what, where and how (`Settings.describe`); whether a
-    run goes on `again`."""
+    run is resumed."""
     stage = feed.stage
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(nn.abstract(stage.network)[1]))
     size = f"{show(stage.size)} pixels"
@@ -57,7 +57,7 @@ def announce(feed: Feed, run: epath.Path, settings: str, *, again: bool) -> None
             f"note: with so few held out, eval/heldout {weak}; --heldout-fraction {share:.2g} "
             f"keeps about {FEW}, or half of a small set."
         )
-    report_left_out(feed.left_out, run, stage.unet_number, again=again)
+    report_left_out(feed.left_out, run, stage.unet_number, resumed=resumed)
     if feed.encoder is not None and feed.encoder.is_demo:
         print(f"{text.DEMO_NOTE} --t5 google/t5-v1_1-base uses a real one.")
     if stage.condition_on_text and feed.text_encoder is None:
@@ -75,12 +75,12 @@ def report_left_out(
     run: epath.Path,
     unet_number: int,
     *,
-    again: bool,
+    resumed: bool,
     known: Set[str] = frozenset(),
 ) -> None:
     """Prints how many files and pictures are left out, by reason, except for those `known`, and
-    writes all of them to RUN/unetN-skipped.jsonl, below those that are there already if a run goes
-    on `again`. Of many processes only one does."""
+    writes all of them to RUN/unetN-skipped.jsonl, below those that are there already if a run is
+    `resumed`. Of many processes only one does."""
     reasons: dict[str, list[str]] = {}
     for name in sorted(left_out.keys() - known):
         reasons.setdefault(left_out[name].partition(":")[0], []).append(shown(name))
@@ -91,7 +91,7 @@ def report_left_out(
         json.dumps({"name": shown(name), "reason": shown(left_out[name])}, ensure_ascii=False)
         for name in sorted(left_out)
     ]
-    if again and path.exists():
+    if resumed and path.exists():
         lines = list(dict.fromkeys([*path.read_text().splitlines(), *lines]))
     storage.write_text(path, "\n".join(lines) + "\n")
     more = " more" if known else ""

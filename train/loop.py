@@ -57,7 +57,7 @@ def run(settings: Settings, unet_number: int, layout: Layout | None = None) -> b
         )
     record = settings.record() | {"pictures": len(feed.train), "content": feed.train.fingerprint()}
     with run_dir.metrics(watching, record) as metrics:
-        announce(feed, run_dir.path, settings.describe(), again=settings.resume)
+        announce(feed, run_dir.path, settings.describe(), resumed=settings.resume)
         announced = set(feed.left_out)
         start = run_dir.start(
             optimization,
@@ -212,12 +212,12 @@ def _report(
     for text in distributed.gather(json.dumps(found)):
         for name, reason in json.loads(text).items():
             feed.skip(name, reason)
-    report_left_out(feed.left_out, run.path, run.stage.unet_number, again=True, known=announced)
+    report_left_out(feed.left_out, run.path, run.stage.unet_number, resumed=True, known=announced)
     if stopped_by is None:
         print(f"U-Net {run.stage.unet_number} is at step {step}, saved in {run.path}.")
         return True
     where = f"stopped after step {step}, saved in {run.path}"
     if step == 0:
         where = "stopped before the first step, nothing to save"
-    print(f"{stopped_by}: {where}. Go on with the same command and --resume.")
+    print(f"{stopped_by}: {where}. Continue with the same command and --resume.")
     return False

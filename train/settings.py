@@ -44,7 +44,7 @@ class Run:
     init_from: Path | None = None
     """Run directory whose weights (the average, where kept) to start from, optimiser fresh."""
     continue_from: Path | None = None
-    """Run directory that another one goes on from, the optimiser's state and the step with it: with
+    """Run directory to continue from, the optimiser's state and the step with it: with
     more pictures, another batch size or rate. Each change is printed."""
     steps: int = 100_000
     """Steps in all, those before a resume included."""

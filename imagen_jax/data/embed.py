@@ -4,7 +4,7 @@
     python -m train.base --data SRC --embeddings DIR
 
 The encoder is most of a small step and 39 % of a paper-sized one. Equal captions are stored once.
-The same command goes on after an interruption, and adds the captions that a set has gained since.
+The same command resumes after an interruption, and adds the captions that a set has gained since.
 Several machines share the work where DIR is on a disk that all of them see: started once on each,
 with --part 0/4 to --part 3/4.
 """

@@ -1,38 +1,34 @@
 """Batches from a source: decoded, cropped, shuffled, in an order that is a function of the step.
 
-Batch k holds the records order[k·b], ..., order[k·b + b - 1] of an endless order in which every
-epoch is another permutation, fixed by the seed. Nothing else enters, so the position is one
-integer, the number of threads or worker processes changes nothing, and one process of many reads
-its `rows` of the same global batch. A record that cannot be used is replaced by the next
-usable one *of the source*, which keeps batch k a function of k.
+Which records batch k has is a function of k (order.py), so the position is one integer, the number
+of threads or worker processes changes nothing, and one process of many reads its `rows` of the same
+global batch. A record that cannot be used is replaced by the next usable one *of the source*, which
+keeps batch k a function of k.
 """
 
-import functools
-import hashlib
 import logging
 import math
 import pickle
-import struct
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import grain.python as grain
 import ml_dtypes
 import numpy as np
-from jaxtyping import Float, Int, Int32, UInt8
+from jaxtyping import Float, Int32, UInt8
 
 from imagen_jax.data.embeddings import Embeddings
 from imagen_jax.data.images import TooSmall, decode
+from imagen_jax.data.order import Crop, Draw, Draws, Order
 from imagen_jax.data.records import NoCaption, Source
 from imagen_jax.errors import UserError
 from imagen_jax.types import AnyArray, Size, pair
 
 logger = logging.getLogger(__name__)
 
-Crop = Literal["center", "random"]
 FEW_DAMAGED = 10  # records that never end a run
 NAMED = 3  # damaged records that a message names
 
@@ -48,14 +44,6 @@ class Why(NamedTuple):
 
 
 Skipped = dict[str, Why]  # by the key of the record
-
-
-class Draw(NamedTuple):
-    """What is drawn for a position of the order."""
-
-    mirror: bool
-    caption: float  # in [0, 1): which of several
-    crop: tuple[float, float] | None  # in [0, 1): where between top and bottom, left and right
 
 
 class Example(NamedTuple):
@@ -119,104 +107,13 @@ def make_batches(
     cache = {} if fits and not workers and crop == "center" else None
     wants_caption = not source.has_embeds and (tokenize is not None or embeddings is not None)
     pictures = _Pictures(source, channels, wants_caption, upsample, embeddings, cache)
-    order = _Order.of(source, sizes, batch_size, seed, shuffle)
+    order = Order.of(source, sizes, batch_size, seed, shuffle)
     pictures.usable(*order.first)  # a source without a usable image fails here, not in a thread
-    draws = _Draws(seed, flip, crop)
+    draws = Draws(seed, flip, crop)
     steps = _Steps(pictures, order, draws, batch_size, rows, start_step, workers > 0)
     iterator = _prefetch(grain.MapDataset.source(steps), threads, workers)
     damage = _Damage(source.name, max_damaged, len(source), len(rows))
     return Batches(iterator, tokenize, text_len, on_skip or _warn, damage)
-
-
-@dataclass(frozen=True)
-class _Order:
-    """Which records a step has, and at which size: a function of the step."""
-
-    sizes: Sequence[Size]
-    rows: Sequence[np.ndarray | None]  # of each size; None: all
-    steps: grain.MapDataset | None  # the number of a size, where there are several
-    records: Sequence[grain.MapDataset]  # of each size
-    batch_size: int
-
-    @classmethod
-    def of(
-        cls, source: Source, sizes: Sequence[Size], batch_size: int, seed: int, shuffle: bool
-    ) -> "_Order":
-        if len(sizes) == 1:
-            return cls(sizes, [None], None, [_endless(source, seed, shuffle)], batch_size)
-        nearest = nearest_buckets(source, sizes)
-        rows = [np.flatnonzero(nearest == i) for i in range(len(sizes))]
-        sizes, rows = zip(
-            *((s, r) for s, r in zip(sizes, rows, strict=True) if len(r)), strict=True
-        )
-        records = [
-            _endless(replace(source, rows=source.rows[own]), (seed + i) % 2**32, shuffle)
-            for i, own in enumerate(rows)
-        ]
-        # In each, the position counts its own steps: their numbers and sizes alternate by share.
-        counted = [
-            grain.MapDataset.range(2**40).map(functools.partial(_numbered, i))
-            for i in range(len(rows))
-        ]
-        steps = grain.MapDataset.mix(counted, [float(len(own)) for own in rows])
-        return cls(sizes, rows, steps, records, batch_size)
-
-    @property
-    def first(self) -> tuple[int, Size]:
-        """The first record of the first size that has one, and this size."""
-        rows = self.rows[0]
-        return (0 if rows is None else int(rows[0])), self.sizes[0]
-
-    def __call__(self, step: int) -> tuple[Size, Callable[[int], int]]:
-        """The size of a step, and the record of each of its rows."""
-        number, own = (0, step) if self.steps is None else self.steps[step]
-        order, rows = self.records[number], self.rows[number]
-        first = own * self.batch_size
-
-        def record(row: int) -> int:
-            i = order[first + row]
-            return int(i if rows is None else rows[i])
-
-        return self.sizes[number], record
-
-
-def _numbered(number: int, step: int) -> tuple[int, int]:
-    return number, step
-
-
-def _endless(source: Source, seed: int, shuffle: bool) -> grain.MapDataset:
-    """Which record is at a position of the endless order; of a mixture each part has its own."""
-
-    def endless(rows: grain.MapDataset, seed: int) -> grain.MapDataset:
-        order = rows.seed(seed)
-        return (order.shuffle() if shuffle else order).repeat()
-
-    if source.parts is None:
-        return endless(grain.MapDataset.range(len(source)), seed)
-    own = source.parts[source.rows]
-    parts = {part: np.flatnonzero(own == part) for part in range(len(source.weights))}
-    parts = {part: rows for part, rows in parts.items() if len(rows)}
-    return grain.MapDataset.mix(
-        [
-            endless(grain.MapDataset.source(rows), (seed + part) % 2**32)
-            for part, rows in parts.items()
-        ],
-        [source.weights[part] for part in parts],
-    )
-
-
-def nearest_buckets(source: Source, sizes: Sequence[Size]) -> Int[np.ndarray, "n"]:
-    """For each record the size of the nearest aspect ratio, in logarithms; the first for a record
-    whose own is not known."""
-    wanted = np.log([height / width for height, width in sizes])
-    nearest = np.zeros(len(source), int)
-    for i in range(len(source)):
-        try:
-            height, width = source.size(i)
-        except UserError:
-            continue
-        nearest[i] = np.abs(wanted - np.log(height / width)).argmin()
-    return nearest
 
 
 def _check(
@@ -379,27 +276,12 @@ class _Pictures:
 
 
 @dataclass(frozen=True)
-class _Draws:
-    """What is drawn for a position: a function of the seed alone, the same in a resumed run."""
-
-    seed: int
-    flip: bool
-    crop: Crop
-
-    def __call__(self, position: int) -> Draw:
-        digest = hashlib.blake2b(b"%d %d" % (self.seed, position), digest_size=16).digest()
-        mirror, caption, *crop = (x / 2**32 for x in struct.unpack("<4I", digest))
-        where = None if self.crop == "center" else tuple(crop)
-        return Draw(self.flip and mirror < 0.5, caption, where)
-
-
-@dataclass(frozen=True)
 class _Steps:
     """The batches as a random-access sequence, which is what grain reads ahead in."""
 
     pictures: _Pictures
-    order: _Order
-    draws: _Draws
+    order: Order
+    draws: Draws
     batch_size: int
     rows: Sequence[int]
     start_step: int

@@ -46,7 +46,7 @@ from imagen_jax.types import PRNGKey
 Betas = Literal["squaredcos_cap_v2", "linear"]
 
 LOG_SNR_OF_DATA = 40.0
-"""Stands for infinity at the position -1."""
+"""In place of infinity, at the position -1."""
 
 PRESETS: dict[str, tuple[int, ...]] = {
     "fast27": (10, 10, 3, 2, 2),

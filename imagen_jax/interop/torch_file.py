@@ -18,7 +18,7 @@ def read_torch_file(path: str | os.PathLike) -> Any:
     """What the file holds, dictionaries and lists kept, each tensor a numpy array.
 
     The arrays are views of the file (mapped into memory), so that reading one costs one and not
-    the whole. bfloat16 comes as `ml_dtypes.bfloat16`. Nothing in the file is executed: only
+    all. bfloat16 comes as `ml_dtypes.bfloat16`. Nothing in the file is executed: only
     tensors and plain containers are read.
 
     Raises ValueError if torch is missing, or if the file is damaged or holds more than that.

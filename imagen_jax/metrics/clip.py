@@ -124,7 +124,7 @@ class TextEmbeddings(nnx.Module):
 
 
 class TextModel(nnx.Module):
-    """Tokens see those before them; the state of the first end token stands for the text."""
+    """Tokens see those before them; the state of the first end token represents the text."""
 
     def __init__(self, config: TowerConfig, *, rngs: nnx.Rngs):
         self.embeddings = TextEmbeddings(config, rngs=rngs)
@@ -165,7 +165,7 @@ class VisionEmbeddings(nnx.Module):
 
 
 class VisionModel(nnx.Module):
-    """The state of a learned first token stands for the image."""
+    """The state of a learned first token represents the image."""
 
     def __init__(self, config: TowerConfig, *, rngs: nnx.Rngs):
         self.embeddings = VisionEmbeddings(config, rngs=rngs)

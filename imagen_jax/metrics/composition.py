@@ -8,7 +8,7 @@ squared error. An object is a connected region of which that colour covers more 
 in its holes is looked at in the same way, with the object's colour as the background. Then shapes:
 an object has the one of the five which, drawn with the same centre and area, overlaps it most (the
 intersection over union of how much of each pixel is covered). An object that resembles none of them
-has no shape. Reliable from 32 pixels on; at 16 small stars and crosses are not told apart.
+has no shape. Reliable from 32 pixels on; at 16 small stars and crosses look alike.
 """
 
 import functools

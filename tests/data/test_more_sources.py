@@ -398,6 +398,9 @@ def test_a_mixture_has_its_shares(tmp_path):
     assert 0.72 < share < 0.78
     with make_batches(train, start_step=7, **settings) as batches:
         np.testing.assert_array_equal(next(batches)["images"][:, 0, 0, 0], seen[7])
+    for rows in (range(5), range(5, 16)):  # of two processes
+        with make_batches(train, start_step=7, rows=rows, **settings) as batches:
+            np.testing.assert_array_equal(next(batches)["images"][:, 0, 0, 0], seen[7][rows])
     first = np.concatenate(seen[:3])
     a_keys = int((~alone.heldout).sum())
     values = [v for v in np.concatenate(seen) if v < 100][:a_keys]
@@ -561,6 +564,12 @@ def test_crops_upsampling_and_buckets(tmp_path):
             source, image_size=8, buckets=buckets, upsample=True, start_step=step, **settings
         ) as batches:
             np.testing.assert_array_equal(next(batches)["images"], seen[step])
+        for rows in (range(1), range(1, 4)):  # of two processes
+            with make_batches(
+                source, image_size=8, buckets=buckets, upsample=True, start_step=step, rows=rows,
+                **settings,
+            ) as batches:  # fmt: skip
+                np.testing.assert_array_equal(next(batches)["images"], seen[step][rows])
     wide = source.take(2)
     moving = {}
     for crop in ("center", "random"):

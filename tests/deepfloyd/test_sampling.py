@@ -148,7 +148,7 @@ def test_image_to_image_draws_what_diffusers_draws(noises):
 
 @pytest.mark.parametrize("strength", [1.0, 0.7])
 def test_inpainting_draws_what_diffusers_draws(noises, strength):
-    """The known part stays clean, and what is drawn anew starts from the noisy image."""
+    """The known part stays clean, and what is drawn again starts from the noisy image."""
     unet, schedule = networks.networks()[0], networks.scheduler(0)
     pipe = diffusers.IFInpaintingPipeline(
         unet=unet, scheduler=schedule, requires_safety_checker=False, **EMPTY

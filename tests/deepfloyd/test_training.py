@@ -103,6 +103,7 @@ def test_dropped_text(null):
     np.testing.assert_allclose(imagen.loss(images, key=key, draws=kept, **given), lost, rtol=1e-5)
 
 
+@pytest.mark.long
 def test_a_small_one_learns(tmp_path, monkeypatch):
     """By `train.base`, with a learned variance and the empty text for none."""
     path = tmp_path / "config.json"

@@ -20,22 +20,22 @@ SEED = 3  # see `parity.reference_unet`: other seeds may draw badly conditioned 
 
 def interop(*arguments: Any) -> str:
     """What `python -m imagen_jax.interop ARGUMENTS` prints; the command runs in this process."""
-    told = io.StringIO()
+    printed = io.StringIO()
     with (
         mock.patch.object(sys, "argv", ["imagen_jax.interop", *map(str, arguments)]),
-        contextlib.redirect_stdout(told),
+        contextlib.redirect_stdout(printed),
     ):
         main()
-    return told.getvalue()
+    return printed.getvalue()
 
 
 @contextlib.contextmanager
 def lenient() -> Iterator[io.StringIO]:
     """The reference's warnings (its config classes use pydantic's old names) are no errors here;
     gives what it prints."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()) as told:
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()) as printed:
         warnings.simplefilter("ignore")
-        yield told
+        yield printed
 
 
 def create(

@@ -174,8 +174,8 @@ def test_json_has_the_defaults_of_the_config_classes(kind):
     with lenient():
         params = theirs(**given).model_dump()
     ours = configuration.to_ours(given, kind, ["rms"])
-    told = configuration.to_ours(params, kind, ["rms"])
-    assert ours == told
+    printed = configuration.to_ours(params, kind, ["rms"])
+    assert ours == printed
     assert ours.cond_drop_prob == 0.5
     assert (ours.unets[0].attn_dim_head, ours.unets[0].attn_heads) == (32, 16)
     plain = ImagenConfig.from_dict(given)
@@ -202,8 +202,8 @@ def clis(tmp_path_factory) -> Path:
 
 def test_the_clis_configuration_completes_a_state_dict(clis, tmp_path):
     arguments = (clis / "imagen.pt", tmp_path / "out", "--config", clis / "imagen_config.json")
-    told = interop("from-torch", *arguments)
-    assert "3 U-Nets (8 -> 16 -> 32 pixels)" in told and "weights online" in told
+    printed = interop("from-torch", *arguments)
+    assert "3 U-Nets (8 -> 16 -> 32 pixels)" in printed and "weights online" in printed
     config = checkpoint.read_config(tmp_path / "out")
     assert (config.text_embed_dim, config.text_encoder_name) == (1024, "google/t5-v1_1-large")
     assert (config.timesteps, config.cond_drop_prob) == ((1024, 512, 512), 0.1)

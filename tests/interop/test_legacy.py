@@ -63,21 +63,21 @@ def converted(legacy) -> tuple[Path, str]:
 
 
 def test_it_converts_and_gives_the_forward_of_its_version(converted):
-    run, told = converted
+    run, printed = converted
     config = checkpoint.read_config(run)
     assert [unet.norm for unet in config.unets] == ["group", "group"]
     assert config == CASCADE
     for which in ("ema", "online"):
-        assert f"verify (a), {which}: all" in told
+        assert f"verify (a), {which}: all" in printed
         for number in (1, 2):
-            assert f"verify (b), {which}, U-Net {number}: " in told
+            assert f"verify (b), {which}, U-Net {number}: " in printed
             assert checkpoint.latest_step(run, number) == 10 + number
-    assert "optimiser's state is not converted" in told
+    assert "optimiser's state is not converted" in printed
 
 
 def test_it_goes_back_bit_for_bit_and_says_that_2x_cannot_load_it(legacy, converted, tmp_path):
-    told = interop("to-torch", converted[0], tmp_path / "back.pt", "--verify")
-    assert "2.x loads them in part and without an error. Load the file with 1.26." in told
+    printed = interop("to-torch", converted[0], tmp_path / "back.pt", "--verify")
+    assert "2.x loads them in part and without an error. Load the file with 1.26." in printed
     back, original = read(tmp_path / "back.pt"), read(legacy)
     assert_same_tensors(back, original)
     for name in ("version", "imagen_type", "imagen_params"):
@@ -91,9 +91,9 @@ def test_2x_itself_loads_it_only_in_part(legacy):
     with lenient():
         trainer = make_trainer(create(original["imagen_params"]))
     before = {name: tensor.clone() for name, tensor in trainer.imagen.state_dict().items()}
-    with lenient() as told, contextlib.redirect_stderr(io.StringIO()):
+    with lenient() as printed, contextlib.redirect_stderr(io.StringIO()):
         trainer.load(str(legacy), only_model=True)
-    assert "Failed loading state dict. Trying partial load" in told.getvalue()
+    assert "Failed loading state dict. Trying partial load" in printed.getvalue()
     untouched = 0
     for name, tensor in trainer.imagen.state_dict().items():
         if name in original["model"]:

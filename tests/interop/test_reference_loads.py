@@ -111,19 +111,19 @@ def assert_holds(unet: torch.nn.Module, state: dict[str, np.ndarray]) -> None:
 
 @contextlib.contextmanager
 def loading():
-    """The reference prints and goes on where it should fail."""
-    with support.lenient() as told:
-        yield told
+    """The reference prints and continues where it should fail."""
+    with support.lenient() as printed:
+        yield printed
     for failure in FAILURES:
-        assert failure not in told.getvalue()
+        assert failure not in printed.getvalue()
 
 
 @pytest.mark.parametrize("which", ["ema", "online"])
 def test_load_imagen_from_checkpoint_samples_the_same_picture(run, file, pictures, which):
     load = import_imagen_pytorch().load_imagen_from_checkpoint
-    with loading() as told:
+    with loading() as printed:
         imagen = load(file, load_ema_if_available=which == "ema")
-    assert told.getvalue().startswith("loaded EMA" if which == "ema" else "loading non-EMA")
+    assert printed.getvalue().startswith("loaded EMA" if which == "ema" else "loading non-EMA")
     for unet, state in zip(imagen.unets, states_of(run, which), strict=True):
         assert_holds(unet, state)
     np.testing.assert_allclose(reference_picture(imagen), pictures[which], rtol=0, atol=1e-3)
@@ -137,10 +137,10 @@ def trainer(file) -> Any:
         support.create(support.read(file)["imagen_params"], seed=support.SEED + 50)
     )
     trainer.verbose = True
-    with loading() as told:
+    with loading() as printed:
         trainer.load(str(file), strict=True)
     trainer.verbose = False
-    assert "checkpoint loaded from" in told.getvalue()
+    assert "checkpoint loaded from" in printed.getvalue()
     return trainer
 
 

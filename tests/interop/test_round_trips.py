@@ -198,16 +198,16 @@ def test_the_cases_use_every_field():
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_round_trip(case, tmp_path):
     source, *config = write(case, tmp_path)
-    told = support.interop("from-torch", source, tmp_path / "run", *config, "--verify")
-    assert_verified(told, case)
-    assert ("lowres_conditioning" in told) == case.elucidated
+    printed = support.interop("from-torch", source, tmp_path / "run", *config, "--verify")
+    assert_verified(printed, case)
+    assert ("lowres_conditioning" in printed) == case.elucidated
     run = RunDir.open(tmp_path / "run")
     assert run.config == case.config
     assert run.steps == dict(enumerate(case.steps, 1))
 
-    told = support.interop("to-torch", tmp_path / "run", tmp_path / "back.pt", "--verify")
-    assert_verified(told, case)
-    assert told.count("optimiser's state is not converted") == 1
+    printed = support.interop("to-torch", tmp_path / "run", tmp_path / "back.pt", "--verify")
+    assert_verified(printed, case)
+    assert printed.count("optimiser's state is not converted") == 1
     want, got = support.read(source), support.read(tmp_path / "back.pt")
     assert_same_file(got, want, case)
     assert_the_reference_builds(got, case)
@@ -251,12 +251,12 @@ def write(case: Case, folder: Path) -> tuple[Any, ...]:
     return file, "--config", config
 
 
-def assert_verified(told: str, case: Case) -> None:
+def assert_verified(printed: str, case: Case) -> None:
     """(a) and (b) ran, for every U-Net and all the weights there are."""
     for which in case.weights:
-        assert f"verify (a), {which}: all " in told
+        assert f"verify (a), {which}: all " in printed
         for number, name in enumerate(case.unets, 1):
-            assert (f"verify (b), {which}, U-Net {number}: " in told) == (name != NULL)
+            assert (f"verify (b), {which}, U-Net {number}: " in printed) == (name != NULL)
 
 
 def assert_same_file(got: dict, want: dict, case: Case) -> None:
@@ -387,9 +387,9 @@ def test_without_imagen_pytorch_the_table_is_proved_and_the_forward_is_not(tmp_p
     file = states.saved(tmp_path / "imagen.pt", states.trainers_file())
     monkeypatch.setitem(sys.modules, "imagen_pytorch", None)
     reference.import_imagen_pytorch.cache_clear()
-    told = support.interop("from-torch", file, tmp_path / "run", "--verify")
-    told += support.interop("verify", file, tmp_path / "run")
+    printed = support.interop("from-torch", file, tmp_path / "run", "--verify")
+    printed += support.interop("verify", file, tmp_path / "run")
     reference.import_imagen_pytorch.cache_clear()
-    assert told.count("verify (a), online: all ") == 2
-    assert told.count("verify (b) did not run: imagen-pytorch cannot be imported") == 2
-    assert "make test-env" in told and "verify (b), " not in told
+    assert printed.count("verify (a), online: all ") == 2
+    assert printed.count("verify (b) did not run: imagen-pytorch cannot be imported") == 2
+    assert "make test-env" in printed and "verify (b), " not in printed

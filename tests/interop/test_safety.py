@@ -402,7 +402,7 @@ def array_truncated(run: Path) -> None:
 
 
 def array_missing(run: Path) -> None:
-    """Stores of arrays take a chunk that is not there for zeros, unless told otherwise."""
+    """Stores of arrays take a chunk that is not there for zeros, unless printed otherwise."""
     max((run / "unet2").rglob("[0-9].*"), key=lambda path: path.stat().st_size).unlink()
 
 

@@ -36,7 +36,7 @@ def test_the_losses_are_the_same(tmp_path, dtype, tolerance):
     )
     np.testing.assert_allclose(losses(settings), online, rtol=tolerance)
     assert len(list((settings.run / "samples").glob("unet1-*4.png"))) == 1
-    # A run may go on with the encoder itself, which is the same one.
+    # A run may continue with the encoder itself, which is the same one.
     assert loop.run(dataclasses.replace(settings, embeddings=None, steps=5, resume=True), 1)
 
 

@@ -108,7 +108,7 @@ def test_lines_are_means_of_the_same_steps(tmp_path):
 def test_what_a_signal_kept_from_being_looked_at_is_made_up_for(
     straight, tmp_path, monkeypatch, capsys, during
 ):
-    """A signal is heard in the middle of it; the run that goes on leaves what it would have."""
+    """A signal is heard in the middle of it; the resumed run leaves what it would have."""
     settings = support.settings(tmp_path, sample_every=4, sample_steps=2, save_every=3)
     if during == "evaluation":
         embed = Feed.evaluation
