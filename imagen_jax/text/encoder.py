@@ -147,7 +147,7 @@ def encode_or_absent(
 def empty_text(
     encoder: TextEncoder, count: int, length: int, layout: Layout
 ) -> Float[Array, "b l d"]:
-    """The embeddings of the empty text as `count` rows of a batch, which replace dropped texts where
+    """The embeddings of the empty text as `count` rows of a batch, for dropped texts where
     `ImagenConfig.encodes_blank_text`. Encoded once."""
     one, _ = encoder([""], length=length)
     rows = len(layout.own_rows(count))
