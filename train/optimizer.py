@@ -52,7 +52,8 @@ def make_optimizer(settings: Optimization) -> optax.GradientTransformation:
 def matrices(params: PyTree) -> PyTree:
     """How Muon sees each kernel between two hidden layers: input rows, output columns.
 
-    Adam steps all others: gains, biases, tables, and the first and the last convolution.
+    Adam (in Nesterov's form, as Muon) steps the rest: gains, biases, tables, and the first and the
+    last convolution.
     """
 
     def matrix(path, x):

@@ -90,9 +90,11 @@ class Opening:
 
     @property
     def folders(self) -> list[str]:
-        """Where the files that `data` names are, sets of other libraries aside."""
+        """Where the files that `data` names are, addresses and sets of other libraries aside."""
         found: dict[str, None] = {}
         for name, _ in map(_weighted, self.data):
+            if name.startswith("http"):
+                continue
             paths = [name] if is_remote(name) or Path(name).exists() else files.matching(name)
             for path in paths:
                 is_file = Path(path).is_file() or path.endswith(".tar")

@@ -131,7 +131,7 @@ def test_muon_makes_hidden_kernels_orthogonal():
         is_leaf=lambda x: isinstance(x, tuple),
     )  # fmt: skip
     settings = Settings(optimizer="muon", lr=0.1, max_grad_norm=None)
-    optimizer, adam = make_optimizer(settings), optax.adam(0.1, b1=0.9, b2=0.99)
+    optimizer, adam = make_optimizer(settings), optax.adam(0.1, b1=0.9, b2=0.99, nesterov=True)
     moved, state = optimizer.update(params, optimizer.init(params), params)
     wanted = adam.update(params, adam.init(params))[0]
     directions = np.linalg.svd(moved["down"]["kernel"].reshape(72, 16), compute_uv=False)
