@@ -15,12 +15,21 @@ OPTIONS = {
     # bytes. With it the paper-sized base sends 13.8 GB a step on v5e:16x16, without it 15.9.
     "tpu": {"xla_tpu_prefer_async_allgather_to_allreduce": "true"},
 }
+SAMPLING_OPTIONS = {
+    # Of few rows libtpu makes more, cutting each image into strips before every convolution and
+    # joining them after it: twice the memory of the 256 -> 1024 stage (benchmarks/README.md).
+    "tpu": {
+        "xla_tpu_run_space_to_batch": "false",
+        "xla_tpu_run_space_to_batch_on_new_platforms": "false",
+    },
+}
 
 
 @functools.cache
-def compiler_options(device: jax.Device) -> dict[str, Any] | None:
-    """They are experimental: a compiler that does not know them goes without."""
-    options = OPTIONS.get(device.platform)
+def compiler_options(device: jax.Device, *, sampling: bool = False) -> dict[str, Any] | None:
+    """Options of a training step, or of denoising steps. They are experimental: a compiler that
+    does not know them goes without."""
+    options = (SAMPLING_OPTIONS if sampling else OPTIONS).get(device.platform)
     if options is None:
         return None
     one = jax.ShapeDtypeStruct((), jnp.float32, sharding=SingleDeviceSharding(device))

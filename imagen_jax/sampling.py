@@ -22,6 +22,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from imagen_jax import nn
+from imagen_jax.compiling import compiler_options
 from imagen_jax.conditioning import Condition, Conditioning, Guided
 from imagen_jax.diffusion import samplers
 from imagen_jax.diffusion.guidance import Guidance
@@ -205,7 +206,6 @@ def _pairs(given: Given) -> tuple[TextEmbeds, TextMask, Bool[Array, "b2"]]:
     return pairs(embeds, against), pairs(masks, against_masks), pairs(has_text, keep)
 
 
-@functools.partial(jax.jit, static_argnames="program", donate_argnames="state")
 def advance(
     params: Params,
     state: samplers.State,
@@ -238,6 +238,19 @@ def advance(
         self_cond=stage.network.self_cond,
         inpaint=inpaint,
         variance=program.inpaint_variance,
+    )
+
+
+def compiled_advance(device: jax.Device) -> Callable[..., samplers.State]:
+    """`advance`, compiled for such devices; it donates the state."""
+    options = compiler_options(device, sampling=True) or {}
+    return _compiled_advance(tuple(options.items()))
+
+
+@functools.cache
+def _compiled_advance(options: tuple[tuple[str, str], ...]) -> Callable[..., samplers.State]:
+    return jax.jit(
+        advance, static_argnames="program", donate_argnames="state", compiler_options=dict(options)
     )
 
 
@@ -287,19 +300,20 @@ def sample_stage(
             params, given, randomness, grid, program=program, batch_size=batch_size
         )
         stride = math.ceil(total / SLICES) if on_step is None else 1
+        step = compiled_advance(next(iter(state.x.devices())))
         for first in range(0, total, stride):
             last = min(first + stride, total)
             if progress is not None:
                 progress(number, first, total)
             bounds = np.int32(first), np.int32(last)
-            state = advance(
+            state = step(
                 params, state, conditioning, inpaint, numbers, grid, *bounds, randomness,
                 program=program,
             )  # fmt: skip
             if progress is not None:
                 jax.block_until_ready(state)
             if on_step is not None:
-                # A copy, since `advance` donates the state.
+                # A copy, since the program donates the state.
                 on_step(number, last, total, jnp.copy(program.stage.unnormalize(state.x0)))
         if progress is not None:
             progress(number, total, total)

@@ -20,11 +20,13 @@ def compiled(fn):
 
 @pytest.fixture(autouse=True)
 def optimised_sampling(monkeypatch):
-    static = dict(start=("program", "batch_size"), advance="program", finish="program")
+    static = dict(start=("program", "batch_size"), finish="program")
     for name, names in static.items():
         fn = getattr(sampling, name).__wrapped__
         fn = jax.jit(fn, static_argnames=names, compiler_options=OPTIMISED)
         monkeypatch.setattr(sampling, name, fn)
+    advance = jax.jit(sampling.advance, static_argnames="program", compiler_options=OPTIMISED)
+    monkeypatch.setattr(sampling, "compiled_advance", lambda _: advance)
 
 
 def ours(case: record.Case) -> np.ndarray:

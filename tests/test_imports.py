@@ -58,7 +58,7 @@ MAY_IMPORT = {
     "conditioning": LEAVES | {"diffusion", "nn"},
     "training": LEAVES | {"diffusion", "nn", "stage", "conditioning"},
     "tiled": LEAVES | {"nn"},
-    "sampling": LEAVES | {"diffusion", "nn", "stage", "conditioning", "tiled"},
+    "sampling": LEAVES | {"compiling", "diffusion", "nn", "stage", "conditioning", "tiled"},
     "cascade": MODEL | {"nn", "training", "sampling"},
     "imagen": MODEL | {"nn", "text", "training", "sampling", "cascade"},
     "storage": set(),

@@ -111,7 +111,7 @@ def sampling_step(stage: Stage, batch_size: int, dtype: DTypeLike, layout: Layou
     options = samplers.Options(*[scalar] * len(samplers.Options()))
     numbers = sampling.Numbers(Guidance(scalar, scalar), scalar, scalar, options)
     with layout.use():
-        traced = sampling.advance.trace(
+        traced = sampling.compiled_advance(layout.mesh.devices.flat[0]).trace(
             params, state, conditioning, inpaint, numbers, grid, bound, bound, randomness,
             program=program,
         )  # fmt: skip
