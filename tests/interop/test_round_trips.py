@@ -171,6 +171,8 @@ CASES = [
     ),
 ]
 
+LONG = ("unconditional", "super-resolution only", "the config of the CLI")
+
 
 @pytest.fixture(autouse=True)
 def ignored_fields_were_warned_of():
@@ -195,7 +197,13 @@ def test_the_cases_use_every_field():
         assert {getattr(value, field.name) for value in elucidated} - {field.default}, field.name
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.name, marks=[pytest.mark.long] * (case.name in LONG))
+        for case in CASES
+    ],
+)
 def test_round_trip(case, tmp_path):
     source, *config = write(case, tmp_path)
     printed = support.interop("from-torch", source, tmp_path / "run", *config, "--verify")
