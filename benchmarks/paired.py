@@ -26,6 +26,7 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
+from tqdm import tqdm
 
 import commands
 
@@ -82,7 +83,7 @@ def apart_by_draws(args: argparse.Namespace, seed: int) -> dict[str, dict[str, f
     ours = Ours(args.objective, args.steps)
     theirs = Theirs(args.objective, seed, ours.rate)
     ours.load(theirs.state())
-    for batch in batches(seed, args.steps):
+    for batch in tqdm(batches(seed, args.steps), f"seed {seed}", args.steps, mininterval=10):
         own = {name: batch[name] for name in ("images", "text_embeds", "text_masks")}
         ours.step(own | {"seed": np.uint32(seed)})
         theirs.step(own)
