@@ -30,9 +30,8 @@ def learning_rate(settings: Optimization) -> optax.Schedule:
 def make_optimizer(settings: Optimization) -> optax.GradientTransformation:
     """Clipping, then Adam, Adafactor with factored second moments, or Muon."""
     lr = learning_rate(settings)
-    adam = dict(b1=settings.beta1, b2=settings.beta2, eps=settings.eps)
     if settings.optimizer == "adam":
-        optimizer = optax.adam(lr, **adam)
+        optimizer = optax.adam(lr, b1=settings.beta1, b2=settings.beta2, eps=settings.eps)
     elif settings.optimizer == "muon":
         optimizer = optax.contrib.muon(
             lr, adam_b1=settings.beta1, adam_b2=settings.beta2, eps=settings.eps,
