@@ -42,7 +42,7 @@ UNET = dict(
     text_embed_dim=128,
 )
 SIZE, BATCH, LR, EVERY = 16, 8, 1e-3, 10
-HELDOUT, DRAWN = 1024, 1000  # scenes whose loss is measured, and that are drawn
+HELDOUT, DRAWN = 1024, 300  # scenes whose loss is measured, and that are drawn
 UNSEEN = 10**6  # the first batch that is not trained on
 
 
