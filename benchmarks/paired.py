@@ -1,7 +1,7 @@
 """imagen-pytorch and this project, trained on the same: weights, batches, noise, optimiser.
 
     python -m benchmarks.paired                  # 100 steps on the CPU, a few minutes
-    python -m benchmarks.paired --own-draws 0 1 2 --steps 1500 --inception FILE    # half an hour
+    python -m benchmarks.paired --own-draws 0 1 2 --steps 1500 --inception FILE    # hours
 
 Both start from the weights that imagen-pytorch drew, take the same scenes in the same order, are
 given the same noise levels, noise and dropped captions, and step with Adam at one rate. Prints the

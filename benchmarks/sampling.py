@@ -39,13 +39,12 @@ def main() -> None:
     parser.add_argument("--original-steps", type=int, default=250, help="beside our default")
     parser.add_argument("--paper", action="store_true", help="the paper-sized cascade, ours alone")
     parser.add_argument("--preset", default="imagen", help="another cascade for --paper, as tiny")
-    parser.add_argument("--cond-scale", type=float, help="of every stage in --paper, not 3, 1, 1")
     parser.add_argument("--side", choices=("jax", "torch"), help=argparse.SUPPRESS)
     parser.add_argument("--weights", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     commands.keep_memory()
     if args.paper:
-        print(paper(args.preset, args.original_steps, args.cond_scale))
+        print(paper(args.preset, args.original_steps))
     elif args.side:
         run = {"jax": run_jax, "torch": run_torch}[args.side]
         print(json.dumps(run(args.weights, args.steps, args.original_steps)))
@@ -157,7 +156,7 @@ def run_jax(weights: Path, steps: int, original_steps: int) -> dict[str, float]:
     return {name: seconds(**chosen) for name, chosen in choices.items()}
 
 
-def paper(preset: str, original_steps: int, cond_scale: float | None) -> str:
+def paper(preset: str, original_steps: int) -> str:
     """Seconds of each stage alone and of the cascade, one image at a time, and the memory.
 
     Weights are random and in bfloat16; every program is compiled first, side by side.
@@ -184,8 +183,6 @@ def paper(preset: str, original_steps: int, cond_scale: float | None) -> str:
     shape = (1, config.text_len, config.text_embed_dim)
     texts = np.random.default_rng(0).standard_normal(shape, np.float32)
     few, count = sampling_defaults(config), len(config.unets)
-    if cond_scale is not None:
-        few["cond_scale"] = (cond_scale,) * count
     many = dict(timesteps=(original_steps,) * count, cond_scale=few["cond_scale"])
 
     def draw(first: int, last: int, **chosen) -> None:

@@ -22,6 +22,9 @@ except ImportError:  # Windows
     fcntl = None
 
 
+STORES = ("gs://", "s3://", "az://")  # those that epath reaches
+
+
 def folder(path: str | os.PathLike) -> epath.Path:
     """The path, local or remote. A `pathlib.Path` of `gs://bucket/run` has lost a slash, which is
     put back."""

@@ -39,7 +39,7 @@ from imagen_jax.data import (
 from imagen_jax.data.records import Source, Split
 from imagen_jax.data.written import shown
 from imagen_jax.errors import UserError
-from imagen_jax.storage import is_remote
+from imagen_jax.storage import STORES, is_remote
 
 # Things the demo's captions name, in colours its captions name; none is a caption of the set.
 NEW_COMBINATIONS = (
@@ -90,10 +90,11 @@ class Opening:
 
     @property
     def folders(self) -> list[str]:
-        """Where the files that `data` names are, addresses and sets of other libraries aside."""
+        """The folders of the files that `data` names, local or in an object store that epath
+        reaches; sets of other libraries have none."""
         found: dict[str, None] = {}
         for name, _ in map(_weighted, self.data):
-            if name.startswith("http"):
+            if is_remote(name) and not name.startswith(STORES):
                 continue
             paths = [name] if is_remote(name) or Path(name).exists() else files.matching(name)
             for path in paths:

@@ -179,7 +179,9 @@ def test_the_file_beside_embeddings(tmp_path):
     for spec in (a, a / "0.tar", tmp_path / "*" / "*.tar", f"{tmp_path}/{{a,b}}/0.tar", f"{a}=0.7"):
         assert found(spec) == one
     assert found(b, f"{a}=2") == one
-    assert found(b) is None and found("bundled", "https://localhost/0.tar") is None
+    assert (
+        found(b) is None and found("bundled", "https://localhost/0.tar", "memory://a/0.tar") is None
+    )
     dataclasses.replace(one, sha256="2" * 64).write(b)
     with pytest.raises(ValueError, match=f"is not the one of {a}/text_encoder.json"):
         found(a, b)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from imagen_jax import nn
-from imagen_jax.compiling import OPTIONS, compiler_options
+from imagen_jax.compiling import OPTIONS, SAMPLING_OPTIONS, compiler_options
 from imagen_jax.sharding import single
 from tests.train import support
 from train.optimizer import make_optimizer
@@ -115,5 +115,7 @@ def test_options_that_a_compiler_does_not_know_are_left_out(monkeypatch):
         ({"xla_backend_optimization_level": 0}, True),
         ({"xla_cpu_option_of_another_version": True}, False),
     ):
-        monkeypatch.setitem(OPTIONS, device.platform, options)
-        assert compiler_options.__wrapped__(device) == (options if taken else None)
+        for table, sampling in ((OPTIONS, False), (SAMPLING_OPTIONS, True)):
+            monkeypatch.setitem(table, device.platform, options)
+            found = compiler_options.__wrapped__(device, sampling=sampling)
+            assert found == (options if taken else None)
