@@ -1,24 +1,25 @@
 """The configuration of a cascade: frozen, convertible to and from JSON, checked at construction.
 
 Field names and defaults are the arguments of imagen-pytorch 2.1.0: those of its `Imagen` here, of
-its `Unet` in unet_config.py. Its users recognise everything, and configurations convert one to one.
-A field that the reference takes per U-Net (`timesteps`, ...) keeps the form in which it was given,
-one value or a tuple; `ImagenConfig.stage` resolves it.
+its `Unet` in unet_config.py, of its `ElucidatedImagen` in diffusion_config.py. Its users recognise
+everything, and configurations convert one to one. A field that the reference takes per U-Net
+(`timesteps`, ...) keeps the form in which it was given, one value or a tuple; `ImagenConfig.stage`
+resolves it.
 
 Sizes are always (height, width); one integer means a square.
 """
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
-from imagen_jax.diffusion.discrete import Betas, Discrete
-from imagen_jax.diffusion.edm import EDM, RawTimeVP
+from imagen_jax.diffusion.edm import RawTimeVP
 from imagen_jax.diffusion.losses import Loss, Objective
 from imagen_jax.diffusion.process import Process
 from imagen_jax.diffusion.samplers import Options
 from imagen_jax.diffusion.schedules import Schedule
 from imagen_jax.diffusion.vp import VP
+from imagen_jax.diffusion_config import DiscreteConfig, ElucidatedConfig, of_stage
 from imagen_jax.errors import UserError
 from imagen_jax.fields import Config
 from imagen_jax.if_config import IFUnetConfig
@@ -28,7 +29,6 @@ from imagen_jax.unet_config import NullUnetConfig, ResizeMode, UnetConfig
 
 AnyUnet = UnetConfig | IFUnetConfig | NullUnetConfig
 
-Real = int | float  # the reference's config class has integers where both make sense
 T = TypeVar("T")
 
 T5_WIDTHS = {
@@ -45,64 +45,6 @@ T5_WIDTHS = {
     "t5-11b": 1024,
 }
 """Name of a known text encoder -> the width of its embeddings."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ElucidatedConfig(Config):
-    """Hyper-parameters of the reference's `ElucidatedImagen` (Karras et al., 2022).
-
-    One value, or one per U-Net. `lowres_conditioning` is not in the reference: it selects the
-    input of super-resolution, in sampling, for the noise of the low-resolution image. `log_snr` is
-    the same as in training; `time` repeats a mistake of the reference, to reproduce its images.
-    """
-
-    num_sample_steps: int | tuple[int, ...] = 32
-    sigma_min: Real | tuple[Real, ...] = 0.002
-    sigma_max: Real | tuple[Real, ...] = 80
-    sigma_data: Real | tuple[Real, ...] = 0.5
-    rho: Real | tuple[Real, ...] = 7
-    P_mean: Real | tuple[Real, ...] = -1.2
-    P_std: Real | tuple[Real, ...] = 1.2
-    S_churn: Real | tuple[Real, ...] = 80
-    S_tmin: Real | tuple[Real, ...] = 0.05
-    S_tmax: Real | tuple[Real, ...] = 50
-    S_noise: Real | tuple[Real, ...] = 1.003
-    lowres_conditioning: Literal["log_snr", "time"] = "log_snr"
-
-    def __post_init__(self):
-        self._check_types()
-
-    def of_stage(self, i: int, *names: str) -> dict[str, float]:
-        """The values of these fields for U-Net i (from 0)."""
-        values = {name: getattr(self, name) for name in names}
-        return {name: float(v[i] if isinstance(v, tuple) else v) for name, v in values.items()}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DiscreteConfig(Config):
-    """Diffusion in discrete steps, as DeepFloyd IF's (diffusion/discrete.py).
-
-    One value, or one per U-Net, for `betas` (the noise on low-resolution images has the first's),
-    and for `sample_max_value`: the most that dynamic thresholding divides by (diffusers' names; IF
-    has 1.5 and 1.0).
-    """
-
-    betas: Betas | tuple[Betas, ...] = "squaredcos_cap_v2"
-    num_train_timesteps: int = 1000
-    sample_max_value: float | tuple[float, ...] = 1.5
-
-    def __post_init__(self):
-        self._check_types()
-        if self.num_train_timesteps < 2:
-            raise UserError(f"num_train_timesteps = {self.num_train_timesteps}: at least 2.")
-        values = self.sample_max_value
-        if min(values if isinstance(values, tuple) else (values,)) < 1:
-            raise UserError(f"sample_max_value = {values} must be at least 1.")
-
-    def of_stage(self, i: int, name: str) -> Any:
-        """The value of this field for U-Net i (from 0)."""
-        value = getattr(self, name)
-        return value[i] if isinstance(value, tuple) else value
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -339,11 +281,10 @@ class ImagenConfig(Config):
         i, own = self._index(unet_number), self.elucidated
         steps, options = self.per_stage("timesteps")[i], Options()
         if own is not None:
-            steps = int(own.of_stage(i, "num_sample_steps")["num_sample_steps"])
-            options = Options(**own.of_stage(i, "S_churn", "S_tmin", "S_tmax", "S_noise"))
+            steps, options = of_stage(own.num_sample_steps, i), own.options(i)
         most = float("inf")
         if self.discrete is not None:
-            most = float(self.discrete.of_stage(i, "sample_max_value"))
+            most = float(of_stage(self.discrete.sample_max_value, i))
         return SamplingDefaults(
             num_steps=steps,
             percentile=self.dynamic_thresholding_percentile,
@@ -363,14 +304,10 @@ class ImagenConfig(Config):
 
     def _process(self, i: int) -> Process:
         if self.elucidated is not None:
-            return EDM(**self.elucidated.of_stage(i, *_EDM))
+            return self.elucidated.process(i)
         if self.discrete is not None:
-            return Discrete(
-                betas=self.discrete.of_stage(i, "betas"),
-                steps=self.discrete.num_train_timesteps,
-                learned_variance=getattr(self.unets[i], "learned_variance", False),
-                loss_type=self.loss_type,
-            )
+            learned = getattr(self.unets[i], "learned_variance", False)
+            return self.discrete.process(i, learned_variance=learned, loss_type=self.loss_type)
         gamma = self.per_stage("min_snr_gamma")[i]
         return VP(
             schedule=self.per_stage("noise_schedules")[i],
@@ -384,11 +321,7 @@ class ImagenConfig(Config):
             return None
         process = VP(schedule=self.lowres_noise_schedule)
         if self.discrete is not None:
-            process = Discrete(
-                betas=self.discrete.of_stage(0, "betas"),
-                steps=self.discrete.num_train_timesteps,
-                learned_variance=False,
-            )
+            process = self.discrete.process(0)
         raw = self.elucidated is not None and self.elucidated.lowres_conditioning == "time"
         return LowRes(
             size=pair(self.image_sizes[i - 1]),
@@ -414,9 +347,6 @@ class ImagenConfig(Config):
         if isinstance(data.get("discrete"), Mapping):
             data = {**data, "discrete": DiscreteConfig.from_dict(data["discrete"])}
         return super().from_dict(data)
-
-
-_EDM = [field.name for field in dataclasses.fields(EDM)]
 
 
 def _sizes(sizes: int | Size | tuple[int | Size, ...], count: int) -> tuple[int | Size, ...]:

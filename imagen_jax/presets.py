@@ -7,7 +7,8 @@ reference's parameter counts at text width 768: 1,625,742,116, 732,036,754 and 7
 import dataclasses
 from typing import Literal
 
-from imagen_jax.config import DiscreteConfig, ElucidatedConfig, ImagenConfig, UnetConfig
+from imagen_jax.config import ImagenConfig, UnetConfig
+from imagen_jax.diffusion_config import DiscreteConfig, ElucidatedConfig
 from imagen_jax.if_config import IFUnetConfig
 
 

@@ -12,7 +12,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LEAVES = {"types", "fields", "unet_config", "if_config", "resize", "pixels", "sharding"}
 LEAVES |= {"streams", "tiling", "memory"}
-MODEL = LEAVES | {"diffusion", "stage", "config", "presets"}  # what a cascade is, as data
+MODEL = LEAVES | {
+    "diffusion",
+    "diffusion_config",
+    "stage",
+    "config",
+    "presets",
+}  # what a cascade is, as data
 THEORY = MODEL | {
     "nn",
     "text",
@@ -51,8 +57,9 @@ MAY_IMPORT = {
     "memory": {"sharding"},
     "diffusion": {"types"},
     "stage": LEAVES | {"diffusion"},
-    "config": LEAVES | {"diffusion", "stage"},
-    "presets": {"config", "if_config"},
+    "diffusion_config": {"diffusion", "fields"},
+    "config": LEAVES | {"diffusion", "diffusion_config", "stage"},
+    "presets": {"config", "diffusion_config", "if_config"},
     "nn": LEAVES,
     "text": LEAVES | {"nn", "config", "storage", "interop.torch_file"},
     "conditioning": LEAVES | {"diffusion", "nn"},

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from imagen_jax import storage
-from imagen_jax.config import ElucidatedConfig, ImagenConfig
+from imagen_jax.config import ImagenConfig
+from imagen_jax.diffusion_config import ElucidatedConfig
 from imagen_jax.errors import UserError
 from imagen_jax.if_config import IFUnetConfig
 from imagen_jax.interop import infer

@@ -18,7 +18,8 @@ import safetensors.numpy
 import yaml
 
 from imagen_jax import nn, storage
-from imagen_jax.config import DiscreteConfig, ImagenConfig, NullUnetConfig
+from imagen_jax.config import ImagenConfig, NullUnetConfig
+from imagen_jax.diffusion_config import DiscreteConfig, of_stage
 from imagen_jax.errors import UserError
 from imagen_jax.if_config import IFUnetConfig
 from imagen_jax.interop import if_configuration, keys, safetensors_file
@@ -127,12 +128,12 @@ def write(
     described = if_configuration.to_diffusers(unet, size)
     scheduler = {
         "_class_name": "DDPMScheduler",
-        "beta_schedule": config.discrete.of_stage(number - 1, "betas"),
+        "beta_schedule": of_stage(config.discrete.betas, number - 1),
         "clip_sample": True,
         "dynamic_thresholding_ratio": config.dynamic_thresholding_percentile,
         "num_train_timesteps": config.discrete.num_train_timesteps,
         "prediction_type": "epsilon",
-        "sample_max_value": config.discrete.of_stage(number - 1, "sample_max_value"),
+        "sample_max_value": of_stage(config.discrete.sample_max_value, number - 1),
         "thresholding": config.per_stage("dynamic_thresholding")[number - 1],
         "variance_type": "learned_range" if unet.learned_variance else "fixed_small",
     }

@@ -58,7 +58,7 @@ def draw(stages: Sequence[Read], t5: str, prompt: str, seed: int = 0) -> PIL.Ima
         key=jax.random.key(seed),
         cond_scale=(7.0, 4.0)[: len(stages)],
         timesteps=(20, 15)[: len(stages)],
-        sampler="dpm++2m",
+        sampler="dpm++2m-sde",
         return_pil_images=True,
     )
     return picture
