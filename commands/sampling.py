@@ -24,7 +24,7 @@ from imagen_jax.diffusion.guidance import SCHEDULES, make_interval
 from imagen_jax.diffusion.samplers import SAMPLERS
 from imagen_jax.errors import UserError
 from imagen_jax.memory import Memory
-from imagen_jax.pipeline import SAMPLER, Pipeline, sampling_defaults
+from imagen_jax.pipeline import Pipeline, sampling_defaults
 from imagen_jax.sampling import Progress
 
 
@@ -52,10 +52,11 @@ class Sampling:
     """What guidance leads away from, in place of no text."""
     steps: tuple[int, ...] | None = None
     """Denoising steps, one or one per U-Net. Default: 20 15 10."""
-    sampler: Literal["cascade", *SAMPLERS] = SAMPLER
+    sampler: Literal["cascade", *SAMPLERS] | None = None
     """`dpm++2m`, `dpm++3m` and `heun` (two evaluations a step) need few steps; `ancestral` and
     `dpm++2m-sde` draw noise at every step, `ddim` only at the start (more with --eta). `cascade` is
-    the reference's, `ancestral` or (elucidated) `heun`, with the cascade's timesteps."""
+    the reference's, `ancestral` or (elucidated) `heun`, with the cascade's timesteps. Default:
+    dpm++2m, or dpm++2m-sde for cascades in discrete steps."""
     spacing: Literal[*SPACINGS, *discrete.SPACINGS] | None = None
     """Noise levels of the steps: `t`, equal steps of time, `log_snr` or `karras`. Default: log_snr,
     or karras for elucidated cascades; t with `--sampler cascade`. Of a cascade in discrete steps,
@@ -148,7 +149,7 @@ class Sampling:
                     f"{commands.flag(name)}: guidance needs a cascade trained with captions and "
                     "cond_drop_prob above 0."
                 )
-        timesteps, sampler = defaults["timesteps"], self.sampler
+        timesteps, sampler = defaults["timesteps"], self.sampler or defaults["sampler"]
         spacing = self.spacing or defaults["spacing"]
         if sampler == "cascade":
             spacing = self.spacing

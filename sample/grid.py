@@ -21,7 +21,6 @@ from commands.sampling import progress_bars
 from imagen_jax.data import labelled_grid
 from imagen_jax.diffusion.samplers import SAMPLERS
 from imagen_jax.errors import UserError
-from imagen_jax.pipeline import SAMPLER
 from sample import outputs, settings
 from sample.drawing import Drawing, Job, read_prompts
 
@@ -34,8 +33,8 @@ class Settings(settings.Settings):
 
     prompt: tuple[str, ...] = ()
     """What to draw, one text."""
-    sampler: tuple[Literal["cascade", *SAMPLERS], ...] = (SAMPLER,)
-    """Samplers to compare, or the one to use."""
+    sampler: tuple[Literal["cascade", *SAMPLERS], ...] = ()
+    """Samplers to compare, or the one to use. Default: that of sample.text_to_image."""
     cond_scale: tuple[float, ...] | None = None
     """Guidance weights to compare, or the one to use; 1 is unguided."""
     steps: tuple[int, ...] | None = None
@@ -79,7 +78,7 @@ def cell(given: Settings, values: dict[str, Any]) -> settings.Settings:
     common = {
         field.name: getattr(given, field.name) for field in dataclasses.fields(settings.Settings)
     }
-    common["sampler"] = given.sampler[0]
+    common["sampler"] = given.sampler[0] if given.sampler else None
     for name, value in values.items():
         common[name] = value if name == "sampler" else (value,)
     return settings.Settings(**common)

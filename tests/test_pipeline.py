@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import weakref
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 import imagen_jax
+from commands.sampling import Sampling
 from imagen_jax import ElucidatedConfig, checkpoint, memory, nn, presets
 from imagen_jax.errors import UserError
 from imagen_jax.pipeline import Embeddings, Pipeline, padded, sampling_defaults
@@ -250,6 +252,9 @@ def test_few_steps_are_the_default():
     assert (found["sampler"], found["spacing"]) == ("dpm++2m", "log_snr")
     edm = dataclasses.replace(presets.imagen(), elucidated=ElucidatedConfig())
     assert sampling_defaults(edm)["spacing"] is None  # that of Karras et al.
+    # A command's defaults are the library's; a cascade in discrete steps has a sampler of its own.
+    discrete = Sampling(checkpoint=Path("run")).options(presets.paper())
+    assert (discrete["sampler"], discrete["cond_scale"]) == ("dpm++2m-sde", (7.0, 4.0, 4.0))
     plain = dataclasses.replace(presets.imagen(), cond_drop_prob=0.0)
     assert sampling_defaults(plain)["cond_scale"] == (1.0, 1.0, 1.0)
 
