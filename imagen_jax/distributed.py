@@ -5,14 +5,19 @@ writes what is not an array.
 """
 
 import contextlib
+import itertools
 import json
 from collections.abc import Iterator
 
 import jax
 import numpy as np
+from jax._src.distributed import global_state  # its key-value store has no public name
 from jax.experimental import multihost_utils
 
 from imagen_jax.errors import UserError
+
+_LONGEST_WAIT = 60 * 60 * 1000  # milliseconds; a process that fails ends the others long before
+_agreements = itertools.count()
 
 
 def talks() -> bool:
@@ -54,3 +59,29 @@ def together() -> Iterator[None]:
         if other is not None:
             users, text = other
             raise (UserError if users else RuntimeError)(f"process {number}: {text}")
+
+
+class Agreement:
+    """Numbers that all processes agree on, one after another, by JAX's coordinator. No device
+    computes, so any thread may ask, but for one agreement always the same, in every process.
+
+    Processes make their agreements in one order.
+    """
+
+    def __init__(self):
+        self._name, self._rounds = f"imagen_jax/agreement{next(_agreements)}", itertools.count()
+
+    def most(self, own: int) -> int:
+        """The largest of the numbers that the processes give in this round."""
+        count, number = jax.process_count(), next(self._rounds)
+        if count == 1:
+            return own
+        store, this = global_state.client, f"{self._name}/{number}"
+        store.key_value_set(f"{this}/{jax.process_index()}", str(own))
+        if talks():
+            keys = (f"{this}/{i}" for i in range(count))
+            given = [store.blocking_key_value_get(key, _LONGEST_WAIT) for key in keys]
+            store.key_value_set(f"{this}/most", str(max(map(int, given))))
+            # Who gives a number has read the one before.
+            store.key_value_delete(f"{self._name}/{number - 1}/")
+        return int(store.blocking_key_value_get(f"{this}/most", _LONGEST_WAIT))

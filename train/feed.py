@@ -2,14 +2,16 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -27,6 +29,7 @@ from imagen_jax.data import (
     pad_embeds,
     read_lines,
 )
+from imagen_jax.distributed import Agreement
 from imagen_jax.errors import UserError
 from imagen_jax.sharding import Layout
 from imagen_jax.stage import Stage
@@ -248,21 +251,30 @@ class Feed:
         """Notes a picture that cannot be used."""
         self.left_out.setdefault(key, reason)
 
-    def put(self, batch: dict, batch_size: int) -> Batch:
-        """The rows of all processes as one batch on the devices. Nothing is computed there."""
-        if not self.config.condition_on_text:
-            batch = {"images": batch["images"]}
-        if "tokens" in batch and jax.process_count() == 1:  # others may have longer captions
-            batch["tokens"] = text.trim(batch["tokens"])
-        return self.layout.to_batch(batch, batch_size)
+    def put(self, batch: dict, batch_size: int, agreement: Agreement) -> Batch:
+        """The rows of all processes as one batch on the devices, their text without most of the
+        padding that all have. Nothing is computed there. The processes must put their batches in
+        one order; `agreement` is on the length."""
+        images, texts = {"images": batch["images"]}, {}
+        if self.config.condition_on_text:
+            texts = {name: x for name, x in batch.items() if name != "images"}
+            mask = texts["tokens"] != 0 if "tokens" in texts else texts["text_masks"]
+            length = agreement.most(text.columns(mask))
+            texts = {name: x[:, :length] for name, x in texts.items()}
+        return self.layout.to_batch(images | texts, batch_size)
 
     def with_embeds(self, batch: Batch) -> Batch:
-        """A batch on the devices with embeddings for its tokens. Pictures stay uint8."""
+        """A batch on the devices with embeddings for its tokens, as long as the network reads them.
+        Pictures stay uint8."""
+        network = self.stage.network
         if "tokens" in batch:
             batch = dict(batch)
             batch["text_embeds"], batch["text_masks"] = self.encoder.embed(
-                batch.pop("tokens"), length=self.stage.network.text_len
+                batch.pop("tokens"), length=network.text_len
             )
+        elif "text_embeds" in batch:
+            pad = _padding(self.layout, network.max_text_len)
+            batch = batch | pad({name: batch[name] for name in ("text_embeds", "text_masks")})
         if self.config.encodes_blank_text and self.reads_captions:
             batch = {**batch, "null_text_embeds": self.empty_text(*batch["text_embeds"].shape[:2])}
         check_text(self.config, batch.get("text_embeds"), None)
@@ -272,6 +284,7 @@ class Feed:
         """The first `count` batches, always the same; those of a set smaller than a batch have as
         many rows as the set, or as the mesh needs at least. Decoded once, where they fit."""
         size = min(self.batch_size, self.layout.split_rows(len(source)))
+        agreement = Agreement()
         with contextlib.ExitStack() as stack:
             host = self.kept.get(source.name)
             if host is None:
@@ -282,7 +295,7 @@ class Feed:
                 if count * sum(x.nbytes for x in first.values()) <= KEPT_BYTES:
                     host = self.kept[source.name] = list(host)
             for batch in host:
-                yield self.with_embeds(self.put(batch, size))
+                yield self.with_embeds(self.put(batch, size, agreement))
 
 
 class Ahead(Iterator[Batch]):
@@ -295,11 +308,12 @@ class Ahead(Iterator[Batch]):
 
     def __init__(self, feed: Feed, batches: Iterator[dict]):
         self.waited = 0.0
+        self._agreement = Agreement()
         self._feed, self._batches = feed, batches
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="feed")
 
     def _make(self) -> Batch:
-        return self._feed.put(next(self._batches), self._feed.batch_size)
+        return self._feed.put(next(self._batches), self._feed.batch_size, self._agreement)
 
     def __next__(self) -> Batch:
         asked = time.perf_counter()
@@ -313,7 +327,21 @@ class Ahead(Iterator[Batch]):
         return self
 
     def __exit__(self, *_) -> None:
-        self._thread.shutdown(cancel_futures=True)
+        # The batch that is being made is finished: other processes may wait for its length.
+        self._thread.shutdown()
+
+
+@functools.cache
+def _padding(layout: Layout, length: int) -> Callable[[Batch], Batch]:
+    """Arrays of a batch with zeros behind their second axis, up to `length`."""
+
+    def pad(arrays: Batch) -> Batch:
+        return {
+            name: jnp.pad(x, [(0, 0), (0, length - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
+            for name, x in arrays.items()
+        }
+
+    return jax.jit(pad, out_shardings=layout.batch)
 
 
 def _stored(config: ImagenConfig, folder: Path) -> tuple[Embeddings, text.Identity | None]:

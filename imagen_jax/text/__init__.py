@@ -20,7 +20,7 @@ from imagen_jax.text.encoder import (
 )
 from imagen_jax.text.identity import Identity, read_beside
 from imagen_jax.text.t5 import T5Config, encode
-from imagen_jax.text.tokenizer import load_tokenizer, tokenize, trim, valid
+from imagen_jax.text.tokenizer import columns, load_tokenizer, tokenize, trim, valid
 
 __all__ = [
     "DEMO_NOTE",
@@ -28,6 +28,7 @@ __all__ = [
     "T5Config",
     "TextEncoder",
     "cascade_encoder",
+    "columns",
     "empty_text",
     "encode",
     "encode_or_absent",

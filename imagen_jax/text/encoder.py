@@ -99,7 +99,7 @@ class TextEncoder:
         """Embeddings (b, length, d) and mask of tokens (`tokenize`), on the device.
 
         The embeddings are cut to `length`, or padded with zeros. Compiled once for each shape of
-        `tokens`, so `trim` them where a process has all rows.
+        `tokens`, so `trim` them: rows of several processes to the `columns` that the longest needs.
         """
         rows = None if self.layout is None else self.layout.rows(len(tokens))
         compiled = _embed(self.config, length, self.layout, rows, self.keeps_padding)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int32
+from jaxtyping import Array, Bool, Int32
 from tokenizers import Tokenizer
 
 from imagen_jax.errors import UserError, first_line
@@ -81,8 +81,13 @@ def trim(tokens: Int32[np.ndarray, "b l"]) -> Int32[np.ndarray, "b l2"]:
     32, 64, 128 or 256 columns are left, so that an encoder is compiled for few shapes. Padding is
     masked: the embeddings of the real tokens are those of all columns, to rounding.
     """
-    longest = max(np.flatnonzero(tokens.any(axis=0)), default=0) + 1
-    return tokens[:, : max(SHORTEST, 1 << int(longest - 1).bit_length())]
+    return tokens[:, : columns(tokens != 0)]
+
+
+def columns(mask: Bool[np.ndarray, "b l"]) -> int:
+    """How many columns `trim` leaves of tokens with this mask."""
+    longest = int(max(np.flatnonzero(mask.any(axis=0)), default=0)) + 1
+    return max(SHORTEST, 1 << (longest - 1).bit_length())
 
 
 def fitted(tokens: Int32[AnyArray, "b l"], length: int) -> Int32[Array, "b l2"]:

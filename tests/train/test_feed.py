@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from imagen_jax.data import pipeline
+from imagen_jax.distributed import Agreement
 from imagen_jax.sharding import make_layout
 from tests.train import support
 from train.feed import Ahead, Feed
@@ -67,4 +68,6 @@ def test_batches_come_one_ahead_in_their_order(feed):
             next(ahead)
     with feed.training(5) as plain, feed.training(5) as batches, Ahead(feed, batches) as ahead:
         for _ in range(3):
-            support.assert_equal(next(ahead), feed.with_embeds(feed.put(next(plain), 4)))
+            support.assert_equal(
+                next(ahead), feed.with_embeds(feed.put(next(plain), 4, Agreement()))
+            )

@@ -63,7 +63,8 @@ def pictures(folder: Path, count: int, broken: int) -> Path:
     folder.mkdir()
     for i in range(count):
         Image.new("RGB", (16, 16), (20 * i, 200 - 20 * i, 0)).save(folder / f"{i}.png")
-        (folder / f"{i}.txt").write_text(f"colour {i}")
+        # One is longer than the shortest batch of tokens: the processes agree on its length.
+        (folder / f"{i}.txt").write_text(f"colour {i}" + ", such a colour" * 12 * (i == 2))
     cut = folder / f"{broken}.png"
     cut.write_bytes(cut.read_bytes()[:-30])
     return folder
