@@ -26,8 +26,9 @@ from imagen_jax.data.images import MODES
 from imagen_jax.diffusion.samplers import SAMPLERS
 from imagen_jax.errors import UserError
 from imagen_jax.pixels import to_pil
-from sample import serving, settings
-from sample.serving import MOST_GUIDANCE, MOST_IMAGES, MOST_STEPS, Ask, Line, Served
+from sample import asking, serving, settings
+from sample.asking import MOST_GUIDANCE, MOST_IMAGES, MOST_STEPS, Ask
+from sample.serving import Line, Served
 
 try:
     import gradio as gr
@@ -298,11 +299,11 @@ def make_ask(task: str, given: dict[str, Any], source: Any, drawing: Served) -> 
     steps = tuple(int(given.pop(f"steps{number}") or 0) for number in numbers)
     image = mask = None
     if task == "inpaint" and source is not None and source["background"] is not None:
-        background = serving.reduced(source["background"].convert(MODES[channels]))
+        background = asking.reduced(source["background"].convert(MODES[channels]))
         image = np.asarray(background).reshape(background.height, background.width, channels)
-        mask = serving.painted(source["layers"] or [], image.shape[:2])
+        mask = asking.painted(source["layers"] or [], image.shape[:2])
     elif task != "inpaint" and source is not None:
-        image = serving.read_image(Path(source), channels)
+        image = asking.read_image(Path(source), channels)
     if given.get("seed") is None:
         raise UserError("The seed is empty: give an integer.")
     whole = {name: int(given.get(name) or 0) for name in ("seed", "count")}
@@ -366,12 +367,12 @@ def connect_sending(
                 return gr.skip(), gr.skip(), "Click one of your images first."
             try:
                 path = serving.result(serving.session_folder(root, session), name)
-                image = serving.read_image(path, channels)
+                image = asking.read_image(path, channels)
             except UserError as error:
                 return gr.skip(), gr.skip(), escaped(serving.public(error))
             if task != "inpaint":
                 return gr.Tabs(selected=task), str(path), ""
-            background = serving.enlarged(to_pil(image)).convert("RGB")
+            background = asking.enlarged(to_pil(image)).convert("RGB")
             value = {"background": background, "layers": [], "composite": None}
             return gr.Tabs(selected=task), value, ""
 

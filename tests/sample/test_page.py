@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from sample import serve, serving
+from sample import asking, serve, serving
 from tests.conftest import browser as find_browser
 from tests.sample.conftest import pixels
 
@@ -227,7 +227,7 @@ def test_a_result_is_upscaled_and_varied(visitor, url, out):
         ask(tab, task=task)
         status(tab, "Done")
         tab.wait_for_timeout(500)
-        assert serving.read_image(files(out)[-1], 3).shape == (size, size, 3)
+        assert asking.read_image(files(out)[-1], 3).shape == (size, size, 3)
         assert len(files(files(out)[-1].parent)) == count
         shown(tab, count)  # not the chosen one at large, which has moved
         tab.locator("#send_inpaint").click()

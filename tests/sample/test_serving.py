@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from imagen_jax.errors import UserError
-from sample import serving
-from sample.serving import Ask, Cancelled, Line, Served
+from sample import asking, serving
+from sample.asking import Ask
+from sample.serving import Cancelled, Line, Served
 from sample.settings import Settings
 from tests.sample.conftest import pixels, recorded
 
@@ -78,7 +79,7 @@ def test_what_can_be_changed_compiles_nothing(drawing, tmp_path):
 
 def test_from_an_image(drawing, tmp_path):
     """Upscaling starts at the second U-Net; variations depend on the strength; both on the image"""
-    image = serving.read_image(image_file(tmp_path, 40, 30), 3)
+    image = asking.read_image(image_file(tmp_path, 40, 30), 3)
     out = tmp_path / "out"
     for task in ("upscale", "image_to_image"):
         (last,) = [u for u in drawn(drawing, out, task=task, image=image) if u.over]
@@ -93,14 +94,14 @@ def test_from_an_image(drawing, tmp_path):
 
 def test_inpainting_keeps_the_rest_to_the_bit(drawing, tmp_path):
     """The way through the editor: enlarged, painted on, reduced again."""
-    image = serving.read_image(image_file(tmp_path, 16, 16), 3)
-    large = serving.enlarged(Image.fromarray(image))
+    image = asking.read_image(image_file(tmp_path, 16, 16), 3)
+    large = asking.enlarged(Image.fromarray(image))
     assert large.size == (512, 512)
-    np.testing.assert_array_equal(np.asarray(serving.reduced(large)), image)
+    np.testing.assert_array_equal(np.asarray(asking.reduced(large)), image)
     layer = Image.new("RGBA", large.size)
     layer.paste((255, 0, 0, 255), (64, 64, 256, 224))
     layer.paste((255, 0, 0, 255), (300, 300, 305, 305))  # less than half of a pixel
-    mask = serving.painted([layer], (16, 16))
+    mask = asking.painted([layer], (16, 16))
     wanted = np.zeros((16, 16), bool)
     wanted[2:7, 2:8] = True
     np.testing.assert_array_equal(mask, wanted)
@@ -109,7 +110,7 @@ def test_inpainting_keeps_the_rest_to_the_bit(drawing, tmp_path):
     np.testing.assert_array_equal(pixels(path)[~mask], image[~mask])
     assert np.abs(pixels(path) - image)[mask].mean() > 20
     noise = Image.fromarray(RANDOM.integers(0, 256, (64, 64, 3), np.uint8))
-    assert serving.reduced(noise) is noise
+    assert asking.reduced(noise) is noise
 
 
 def test_one_at_a_time_in_order_and_cancelled(drawing, tmp_path):
@@ -230,11 +231,11 @@ def test_files_that_are_no_images(tmp_path, monkeypatch):
     for content in (b"", b"not an image", image_file(tmp_path, 9, 9).read_bytes()[:40]):
         bad.write_bytes(content)
         with pytest.raises(UserError) as caught:
-            serving.read_image(bad, 3)
+            asking.read_image(bad, 3)
         assert str(tmp_path) not in str(caught.value)
-    monkeypatch.setattr(serving, "MOST_PIXELS", 80)
+    monkeypatch.setattr(asking, "MOST_PIXELS", 80)
     with pytest.raises(UserError, match="at most 80 pixels"):
-        serving.read_image(image_file(tmp_path, 9, 9), 3)
+        asking.read_image(image_file(tmp_path, 9, 9), 3)
 
 
 def test_the_page_needs_a_local_folder(drawing):
