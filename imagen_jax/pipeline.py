@@ -1,8 +1,8 @@
 """A cascade ready to sample: weights in their sampling dtype on a mesh, and the encoder.
 
     pipeline = Pipeline.load("runs/demo", mesh="auto")
-    result = pipeline("a red apple", num_inference_steps=20, guidance_scale=5.0, seed=7)
-    result.images[0].save("apple.png")
+    result = pipeline("a red triangle", num_inference_steps=20, guidance_scale=2.0, seed=7)
+    result.images[0].save("triangle.png")
 
 Commands are thin over it. What is expensive is read at its first use.
 """

@@ -1,10 +1,12 @@
 """The README's Python runs as it is printed there."""
 
+import dataclasses
 import re
 from pathlib import Path
 
 import numpy as np
 
+from imagen_jax import presets
 from tests.sample.conftest import cascade, save_run
 
 README = Path(__file__).parents[1] / "README.md"
@@ -19,10 +21,14 @@ def run(code: str) -> dict:
 
 def test_the_pipeline_of_the_readme(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    save_run(Path("runs/demo"), cascade())
+    sizes = presets.scenes().image_sizes  # of the demo's stages
+    small = cascade()
+    unets = small.unets[:1] * len(sizes)
+    config = dataclasses.replace(small, unets=unets, image_sizes=sizes, pred_objectives="v")
+    save_run(Path("runs/demo"), config, numbers=(1, 2, 3))
     names = run(PIPELINE)
-    assert names["result"].images[0].size == (16, 16) and names["result"].seeds == [7]
-    assert Path("apple.png").exists()
+    assert names["result"].images[0].size == (32, 32) and names["result"].seeds == [7]
+    assert Path("triangle.png").exists()
 
 
 def test_the_loop_of_the_readme():
