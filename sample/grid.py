@@ -44,7 +44,7 @@ class Settings(settings.Settings):
 
 
 def main() -> None:
-    given = tyro.cli(Settings, description=__doc__)
+    given = tyro.cli(Settings, prog="python -m sample.grid", description=__doc__)
     rows, columns = axes(given)
     chosen = [[cell(given, row | column) for column in columns] for row in rows]
     drawing = Drawing.open("grid", chosen[0][0])

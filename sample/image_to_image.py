@@ -46,7 +46,7 @@ class Settings(settings.Settings):
 
 
 def main() -> None:
-    given = tyro.cli(Settings, description=__doc__)
+    given = tyro.cli(Settings, prog="python -m sample.image_to_image", description=__doc__)
     drawing = Drawing.open("image_to_image", given)
     prompts = read_prompts(given, drawing.config)
     each = given.num_images_per_prompt

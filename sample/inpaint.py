@@ -59,7 +59,7 @@ class Box(NamedTuple):
 
 
 def main() -> None:
-    given = tyro.cli(Settings, description=__doc__)
+    given = tyro.cli(Settings, prog="python -m sample.inpaint", description=__doc__)
     drawing = Drawing.open("inpaint", given)
     stage = drawing.config.stage(drawing.options["stop_at_unet_number"])
     image, again = read_image_and_mask(given.image, given.mask, stage.channels)

@@ -54,7 +54,7 @@ class Settings(settings.Settings):
 
 
 def main() -> None:
-    given = tyro.cli(Settings, description=__doc__)
+    given = tyro.cli(Settings, prog="python -m sample.interpolate", description=__doc__)
     drawing = Drawing.open("interpolate", given)
     prompts = read_prompts(given, drawing.config)
     if prompts is not None and len(prompts) < 2:

@@ -60,7 +60,7 @@ class Settings(settings.Settings):
 
 
 def main() -> None:
-    given = tyro.cli(Settings, description=__doc__)
+    given = tyro.cli(Settings, prog="python -m sample.serve", description=__doc__)
     if gr is None:
         raise UserError("the page needs gradio: pip install -e '.[ui]'")
     launch(given, open_drawing(given))

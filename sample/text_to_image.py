@@ -53,7 +53,7 @@ class Settings(settings.Settings):
 
 
 def main() -> None:
-    given = tyro.cli(Settings, description=__doc__)
+    given = tyro.cli(Settings, prog="python -m sample.text_to_image", description=__doc__)
     if given.from_image is not None:
         draw_again(given)
         return

@@ -55,7 +55,7 @@ class Settings(settings.Settings):
 
 
 def main() -> None:
-    given = tyro.cli(Settings, description=__doc__)
+    given = tyro.cli(Settings, prog="python -m sample.upscale", description=__doc__)
     config = checkpoint.read_config(given.run)
     number = stage_number(given, config)
     given = dataclasses.replace(given, stage=None, stop_at_unet_number=str(number))

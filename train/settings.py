@@ -335,7 +335,8 @@ def _parse(description: str | None, more: Sequence[type], defaults: Settings) ->
         ),
     ]
     command = dataclasses.make_dataclass("command", sections)
-    program = f"python -m train.{Path(sys.argv[0]).stem}"
+    script = Path(sys.argv[0])
+    program = f"python -m {script.parent.name}.{script.stem}"
     found = tyro.cli(command, prog=program, description=description, args=gathered(sys.argv[1:]))
     parts = list(vars(found).values())
     others, parts = parts[: -len(SECTIONS)], parts[-len(SECTIONS) :]
