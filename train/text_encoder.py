@@ -6,9 +6,11 @@ first object of "a red circle above a blue square" in 63 % of captions, where ha
 A cascade would have to learn the grammar from images, at a hundred times the cost.
 
 Here the encoder learns it from captions of `data.scenes`, without an image: for each thing that a
-caption can say (colour, shape and size of either object, their relation, number and place) a linear
-read-out of the mean of its tokens is trained with the encoder to name it, and thrown away after.
-Two wordings of one content say the same. What is held out of the scenes is held out here too.
+caption can say (colour, shape and size of either object, their relation, number and place; of each
+colour, which shape has it and where that is) a linear read-out of the mean of its tokens is trained
+with the encoder to name it, and thrown away after. What a colour has is what a network asks where
+it sees that colour: a base binds 70 % of relations with these, 61 % without (docs/quality.md). Two
+wordings of one content say the same. What is held out of the scenes is held out here too.
 
 The folder has the layout of a Hugging Face T5: `--t5 FOLDER` takes it, and transformers reads it.
 """
@@ -31,8 +33,9 @@ from imagen_jax.data.scenes import Content
 from imagen_jax.errors import UserError
 from imagen_jax.types import AnyArray, Params
 
-LENGTH = 20  # tokens of the longest caption, with the end token, and a few more
+LENGTH = 16  # tokens of the longest caption, with the end token, and one more
 SIZES = (None, "small", "large")
+ROLES = (None, "alone", *(f"{one} {r}" for r in scenes.RELATIONS for one in ("first", "other")))
 SAID = {
     "colour": tuple(scenes.COLOURS),
     "shape": scenes.SHAPES,
@@ -43,6 +46,8 @@ SAID = {
     "other_colour": (None, *scenes.COLOURS),
     "other_shape": (None, *scenes.SHAPES),
     "other_size": SIZES,
+    **{f"shape of {colour}": (None, *scenes.SHAPES) for colour in scenes.COLOURS},
+    **{f"role of {colour}": ROLES for colour in scenes.COLOURS},
 }
 """What a caption can say, and the answers."""
 
@@ -55,8 +60,8 @@ class Settings:
 
     out: Path
     """Folder to write it to, for --t5."""
-    steps: int = 500
-    batch_size: int = 128
+    steps: int = 1500
+    batch_size: int = 64
     """Captions of a step."""
     lr: float = 2e-3
     seed: int = 0
@@ -96,7 +101,7 @@ def train(given: Settings) -> tuple[text.TextEncoder, Reading]:
     bar = trange(given.steps, desc="text encoder", unit="step", mininterval=commands.bar_interval())
     for _ in bar:
         contents = [
-            scenes.training_scene(int(seed)).content
+            scenes.training_content(int(seed))
             for seed in rng.integers(scenes.TRAINING, size=given.batch_size)
         ]
         ids = tokens(encoder, contents, rng)
@@ -116,13 +121,15 @@ def answers_of(contents: list[Content]) -> dict[str, Int[np.ndarray, "b"]]:
     """What the captions say, as numbers of the answers in SAID."""
 
     def said(content: Content) -> dict:
-        two = content.other or (None, None)
-        return vars(content) | {
-            "colour": content.kind.colour,
-            "shape": content.kind.shape,
-            "other_colour": two[0],
-            "other_shape": two[1],
-        }
+        kind, other, relation = content.kind, content.other, content.relation
+        answers = dict.fromkeys(SAID) | vars(content) | kind._asdict()
+        answers[f"shape of {kind.colour}"] = kind.shape
+        answers[f"role of {kind.colour}"] = f"first {relation}" if relation else "alone"
+        if other is not None:
+            answers |= {"other_colour": other.colour, "other_shape": other.shape}
+            answers[f"shape of {other.colour}"] = other.shape
+            answers[f"role of {other.colour}"] = f"other {relation}"
+        return answers
 
     every = [said(content) for content in contents]
     return {

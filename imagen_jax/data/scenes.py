@@ -227,9 +227,18 @@ def described(kind: Kind, size: str | None = None, count: int = 1) -> str:
 def training_scene(seed: int) -> Scene:
     """A scene to train on; none shows what is held out."""
     rng = np.random.default_rng((0, seed))
+    return compose(_training_content(rng), rng)
+
+
+def training_content(seed: int) -> Content:
+    """That of `training_scene`, without placing anything."""
+    return _training_content(np.random.default_rng((0, seed)))
+
+
+def _training_content(rng: np.random.Generator) -> Content:
     single, several, related = _by_form(None)
     form = (single, several, related)[rng.choice(3, p=(0.25, 0.2, 0.55))]
-    return compose(_with_sizes(form[rng.integers(len(form))], rng), rng)
+    return _with_sizes(form[rng.integers(len(form))], rng)
 
 
 def heldout_scene(level: str, seed: int) -> Scene:
