@@ -250,9 +250,9 @@ RECIPES: dict[str, tuple[Recipe, ...]] = {
     "paper": (dataclasses.replace(PAPER, optimizer="adafactor"), PAPER, PAPER),
     "demo": (_DEMO, dataclasses.replace(_DEMO, steps=1000, lr=2e-3)),
     "scenes": (
-        dataclasses.replace(_MUON, steps=900, batch_size=32, lr=1.5e-3),
-        dataclasses.replace(_MUON, steps=1600, lr=5e-3),
-        dataclasses.replace(_DEMO, steps=2000, batch_size=4, lr=2e-3, ema_decay=0.998),
+        dataclasses.replace(_MUON, steps=1200, batch_size=32, lr=1.5e-3),
+        dataclasses.replace(_MUON, steps=2100, lr=5e-3),
+        dataclasses.replace(_DEMO, steps=2600, batch_size=4, lr=2e-3, ema_decay=0.998),
     ),
 }
 """By preset, one recipe per U-Net."""
