@@ -62,17 +62,17 @@ def together() -> Iterator[None]:
 
 
 class Agreement:
-    """Numbers that all processes agree on, one after another, by JAX's coordinator. No device
-    computes, so any thread may ask, but for one agreement always the same, in every process.
+    """Numbers that all processes agree on, round after round, through JAX's coordinator.
 
-    Processes make their agreements in one order.
+    Nothing runs on a device, so a thread beside the training loop can use one. Every process makes
+    its agreements in the same order, and takes part in every round.
     """
 
     def __init__(self):
         self._name, self._rounds = f"imagen_jax/agreement{next(_agreements)}", itertools.count()
 
     def most(self, own: int) -> int:
-        """The largest of the numbers that the processes give in this round."""
+        """The largest of the numbers that the processes give in this round. Waits for them."""
         count, number = jax.process_count(), next(self._rounds)
         if count == 1:
             return own
