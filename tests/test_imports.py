@@ -12,13 +12,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LEAVES = {"types", "fields", "unet_config", "if_config", "resize", "pixels", "sharding"}
 LEAVES |= {"streams", "tiling", "memory"}
-MODEL = LEAVES | {
-    "diffusion",
-    "diffusion_config",
-    "stage",
-    "config",
-    "presets",
-}  # what a cascade is, as data
+# What a cascade is, as data.
+MODEL = LEAVES | {"diffusion", "diffusion_config", "stage", "config", "presets"}
 THEORY = MODEL | {
     "nn",
     "text",
