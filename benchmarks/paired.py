@@ -23,6 +23,7 @@ import platform
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -43,6 +44,7 @@ UNET = dict(
 )
 SIZE, BATCH, LR, EVERY = 16, 8, 1e-3, 10
 HELDOUT, DRAWN = 1024, 300  # scenes whose loss is measured, and that are drawn
+SHOWN = 8
 UNSEEN = 10**6  # the first batch that is not trained on
 
 
@@ -53,12 +55,16 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of weights, batches and draws")
     parser.add_argument("--own-draws", type=int, nargs="+", metavar="SEED")
     parser.add_argument("--inception", type=Path, help="the network of the FID")
+    parser.add_argument("--pictures", type=Path, help="PNG of what both draw, of the last seed")
     parser.add_argument("--out", type=Path, help="write the losses as JSON")
     args = parser.parse_args()
     if args.own_draws:
         for seed in args.own_draws:
-            for name, found in apart_by_draws(args, seed).items():
-                print(f"seed {seed}, {name:>14}: {json.dumps(found)}", flush=True)
+            sides = apart_by_draws(args, seed)
+            for name, side in sides.items():
+                print(f"seed {seed}, {name:>14}: {json.dumps(side.found)}", flush=True)
+            if args.pictures:
+                write_sheet(args.pictures, {name: side.drawn for name, side in sides.items()})
         return
     ours, theirs = Ours(args.objective), Theirs(args.objective, args.seed)
     start = ours.load(theirs.state())
@@ -78,7 +84,14 @@ def main() -> None:
         args.out.write_text(json.dumps(about | results, indent=1) + "\n")
 
 
-def apart_by_draws(args: argparse.Namespace, seed: int) -> dict[str, dict[str, float]]:
+class Side(NamedTuple):
+    """What was measured of one side: numbers, and the scenes that it drew, with their images."""
+
+    found: dict[str, float]
+    drawn: Any
+
+
+def apart_by_draws(args: argparse.Namespace, seed: int) -> dict[str, Side]:
     """Trains both sides, each with its own draws, and measures both."""
     ours = Ours(args.objective, args.steps)
     theirs = Theirs(args.objective, seed, ours.rate)
@@ -87,9 +100,19 @@ def apart_by_draws(args: argparse.Namespace, seed: int) -> dict[str, dict[str, f
         own = {name: batch[name] for name in ("images", "text_embeds", "text_masks")}
         ours.step(own | {"seed": np.uint32(seed)})
         theirs.step(own)
-    found = {"imagen-jax": ours.measured(args.inception)}
+    sides = {"imagen-jax": ours.measured(args.inception)}
     ours.load(theirs.state())
-    return found | {"imagen-pytorch": ours.measured(args.inception)}
+    return sides | {"imagen-pytorch": ours.measured(args.inception)}
+
+
+def write_sheet(path: Path, drawn: dict[str, Any]) -> None:
+    """True scenes, and what each side drew of their captions from the same noise."""
+    from imagen_jax.data import labelled_grid
+
+    chosen = next(iter(drawn.values())).scenes[:SHOWN]
+    true, captions = [one.draw(SIZE) for one in chosen], [one.caption for one in chosen]
+    rows = [(name, list(one.images[:SHOWN]), []) for name, one in drawn.items()]
+    labelled_grid([("true", true, captions), *rows]).save(path)
 
 
 def apart(pair: tuple[float, float]) -> float:
@@ -188,7 +211,7 @@ class Ours:
         moved = jax.tree.map(lambda a, b: a - b, self.params, start)
         return float(optax.tree.norm(moved)), float(optax.tree.norm(apart))
 
-    def measured(self, inception: Path | None) -> dict[str, float]:
+    def measured(self, inception: Path | None) -> Side:
         """The loss of held-out scenes, the shares of trained captions drawn right, and the FID."""
         import imagen_jax
         from evaluate import composition, report, score
@@ -207,7 +230,7 @@ class Ours:
         found |= {name: shares[name].share for name in ("relation", "count", "attributes")}
         if inception is not None:
             found["fid"] = report.distance(drawn, score.compiled(inception))
-        return {name: round(value, 4) for name, value in found.items()}
+        return Side({name: round(value, 4) for name, value in found.items()}, drawn["seen"])
 
 
 class Theirs:

@@ -26,7 +26,6 @@ from imagen_jax.metrics import composition
 from imagen_jax.pipeline import Pipeline
 from imagen_jax.streams import image_seeds
 
-KINDS = (*scenes.LEVELS, "seen")
 SHOWN, COLUMNS = 16, 8  # images of a level on the sheet
 HEADS = {
     "right": "all right",
@@ -43,7 +42,7 @@ HEADS = {
 class Settings(Sampling):
     """Measures what a cascade trained on scenes makes of captions that it was never shown."""
 
-    levels: tuple[Literal[KINDS], ...] = KINDS
+    levels: tuple[Literal[scenes.KINDS], ...] = scenes.KINDS
     """Kinds of captions to draw."""
     num_images: int = 200
     """Images of each kind."""
@@ -98,20 +97,11 @@ def judged(pipeline: Pipeline, given: Settings, options: dict) -> dict[str, Meas
     """Draws and judges, by level."""
     measured = {}
     for level in dict.fromkeys(given.levels):
-        chosen = scenes_of(level, given.num_images)
+        chosen = scenes.examples(level, given.num_images)
         images = draw(pipeline, chosen, given, options, level)
-        verdicts = [
-            composition.judge(scene.content, composition.find(image))
-            for scene, image in zip(chosen, images, strict=True)
-        ]
+        verdicts = composition.verdicts([scene.content for scene in chosen], images)
         measured[level] = Measured(chosen, images, verdicts)
     return measured
-
-
-def scenes_of(level: str, count: int) -> list[scenes.Scene]:
-    if level == "seen":
-        return [scenes.seen_scene(seed) for seed in range(count)]
-    return [scenes.heldout_scene(level, seed) for seed in range(count)]
 
 
 def draw(
@@ -119,7 +109,8 @@ def draw(
 ) -> np.ndarray:
     """One image a scene, (n, h, w, 3) in [0, 1]; their seeds depend on the level too."""
     captions = [scene.caption for scene in chosen]
-    seeds = image_seeds(given.seed, len(KINDS) * len(chosen))[KINDS.index(level) :: len(KINDS)]
+    first, of = scenes.KINDS.index(level), len(scenes.KINDS)
+    seeds = image_seeds(given.seed, of * len(chosen))[first::of]
     drawn = pipeline.generate(
         pipeline.encode(captions, batch_size=given.batch_size),
         seeds=seeds,

@@ -12,7 +12,7 @@ from PIL import Image
 import demo
 from evaluate import composition
 from imagen_jax import text
-from imagen_jax.data import NEW_COMBINATIONS, demo_captions
+from imagen_jax.data import NEW_COMBINATIONS, demo_captions, scenes
 from imagen_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -38,7 +38,7 @@ def test_the_sheet_shows_held_out_captions(tmp_path, monkeypatch):
 
     def measure(given):
         assert given.checkpoint == tmp_path
-        chosen = {level: composition.scenes_of(level, given.num_images) for level in given.levels}
+        chosen = {level: scenes.examples(level, given.num_images) for level in given.levels}
         images = {k: np.stack([s.draw(32) for s in part]) / 255 for k, part in chosen.items()}
         return {k: composition.Measured(chosen[k], images[k], []) for k in chosen}
 

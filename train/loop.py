@@ -57,6 +57,8 @@ def run(settings: Settings, unet_number: int, layout: Layout | None = None) -> b
         )
     record = settings.record() | {"pictures": len(feed.train), "content": feed.train.fingerprint()}
     with run_dir.metrics(watching, record) as metrics:
+        previews = Previews(run_dir, feed, metrics, watching, optimization.compute_dtype)
+        previews.check()
         announce(feed, run_dir.path, settings.describe(), resumed=settings.resume)
         announced = set(feed.left_out)
         start = run_dir.start(
@@ -67,7 +69,6 @@ def run(settings: Settings, unet_number: int, layout: Layout | None = None) -> b
             init_from=settings.init_from,
             continue_from=settings.continue_from,
         )
-        previews = Previews(run_dir, feed, metrics, watching, optimization.compute_dtype)
         with (
             run_dir.checkpoints(record, feed.text_encoder, keep=watching.keep) as checkpoints,
             Interrupt(layout) as interrupt,

@@ -1,6 +1,6 @@
-"""Evaluation during training: the loss on fixed noise, and a grid of samples.
+"""Evaluation during training: the loss on fixed noise, a grid of samples, a test of language.
 
-Both are of the averaged weights, and the same for the same weights: an interrupted one is done
+All are of the averaged weights, and the same for the same weights: an interrupted one is done
 again by the run that resumes.
 """
 
@@ -13,11 +13,12 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from imagen_jax import distributed, sampling, storage
-from imagen_jax.data import Record, labelled_grid
+from imagen_jax.data import Record, labelled_grid, scenes
 from imagen_jax.diffusion import samplers
 from imagen_jax.diffusion.guidance import Guidance
 from imagen_jax.errors import UserError
 from imagen_jax.evaluation import LOG_SNR_EDGES, bin_labels, make_eval_step
+from imagen_jax.metrics import composition
 from imagen_jax.sampling import Progress
 from imagen_jax.stage import SamplingDefaults, to_float
 from imagen_jax.streams import row_keys, stream
@@ -32,12 +33,14 @@ SHOWN = 8
 
 
 def due(settings: Watching, step: int, *, last: bool) -> set[str]:
-    """What is to be looked at after a step: "evaluation", "samples"."""
+    """What is to be looked at after a step: "evaluation", "samples", "composition"."""
     found = set()
     if last or step % settings.eval_every == 0:
         found.add("evaluation")
-    if settings.sample_every and step and (last or step % settings.sample_every == 0):
-        found.add("samples")
+    for name in ("samples", "composition"):
+        every = settings.sample_every if name == "samples" else settings.compose_every
+        if every and step and (last or step % every == 0):
+            found.add(name)
     return found
 
 
@@ -51,6 +54,17 @@ class Previews:
     settings: Watching
     dtype: DTypeLike
 
+    def check(self) -> None:
+        """Raises UserError if the captions of the test of language cannot be drawn."""
+        if not self.settings.compose_every:
+            return
+        if not self.feed.reads_captions or self.feed.config.channels != 3:
+            raise UserError("--compose-every: the cascade must read captions, and draw in colour.")
+        if self.feed.embeddings is not None:
+            for kind in scenes.KINDS:
+                chosen = scenes.examples(kind, self.settings.compose_images)
+                self.feed.embeddings.check([scene.caption for scene in chosen])
+
     @property
     def defaults(self) -> SamplingDefaults:
         return self.run.config.sampling_defaults(self.run.stage.unet_number)
@@ -63,6 +77,8 @@ class Previews:
             self.evaluate(params, step, listen)
         if "samples" in wanted:
             self.write_samples(params, step, listen)
+        if "composition" in wanted:
+            self.compose(params, step, listen)
 
     def evaluate(self, params: Params, step: int, listen: Callable[[], None]) -> None:
         """Loss per log-SNR bin, with the same noise every time."""
@@ -91,21 +107,39 @@ class Previews:
         records, pictures = zip(*itertools.islice(feed.usable(feed.train), SHOWN), strict=True)
         given = self._given(records, np.stack(pictures))
         images = self._sample(params, len(records), given, progress)
-        if not np.isfinite(images).all():
-            raise UserError(
-                f"the samples of U-Net {feed.stage.unet_number} at step {step} hold NaN or "
-                f"infinity: {self.run.picture_path(step).name} is not written. --dtype float32 may "
-                "help, or --sample-every 0."
-            )
+        path = self.run.picture_path(step)
+        self._check_finite(images, step, f"{path.name} is not written", "sample")
         captions = [record.caption or "" for record in records]
         rows = [("sampled", list(images), captions), ("real", list(pictures), captions)]
         if not distributed.talks():
             return
-        path = self.run.picture_path(step)
         path.parent.mkdir(parents=True, exist_ok=True)
         file = io.BytesIO()
         labelled_grid(rows).save(file, format="png")
         storage.write_bytes(path, file.getvalue())
+
+    def compose(self, params: Params, step: int, progress: Progress) -> None:
+        """What of captions that were held out the U-Net draws right, by kind of caption."""
+        values = {}
+        for kind in scenes.KINDS:
+            chosen = scenes.examples(kind, self.settings.compose_images)
+            real = np.stack([scene.draw(self.feed.stage.size) for scene in chosen])
+            records = [
+                Record(f"{kind} {i}", scene.draw, scene.caption) for i, scene in enumerate(chosen)
+            ]
+            images = self._sample(params, len(chosen), self._given(records, real), progress)
+            self._check_finite(images, step, "they cannot be judged", "compose")
+            contents = [scene.content for scene in chosen]
+            shares = composition.summary(contents, composition.verdicts(contents, images))
+            values |= {f"{kind}[{name}]": one.share for name, one in shares.items() if one.count}
+        self.metrics.write(step, "eval/composition", values)
+
+    def _check_finite(self, images: AnyArray, step: int, so: str, flag: str) -> None:
+        if not np.isfinite(images).all():
+            raise UserError(
+                f"the samples of U-Net {self.feed.stage.unet_number} at step {step} hold NaN or "
+                f"infinity: {so}. --dtype float32 may help, or --{flag}-every 0."
+            )
 
     def _given(self, records: Sequence[Record], real: AnyArray) -> sampling.Given:
         """What the samples are conditioned on: the records' text, and their pictures shrunk."""

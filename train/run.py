@@ -57,6 +57,9 @@ PASSING = ("workdir", "resume", "print_config", "preset", "config", "init_from",
            "continue_from", "profile",
            "coordinator", "process_id", "num_processes")  # fmt: skip
 
+# What an evaluation leaves in metrics.jsonl, its last line.
+LINES = {"evaluation": "eval/train", "composition": "eval/composition"}
+
 # How TensorStore, which raises ValueError for a failing disk or store too, begins its messages.
 STORAGE = re.compile(
     r"os_error_code=|(UNKNOWN|CANCELLED|DEADLINE_EXCEEDED|NOT_FOUND|PERMISSION_DENIED|RESOURCE_EXHAUSTED|ABORTED|"
@@ -130,10 +133,10 @@ class RunDir:
 
     def missing(self, due: set[str], step: int) -> set[str]:
         """Of what was due at a step, what an interrupted run has not left; as process 0 sees it."""
-        found = set(due)
-        evaluated = dict(unet=self.stage.unet_number, step=step, kind="eval/train")
-        if any(evaluated.items() <= line.items() for line in log.read(self.path)):
-            found.discard("evaluation")
+        here = dict(unet=self.stage.unet_number, step=step)
+        lines = [line for line in log.read(self.path) if here.items() <= line.items()]
+        left = {line.get("kind") for line in lines}
+        found = {name for name in due if LINES.get(name) not in left}
         if self.picture_path(step).exists():
             found.discard("samples")
         return set(json.loads(distributed.gather(json.dumps(sorted(found)))[0]))

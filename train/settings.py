@@ -158,7 +158,13 @@ class Watching:
     sample_steps: int = 50
     """Denoising steps of these grids."""
     cond_scale: float = 3.0
-    """Guidance weight of these grids."""
+    """Guidance weight of these grids, and of what is composed."""
+    compose_every: int = 0
+    """Steps between tests of language: captions about coloured shapes are drawn, none of which is
+    ever trained on (`--data scenes`), and judged object by object, as evaluate.composition does of
+    a complete cascade. Super-resolution starts from true small images. 0: none."""
+    compose_images: int = 64
+    """Images of such a test, of each of its four kinds of captions."""
     save_every: int = 1000
     """Steps between checkpoints."""
     keep: int | None = 3
@@ -176,7 +182,8 @@ SECTIONS = (Run, Data, Optimization, Devices, Watching)
 AT_LEAST = dict(
     steps=1, seed=0, limit=1, threads=1, workers=0, cache_mb=0, batch_size=1, accumulate=1,
     warmup_steps=0, cosine_decay_max_steps=1, log_every=1, eval_every=1, eval_batches=1,
-    sample_every=0, sample_steps=1, save_every=1, keep=1, profile=1, process_id=0, num_processes=1,
+    sample_every=0, sample_steps=1, compose_every=0, compose_images=1,
+    save_every=1, keep=1, profile=1, process_id=0, num_processes=1,
 )  # fmt: skip
 BETWEEN_0_AND_1 = (
     "heldout_fraction",

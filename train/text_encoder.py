@@ -28,7 +28,7 @@ from tqdm import trange
 
 import commands
 from imagen_jax import text
-from imagen_jax.data import scenes
+from imagen_jax.data import scene_source, scenes
 from imagen_jax.data.scenes import Content
 from imagen_jax.errors import UserError
 from imagen_jax.types import AnyArray, Params
@@ -102,7 +102,7 @@ def train(given: Settings) -> tuple[text.TextEncoder, Reading]:
     for _ in bar:
         contents = [
             scenes.training_content(int(seed))
-            for seed in rng.integers(scenes.TRAINING, size=given.batch_size)
+            for seed in rng.integers(scene_source.TRAINING, size=given.batch_size)
         ]
         ids = tokens(encoder, contents, rng)
         weights, state, loss = step(weights, state, ids, answers_of(contents))

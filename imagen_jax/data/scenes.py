@@ -22,13 +22,11 @@ import math
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, SupportsIndex
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from imagen_jax.data.records import Record, Source
-from imagen_jax.errors import UserError
 from imagen_jax.types import Size, pair
 
 COLOURS = {
@@ -60,7 +58,7 @@ MARGIN, APART = 0.02, 0.05  # of the shorter side: around objects, and between t
 
 HELDOUT_PAIRS = (("red", "triangle"), ("blue", "star"), ("green", "square"), ("yellow", "circle"))
 LEVELS = ("pairs", "combinations", "counts")
-TRAINING, HELDOUT = 1_000_000, 1_000  # scenes of the source: to train on, and of each level
+KINDS = (*LEVELS, "seen")  # of captions to measure a model with
 
 Relation = Literal["above", "left of", "inside"]
 
@@ -248,69 +246,19 @@ def heldout_scene(level: str, seed: int) -> Scene:
     return compose(_with_sizes(form[seed % len(form)], rng), rng)
 
 
+def examples(kind: str, count: int) -> list[Scene]:
+    """The first scenes of one of `KINDS`, to measure a model with: always the same."""
+    if kind == "seen":
+        return [seen_scene(seed) for seed in range(count)]
+    return [heldout_scene(kind, seed) for seed in range(count)]
+
+
 def seen_scene(seed: int) -> Scene:
     """A scene with two objects of a combination that is trained on, to compare the held-out ones
     with; itself it is none of the records."""
     rng = np.random.default_rng((1 + len(LEVELS), seed))
     form = _by_form(None)[2]
     return compose(_with_sizes(form[rng.integers(len(form))], rng), rng)
-
-
-def scene(number: int) -> Scene:
-    """The scene of a record: to train on, and after these held out, the levels in turn."""
-    if number < TRAINING:
-        return training_scene(number)
-    number -= TRAINING
-    return heldout_scene(LEVELS[number % len(LEVELS)], number // len(LEVELS))
-
-
-def open_scenes(part: str | None = None) -> Source:
-    """The scenes as a source: `TRAINING` to train on, and `HELDOUT` of each level; or a part."""
-    rows, numbers = np.arange(TRAINING + len(LEVELS) * HELDOUT), None
-    if part in LEVELS:
-        numbers = rows[TRAINING + LEVELS.index(part) :: len(LEVELS)]
-    elif part is not None:
-        if part not in ("train", "heldout"):
-            known = ", ".join(("train", "heldout", *LEVELS))
-            raise UserError(f"scenes:{part}: the parts are {known}")
-        numbers = rows[:TRAINING] if part == "train" else rows[TRAINING:]
-    return Source(
-        name="scenes" if part is None else f"scenes:{part}",
-        keys=_Keys(len(rows)),
-        read=_Reader(),
-        heldout=rows >= TRAINING,
-        rows=rows if numbers is None else numbers,
-        hashes=rows.astype(np.uint32),
-    )
-
-
-class _Reader:
-    def __call__(self, number: int) -> Record:
-        one = scene(number)
-        return Record(f"scene{number}", one.draw, one.caption)
-
-    def every_caption(self) -> Iterator[tuple[str, ...]]:
-        """Every caption that there is: of all contents, in all sizes, places and wordings."""
-        for level in (None, *LEVELS):
-            for content in contents(level):
-                for sized in _every_size(content):
-                    yield wordings(sized)
-
-
-class _Keys(Sequence):
-    """`scene0`, `scene1`, ...: a million names that nobody needs to keep."""
-
-    def __init__(self, count: int):
-        self.count = count
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, number: SupportsIndex) -> str:
-        return f"scene{number}"
-
-    def __iter__(self) -> Iterator[str]:
-        return (self[number] for number in range(self.count))
 
 
 def _chosen(what: object, fraction: float) -> bool:
@@ -334,7 +282,7 @@ def _with_sizes(content: Content, rng: np.random.Generator) -> Content:
     return replace(content, size=size, place=place)
 
 
-def _every_size(content: Content) -> Iterator[Content]:
+def every_size(content: Content) -> Iterator[Content]:
     """The content with everything that `_with_sizes` may add."""
     if content.relation == "inside":
         yield content

@@ -1,7 +1,7 @@
 """Open a source of captioned pictures by its name, as `--data` gives it.
 
     bundled                   the emoji that come with the package
-    scenes[:PART]             coloured shapes, drawn as they are read (scenes.py)
+    scenes[:PART]             coloured shapes, drawn as they are read (scene_source.py)
     FOLDER                    pictures with a .txt of the same stem beside them, or with one
                               metadata.jsonl or metadata.csv; or .tar shards
     FILE.tar, 'DIR/*.tar', 'DIR/{00000..00009}.tar'    img2dataset or webdataset shards
@@ -32,7 +32,7 @@ from imagen_jax.data import (
     hugging_face,
     kinds,
     readers,
-    scenes,
+    scene_source,
     shards,
     tables,
 )
@@ -188,7 +188,7 @@ class _Reading:
         if spec == "bundled":
             return _bundled()
         if spec == "scenes" or spec.startswith("scenes:"):
-            return scenes.open_scenes(spec.partition(":")[2] or None)
+            return scene_source.open_scenes(spec.partition(":")[2] or None)
         if spec.startswith("tfds:"):
             name, part = _named(spec, r"tfds:(.+?(?::\d+\.\d+\.\d+)?)(?::([^:]+))?")
             return readers.prepared(

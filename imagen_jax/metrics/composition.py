@@ -228,6 +228,11 @@ class Share(NamedTuple):
     count: int
 
 
+def verdicts(contents: Sequence[Content], images: Float[np.ndarray, "n h w 3"]) -> list[Verdict]:
+    """What of each image's caption it shows."""
+    return [judge(content, find(image)) for content, image in zip(contents, images, strict=True)]
+
+
 def summary(contents: Sequence[Content], verdicts: Sequence[Verdict]) -> dict[str, Share]:
     """The verdicts of a set of images, by the fields of `Verdict`: of `objects` and `attributes`
     the share of all objects, of the others that of the images whose captions speak of it."""

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from imagen_jax import checkpoint, flops, nn
-from imagen_jax.data import open_source
+from imagen_jax.data import open_source, scenes
 from imagen_jax.data.records import hashed_heldout, key_hashes
 from imagen_jax.errors import UserError
 from imagen_jax.evaluation import bin_labels
@@ -28,12 +28,13 @@ from train.settings import Optimization
 from train.step import make_train_step, step_flops
 
 KEYS = ("step", "loss", "grad_norm", "learning_rate")
+LOOKED_AT = dict(sample_every=4, sample_steps=2, compose_every=4, compose_images=8)
 
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     """A run of four steps without a stop."""
-    settings = support.settings(tmp_path_factory.mktemp("straight"), sample_every=4, sample_steps=2)
+    settings = support.settings(tmp_path_factory.mktemp("straight"), **LOOKED_AT)
     assert loop.run(settings, 1)
     return settings
 
@@ -104,12 +105,12 @@ def test_lines_are_means_of_the_same_steps(tmp_path):
     assert all(means["stopped"][step] == line for step, line in means["straight"].items())
 
 
-@pytest.mark.parametrize("during", ["evaluation", "samples"])
+@pytest.mark.parametrize("during", ["evaluation", "write_samples", "compose"])
 def test_what_a_signal_kept_from_being_looked_at_is_made_up_for(
     straight, tmp_path, monkeypatch, capsys, during
 ):
     """A signal is heard in the middle of it; the resumed run leaves what it would have."""
-    settings = support.settings(tmp_path, sample_every=4, sample_steps=2, save_every=3)
+    settings = support.settings(tmp_path, save_every=3, **LOOKED_AT)
     if during == "evaluation":
         embed = Feed.evaluation
 
@@ -120,21 +121,21 @@ def test_what_a_signal_kept_from_being_looked_at_is_made_up_for(
 
         monkeypatch.setattr(Feed, "evaluation", evaluation)
     else:
-        shrink = Previews.write_samples
+        look = getattr(Previews, during)
 
-        def write_samples(previews, params, step, progress):
+        def stopped(previews, params, step, progress):
             def interrupted(number, done, total):
                 signal.raise_signal(signal.SIGTERM)
                 progress(number, done, total)
 
-            shrink(previews, params, step, interrupted)
+            look(previews, params, step, interrupted)
 
-        monkeypatch.setattr(Previews, "write_samples", write_samples)
+        monkeypatch.setattr(Previews, during, stopped)
     assert not loop.run(settings, 1)
     assert "SIGTERM: stopped after step 4" in capsys.readouterr().out
     assert checkpoint.latest_step(settings.run, 1) == 4
     picture = settings.run / "samples" / "unet1-0000004.png"
-    assert not picture.exists()
+    assert picture.exists() == (during == "compose")
     monkeypatch.undo()
     assert loop.run(dataclasses.replace(settings, resume=True), 1)
     assert_same_run(settings, straight)
@@ -143,6 +144,10 @@ def test_what_a_signal_kept_from_being_looked_at_is_made_up_for(
         got, want = (support.metrics(run, kind) for run in (settings.run, straight.run))
         assert [line["step"] for line in got] == [0, 4]
         assert [got[-1][name] for name in names] == [want[-1][name] for name in names]
+    [got], [want] = (
+        support.metrics(run, "eval/composition") for run in (settings.run, straight.run)
+    )
+    assert got.items() - want.items() <= {("time", got["time"])}
     assert picture.read_bytes() == (straight.run / "samples" / picture.name).read_bytes()
     capsys.readouterr()
     assert loop.run(dataclasses.replace(settings, resume=True), 1)
@@ -385,6 +390,30 @@ def test_samples_that_are_not_finite_are_not_written(tmp_path, monkeypatch):
         loop.run(settings, 1)
     assert checkpoint.latest_step(settings.run, 1) == 1
     assert not (settings.run / "samples" / "unet1-0000001.png").exists()
+
+
+def test_language_is_judged_during_training(tmp_path, monkeypatch):
+    """True images in place of samples: all of each kind of caption is right."""
+    asked = []
+
+    def true_images(previews, params, count, given, progress):
+        asked.append(given.text_embeds)
+        chosen = scenes.examples(scenes.KINDS[len(asked) - 1], count)
+        return np.stack([scene.draw(32) for scene in chosen]).astype(np.float32) / 255
+
+    monkeypatch.setattr(Previews, "_sample", true_images)
+    cascade = dataclasses.replace(support.CASCADE, image_sizes=(32, 64))
+    (tmp_path / "larger.json").write_text(json.dumps(cascade.to_dict()))
+    settings = support.settings(
+        tmp_path, data=("scenes",), steps=1, compose_every=1, compose_images=6
+    )
+    assert loop.run(dataclasses.replace(settings, config=tmp_path / "larger.json"), 1)
+    [line] = support.metrics(settings.run, "eval/composition")
+    assert len(asked) == 4 and not np.array_equal(asked[0], asked[1])
+    assert {line[f"{kind}[right]"] for kind in scenes.KINDS} == {1.0}
+    assert line["combinations[relation]"] == 1 and "pairs[relation]" not in line
+    with pytest.raises(UserError, match="--compose-every: the cascade must read captions"):
+        loop.run(dataclasses.replace(settings, no_captions=True, workdir=tmp_path / "other"), 1)
 
 
 def test_the_first_bad_step_is_named(straight):

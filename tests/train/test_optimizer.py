@@ -11,6 +11,7 @@ import pytest
 
 from imagen_jax.sharding import make_layout
 from train.optimizer import (
+    NEWTON_SCHULZ,
     _scrambled,
     ema_decay,
     learning_rate,
@@ -141,6 +142,17 @@ def test_muon_makes_hidden_kernels_orthogonal():
     assert given.max() > 2 * given.min()
     del moved["down"]["kernel"], wanted["down"]["kernel"]
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), moved, wanted)
+
+
+def test_muon_keeps_its_coefficients_exact_beside_averages_in_bfloat16():
+    optimizer = make_optimizer(Settings(optimizer="muon", moments="bfloat16", max_grad_norm=None))
+    params = dict(hidden=dict(kernel=jnp.ones((8, 16))))
+    update, state = jax.jit(optimizer.update), optimizer.init(params)
+    for _ in range(2):
+        _, state = update(params, state, params)
+    assert {str(x.dtype) for x in jax.tree.leaves(state) if x.shape == (8, 16)} == {"bfloat16"}
+    coefficients = [x for x in jax.tree.leaves(state) if x.shape == np.shape(NEWTON_SCHULZ)]
+    np.testing.assert_array_equal(np.stack(coefficients), np.float32([NEWTON_SCHULZ]))
 
 
 @pytest.mark.parametrize("name", ["adam", "adafactor"])
