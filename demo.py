@@ -42,7 +42,7 @@ from train.settings import Settings
 SEED = 0
 COND_SCALE = {"bundled": (2.0, 1.0), "scenes": (2.0, 3.0, 1.0)}  # guidance, by U-Net
 PRESET = {"bundled": "demo", "scenes": "scenes"}
-LONG = 3.5  # times the steps of the demo
+LONG = 3  # times the steps of the demo
 LONGEST_FIRST = (2, 1, 3)  # stages of scenes, in the order in which they are started
 BATCH_SIZE = 35  # images drawn at once
 COLUMNS = 8
@@ -64,7 +64,7 @@ def main() -> None:
     args = parser.parse_args()
     workdir = args.workdir or Path("runs", "demo" if args.data == "scenes" else "emoji")
     recipes = RECIPES[PRESET[args.data]]
-    steps = args.steps or [int(recipe.steps * (LONG if args.long else 1)) for recipe in recipes]
+    steps = args.steps or [recipe.steps * (LONG if args.long else 1) for recipe in recipes]
 
     if args.core is not None:
         os.sched_setaffinity(0, {args.core})

@@ -182,7 +182,7 @@ def scenes() -> ImagenConfig:
         dim=32,
         dim_mults=(1, 2, 2),
         layer_attns=False,
-        layer_cross_attns=(False, False, True),
+        layer_cross_attns=(False, True, True),
         **shared,
     )
     edges = UnetConfig(
@@ -198,7 +198,7 @@ def scenes() -> ImagenConfig:
         image_sizes=(8, 16, 32),
         text_encoder_name="demo",
         elucidated=ElucidatedConfig(
-            P_mean=(0.3, 0.2, -0.8), sigma_data=0.9, sigma_min=0.02, sigma_max=40
+            P_mean=(0.3, -0.3, -0.8), sigma_data=0.9, sigma_min=0.02, sigma_max=40
         ),
         resize_mode="area",
         lowres_noise_schedule="cosine",
@@ -251,8 +251,8 @@ RECIPES: dict[str, tuple[Recipe, ...]] = {
     "demo": (_DEMO, dataclasses.replace(_DEMO, steps=1000, lr=2e-3)),
     "scenes": (
         dataclasses.replace(_MUON, steps=1400, batch_size=32, lr=1.5e-3),
-        dataclasses.replace(_MUON, steps=2700, lr=5e-3),
-        dataclasses.replace(_DEMO, steps=1100, batch_size=4, lr=2e-3, ema_decay=0.998),
+        dataclasses.replace(_MUON, steps=2400, lr=5e-3),
+        dataclasses.replace(_MUON, steps=1100, batch_size=4, lr=5e-3),
     ),
 }
 """By preset, one recipe per U-Net."""
