@@ -1,5 +1,6 @@
 """The one exception class for a user's mistake, and what a message quotes of another error."""
 
+import logging
 import sys
 from collections.abc import Callable
 
@@ -13,7 +14,11 @@ class UserError(ValueError):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a command of the library: a mistake or a failing disk ends it with one line."""
+    """Runs a command of the library: a mistake or a failing disk ends it with one line.
+
+    Orbax warns of every array that it reads one by one, of a file that is of no use to it.
+    """
+    logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         main()
     except (UserError, OSError) as error:

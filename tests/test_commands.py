@@ -1,11 +1,14 @@
 """What every command sets up for its process, seen from a process of its own."""
 
+import logging
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from imagen_jax import errors
 
 STEPS = """
 import resource
@@ -55,3 +58,15 @@ def test_steps_keep_their_memory():
 def test_float32_is_computed_in_float32_unless_the_user_says_otherwise():
     assert run(PRECISION, JAX_DEFAULT_MATMUL_PRECISION="") == ["None", "highest"]
     assert run(PRECISION, JAX_DEFAULT_MATMUL_PRECISION="tensorfloat32")[1] == "tensorfloat32"
+
+
+def test_commands_of_the_library_do_not_repeat_what_orbax_warns_of(caplog):
+    logger = logging.getLogger("absl")
+    level = logger.level
+    try:
+        errors.run(lambda: logger.warning("Metadata file does not exist: params"))
+    finally:
+        logger.setLevel(level)
+    assert not caplog.records
+    logger.warning("another program's")
+    assert len(caplog.records) == 1
