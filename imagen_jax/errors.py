@@ -16,7 +16,7 @@ class UserError(ValueError):
 def run(main: Callable[[], None]) -> None:
     """Runs a command of the library: a mistake or a failing disk ends it with one line.
 
-    Orbax warns of every array that it reads one by one, of a file that is of no use to it.
+    Orbax warns, once for each tree that it reads, that a file is missing which it does not need.
     """
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:

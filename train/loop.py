@@ -26,7 +26,7 @@ from imagen_jax.streams import stream
 from train.feed import Ahead, Feed
 from train.interrupt import Interrupt, Stopped
 from train.log import Metrics, Profile, Window, announce, report_left_out
-from train.previews import Previews, due
+from train.previews import Previews, check_captions, due
 from train.run import Checkpoints, RunDir, Start
 from train.settings import Data, Optimization, Settings, Watching
 from train.state import TrainState
@@ -55,10 +55,10 @@ def run(settings: Settings, unet_number: int, layout: Layout | None = None) -> b
         feed = Feed.open(
             config, stage, data, optimization, layout, seed=settings.seed, recorded=recorded
         )
+        check_captions(watching, feed)
     record = settings.record() | {"pictures": len(feed.train), "content": feed.train.fingerprint()}
     with run_dir.metrics(watching, record) as metrics:
         previews = Previews(run_dir, feed, metrics, watching, optimization.compute_dtype)
-        previews.check()
         announce(feed, run_dir.path, settings.describe(), resumed=settings.resume)
         announced = set(feed.left_out)
         start = run_dir.start(

@@ -12,8 +12,8 @@ from train.settings import Optimization
 
 NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5
 """Muon's iterations, with the coefficients that are optax's default. Given one by one they become a
-loop of the program; otherwise it holds all five of each kernel, compiles for twice as long, and
-takes twice the time on a CPU."""
+loop of the program; otherwise it holds all five of each kernel, compiles for nearly twice as long,
+and takes 1.5 to 2 times as long on a CPU (benchmarks/README.md)."""
 
 
 def learning_rate(settings: Optimization) -> optax.Schedule:

@@ -37,11 +37,24 @@ def due(settings: Watching, step: int, *, last: bool) -> set[str]:
     found = set()
     if last or step % settings.eval_every == 0:
         found.add("evaluation")
-    for name in ("samples", "composition"):
-        every = settings.sample_every if name == "samples" else settings.compose_every
+    for name, every in dict(
+        samples=settings.sample_every, composition=settings.compose_every
+    ).items():
         if every and step and (last or step % every == 0):
             found.add(name)
     return found
+
+
+def check_captions(settings: Watching, feed: Feed) -> None:
+    """Raises UserError if the captions of the test of language cannot be drawn."""
+    if not settings.compose_every:
+        return
+    if not feed.reads_captions or feed.config.channels != 3:
+        raise UserError("--compose-every: the cascade must read captions, and draw in colour.")
+    if feed.embeddings is not None:
+        for kind in scenes.KINDS:
+            chosen = scenes.examples(kind, settings.compose_images)
+            feed.embeddings.check([scene.caption for scene in chosen])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,17 +66,6 @@ class Previews:
     metrics: Metrics
     settings: Watching
     dtype: DTypeLike
-
-    def check(self) -> None:
-        """Raises UserError if the captions of the test of language cannot be drawn."""
-        if not self.settings.compose_every:
-            return
-        if not self.feed.reads_captions or self.feed.config.channels != 3:
-            raise UserError("--compose-every: the cascade must read captions, and draw in colour.")
-        if self.feed.embeddings is not None:
-            for kind in scenes.KINDS:
-                chosen = scenes.examples(kind, self.settings.compose_images)
-                self.feed.embeddings.check([scene.caption for scene in chosen])
 
     @property
     def defaults(self) -> SamplingDefaults:
@@ -119,7 +121,7 @@ class Previews:
         storage.write_bytes(path, file.getvalue())
 
     def compose(self, params: Params, step: int, progress: Progress) -> None:
-        """What of captions that were held out the U-Net draws right, by kind of caption."""
+        """What the U-Net draws right of captions that were held out, and of seen ones, by kind."""
         values = {}
         for kind in scenes.KINDS:
             chosen = scenes.examples(kind, self.settings.compose_images)

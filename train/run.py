@@ -136,7 +136,7 @@ class RunDir:
         here = dict(unet=self.stage.unet_number, step=step)
         lines = [line for line in log.read(self.path) if here.items() <= line.items()]
         left = {line.get("kind") for line in lines}
-        found = {name for name in due if LINES.get(name) not in left}
+        found = {name for name in due if LINES.get(name, name) not in left}
         if self.picture_path(step).exists():
             found.discard("samples")
         return set(json.loads(distributed.gather(json.dumps(sorted(found)))[0]))

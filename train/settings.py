@@ -160,11 +160,12 @@ class Watching:
     cond_scale: float = 3.0
     """Guidance weight of these grids, and of what is composed."""
     compose_every: int = 0
-    """Steps between tests of language: captions about coloured shapes are drawn, none of which is
-    ever trained on (`--data scenes`), and judged object by object, as evaluate.composition does of
-    a complete cascade. Super-resolution starts from true small images. 0: none."""
+    """Steps between tests of language: captions about coloured shapes, three kinds that
+    `--data scenes` never trains on and one that it does, are drawn and judged object by object, as
+    evaluate.composition does of a complete cascade. Super-resolution starts from true small
+    images. 0: none."""
     compose_images: int = 64
-    """Images of such a test, of each of its four kinds of captions."""
+    """Images of such a test, of each of its four kinds of captions; those of a kind at once."""
     save_every: int = 1000
     """Steps between checkpoints."""
     keep: int | None = 3
