@@ -28,6 +28,9 @@ def train(settings: Settings, file: Path) -> None:
         np.savez(file, **seen)
 
     commands.run(main)
+    # At exit JAX waits for the others before its coordinator closes; forked processes have no exit
+    # handlers.
+    jax.distributed.shutdown()
 
 
 def watched(layout: Layout, settings: Settings) -> tuple[dict[str, np.ndarray], Callable]:
