@@ -82,18 +82,18 @@ def _numbered(number: int, step: int) -> tuple[int, int]:
 def _endless(source: Source, seed: int, shuffle: bool) -> grain.MapDataset:
     """Which record is at a position of the endless order; of a mixture each part has its own."""
 
-    def endless(rows: grain.MapDataset, seed: int) -> grain.MapDataset:
-        order = rows.seed(seed)
-        return (order.shuffle() if shuffle else order).repeat()
+    def shuffled(rows: grain.MapDataset, seed: int) -> grain.MapDataset:
+        order = rows.seed(seed)  # a position past its end is one of the next epoch
+        return order.shuffle() if shuffle else order
 
     if source.parts is None:
-        return endless(grain.MapDataset.range(len(source)), seed)
+        return shuffled(grain.MapDataset.range(len(source)), seed)
     own = source.parts[source.rows]
     parts = {part: np.flatnonzero(own == part) for part in range(len(source.weights))}
     parts = {part: rows for part, rows in parts.items() if len(rows)}
     return grain.MapDataset.mix(
         [
-            endless(grain.MapDataset.source(rows), (seed + part) % 2**32)
+            shuffled(grain.MapDataset.source(rows), (seed + part) % 2**32).repeat()
             for part, rows in parts.items()
         ],
         [source.weights[part] for part in parts],

@@ -247,7 +247,7 @@ class _Pictures:
                     captions = example.captions
                     if draw is not None and len(captions) > 1:
                         captions = captions[int(draw.caption * len(captions)) :]
-                    return example._replace(captions=captions[:1], skipped=skipped)
+                    return Example(example.image, captions[:1], example.embeds, skipped)
             skipped[self.source.key(j)] = self.unusable[j, size]
         key, why = next(iter(skipped.items()))
         raise UserError(

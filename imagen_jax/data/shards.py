@@ -5,6 +5,7 @@ at random. A tar has no table of contents: one that was cut off, or whose header
 as a shorter one. The sign is its end, which is a block of zeros with nothing but zeros after it.
 """
 
+import io
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -132,25 +133,28 @@ class _Shard:
 
     def __enter__(self) -> Callable[[_Place], bytes]:
         if is_remote(self.path):
-            self.file = files.open_binary(self.path)
-            return self._seek
+            file = files.open_binary(self.path)
+            self._close = file.close
+            return partial(_seek, file)
         try:
-            self.file = os.fdopen(os.open(self.path, os.O_RDONLY), "rb", buffering=0)
+            number = os.open(self.path, os.O_RDONLY)
         except (FileNotFoundError, PermissionError) as error:
             raise UserError(f"its shard cannot be read: {error.strerror}") from error
-        found = os.fstat(self.file.fileno())
+        self._close = partial(os.close, number)
+        found = os.fstat(number)
         if (found.st_size, str(found.st_mtime_ns)) != self.state:
-            self.file.close()
+            self._close()
             raise UserError("its shard has changed since it was opened")
-        return partial(_read_at, self.file.fileno())
+        return partial(_read_at, number)
 
     def __exit__(self, *_) -> None:
-        self.file.close()
-
-    def _seek(self, place: _Place) -> bytes:
-        self.file.seek(place[0])
-        return self.file.read(place[1])
+        self._close()
 
 
-def _read_at(file: int, place: _Place) -> bytes:
-    return os.pread(file, place[1], place[0])
+def _seek(file: io.IOBase, place: _Place) -> bytes:
+    file.seek(place[0])
+    return file.read(place[1])
+
+
+def _read_at(number: int, place: _Place) -> bytes:
+    return os.pread(number, place[1], place[0])
