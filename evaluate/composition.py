@@ -19,7 +19,7 @@ from etils import epath
 
 import commands
 from commands.sampling import Sampling, open_pipeline, progress_bars
-from imagen_jax import checkpoint, storage
+from imagen_jax import run_config, storage
 from imagen_jax.data import labelled_grid, scenes
 from imagen_jax.errors import UserError
 from imagen_jax.metrics import composition
@@ -74,7 +74,7 @@ def main() -> None:
 
 def measure(given: Settings) -> dict[str, Measured]:
     """Draws and judges, by level; prints a table, and writes it with a sheet of images."""
-    config = checkpoint.read_config(given.run)
+    config = run_config.read(given.run)
     if not config.condition_on_text or config.channels != 3:
         raise UserError(f"{given.run}: the cascade must draw captions, in three channels.")
     options, numbers = given.options(config), given.unet_numbers(config)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import commands
 from commands.sampling import Sampling, open_pipeline
-from imagen_jax import checkpoint, storage
+from imagen_jax import run_config, storage
 from imagen_jax.data import open_source, read_lines
 from imagen_jax.errors import UserError
 from imagen_jax.pipeline import Pipeline
@@ -51,7 +51,7 @@ class Settings(Sampling):
 
 def main() -> None:
     given = tyro.cli(Settings, prog="python -m evaluate.generate")
-    config = checkpoint.read_config(given.run)
+    config = run_config.read(given.run)
     if not config.condition_on_text:
         raise UserError(f"{given.run}: the cascade was trained without captions.")
     options, numbers = given.options(config), given.unet_numbers(config)

@@ -25,7 +25,7 @@ import tyro
 import commands
 from commands.sampling import open_pipeline
 from evaluate import composition, score
-from imagen_jax import checkpoint, storage
+from imagen_jax import run_config, storage
 from imagen_jax.data import labelled_grid
 from imagen_jax.errors import UserError
 from imagen_jax.metrics import fid
@@ -59,7 +59,7 @@ class Settings(composition.Settings):
 
 def main() -> None:
     given = tyro.cli(Settings, prog="python -m evaluate.report", description=__doc__)
-    config = checkpoint.read_config(given.run)
+    config = run_config.read(given.run)
     if not config.condition_on_text or config.channels != 3:
         raise UserError(f"{given.run}: the cascade must draw captions, in three channels.")
     page = storage.folder(given.html or given.run / "evaluation" / "report.html")

@@ -1,8 +1,6 @@
 """Run directories: the configuration, and the parameters of each U-Net, stored by Orbax.
 
-    RUN/config.json          {"imagen": ImagenConfig, "training": {"unet1": ..., ...}}, "origin" if
-                             the weights were converted (interop.imagen_pytorch), and
-                             "text_encoder", the name and hash of the one used in training
+    RUN/config.json          the cascade, and what its weights come from (`run_config`)
     RUN/unet1/STEP/params    online parameters
     RUN/unet1/STEP/ema       their running average, if training keeps one
     RUN/unet1/STEP/opt_state, meta    what else `--resume` needs
@@ -33,13 +31,11 @@ from etils import epath
 from flax import nnx
 from jax.typing import DTypeLike
 
-from imagen_jax import memory, nn, storage
+from imagen_jax import memory, nn, run_config, storage
 from imagen_jax.config import ImagenConfig, NullUnetConfig
 from imagen_jax.errors import UserError, first_line
-from imagen_jax.fields import first_difference
 from imagen_jax.imagen import Imagen
 from imagen_jax.sharding import Layout, make_layout, single
-from imagen_jax.text import Identity
 from imagen_jax.types import Params
 
 Weights = Literal["ema", "online"]
@@ -69,66 +65,6 @@ def stage_path(run: str | os.PathLike, unet_number: int) -> epath.Path:
     """The directory of a U-Net's steps: absolute, as Orbax requires."""
     run = storage.folder(run)
     return (run if storage.is_remote(run) else run.resolve()) / f"unet{unet_number}"
-
-
-def read_config(run: str | os.PathLike) -> ImagenConfig:
-    """The cascade of a run directory. Raises UserError if there is none."""
-    return ImagenConfig.from_dict(_read_json(run)["imagen"])
-
-
-def read_origin(run: str | os.PathLike) -> dict[str, Any] | None:
-    """What was recorded of the file that the weights were converted from, or None."""
-    return _read_json(run).get("origin")
-
-
-def read_text_encoder(run: str | os.PathLike) -> Identity | None:
-    """The text encoder that a run was trained with; None if there is no record, or no run."""
-    if not (storage.folder(run) / "config.json").exists():
-        return None
-    found = _read_json(run).get("text_encoder")
-    return None if found is None else Identity.from_dict(found)
-
-
-def read_training(run: str | os.PathLike, unet_number: int) -> dict[str, Any] | None:
-    """The settings that a U-Net was last trained with; None if it was not trained here."""
-    if not (storage.folder(run) / "config.json").exists():
-        return None
-    return _read_json(run).get("training", {}).get(f"unet{unet_number}")
-
-
-def write_config(
-    run: str | os.PathLike,
-    config: ImagenConfig,
-    training: Mapping[str, Any] | None = None,
-    *,
-    origin: Mapping[str, Any] | None = None,
-    text_encoder: Identity | None = None,
-) -> None:
-    """Writes `config.json`, adding `training` (`{"unet1": settings}`) to an existing file.
-
-    A run directory holds one cascade. Raises UserError, and writes nothing, if it holds another.
-    """
-    path = storage.folder(run) / "config.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with storage.alone(path.parent):
-        check_config(run, config)
-        data = _read_json(run) if path.exists() else {}
-        data["imagen"] = config.to_dict()
-        data["training"] = data.get("training", {}) | dict(training or {})
-        if origin is not None:
-            data["origin"] = dict(origin)
-        if text_encoder is not None:
-            text_encoder.check(read_text_encoder(run), str(run))
-            data["text_encoder"] = text_encoder.to_dict()
-        storage.write_text(path, json.dumps(data, indent=2) + "\n")
-
-
-def check_config(run: str | os.PathLike, config: ImagenConfig) -> None:
-    """Raises UserError if the run directory exists and holds another cascade."""
-    path = storage.folder(run) / "config.json"
-    difference = first_difference(read_config(run), config) if path.exists() else None
-    if difference:
-        raise UserError(f"{path} describes another cascade: {difference}.")
 
 
 class Writer:
@@ -222,7 +158,7 @@ def write(
 
     Raises UserError if `run` holds another cascade, or this step or a later one of a U-Net.
     """
-    write_config(run, config, origin=origin)
+    run_config.write(run, config, origin=origin)
     for number, trees in weights.items():
         items = {ITEMS[which]: tree for which, tree in trees.items()}
         with Writer(run, number, bounded_memory=True) as writer:
@@ -378,7 +314,7 @@ def load_params(
     A `dtype` other than float32 is for networks that are not trained (`nn.stored_dtypes`).
     Raises `Damaged`, and a UserError that names the array if values are not finite.
     """
-    config = read_config(run).unets[unet_number - 1]
+    config = run_config.read(run).unets[unet_number - 1]
     shapes = nn.stored_shapes(nn.abstract(config)[1], dtype)
     target = (layout or single()).targets(shapes)
     params = restore(run, unet_number, choice.step, ITEMS[choice.weights], target)
@@ -426,7 +362,7 @@ def load(
     selection, without warnings. Raises UserError if `run` holds no cascade, or weights are not
     finite.
     """
-    config = read_config(run)
+    config = run_config.read(run)
     layout = make_layout(mesh) if isinstance(mesh, str) else mesh
     if choices is None:
         choices = choose_all(run, config, weights, unet_numbers)
@@ -438,7 +374,9 @@ def load(
         if on_host:
             params = memory.to_host(params)
         unets[number - 1] = nn.bind(config.unets[number - 1], params, dtype=dtype)
-    return Imagen(config, unets=unets, layout=layout, text_encoder=read_text_encoder(run))
+    return Imagen(
+        config, unets=unets, layout=layout, text_encoder=run_config.read_text_encoder(run)
+    )
 
 
 def choose_all(
@@ -461,20 +399,10 @@ def save(run: str | os.PathLike, imagen: Imagen, *, step: int = 0) -> None:
 
     Raises UserError if `run` holds another cascade, or this step or a later one of a U-Net.
     """
-    write_config(run, imagen.config, text_encoder=imagen.text_encoder)
+    run_config.write(run, imagen.config, text_encoder=imagen.text_encoder)
     for number, unet in enumerate(imagen.unets, 1):
         if isinstance(unet, nn.NullUnet):
             continue
         params = nnx.to_pure_dict(nnx.split(unet)[1])
         with Writer(run, number) as writer:
             writer.save(step, {"params": params}, {"step": step})
-
-
-def _read_json(run: str | os.PathLike) -> dict[str, Any]:
-    path = storage.folder(run) / "config.json"
-    if not path.exists():
-        raise UserError(f"{run} is not a run directory: it has no config.json.")
-    data = storage.read_object(path)
-    if "imagen" not in data:
-        raise UserError(f"{path} has no entry 'imagen'.")
-    return data

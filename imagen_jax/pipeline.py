@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Float
 from PIL import Image as PILImage
 
-from imagen_jax import checkpoint, nn, text
+from imagen_jax import checkpoint, nn, run_config, text
 from imagen_jax.checkpoint import Choice, Weights
 from imagen_jax.config import ImagenConfig
 from imagen_jax.errors import UserError
@@ -95,7 +95,7 @@ class Pipeline:
         (`choices`), before anything is loaded. Raises UserError if `run` is not a run directory, or
         for a mesh that the devices do not have.
         """
-        config = checkpoint.read_config(run)
+        config = run_config.read(run)
         return cls(
             run=run,
             config=config,
@@ -127,7 +127,7 @@ class Pipeline:
             name=self.text_encoder_name,
             dtype=self.dtype,
             layout=self.layout,
-            recorded=checkpoint.read_text_encoder(self.run),
+            recorded=run_config.read_text_encoder(self.run),
         )
         if streams(self.memory, nbytes(encoder.params) + self._unet_bytes(), self.layout):
             encoder = dataclasses.replace(encoder, params=to_host(encoder.params))

@@ -17,7 +17,7 @@ from PIL import Image
 
 import commands
 from commands.sampling import open_pipeline, progress_bars
-from imagen_jax import checkpoint, storage, text
+from imagen_jax import checkpoint, run_config, storage, text
 from imagen_jax.config import ImagenConfig
 from imagen_jax.data import read_lines
 from imagen_jax.errors import UserError
@@ -70,7 +70,7 @@ class Drawing:
 
         Prints which steps are passed over, and where no average is stored. Raises UserError.
         """
-        config = checkpoint.read_config(given.run)
+        config = run_config.read(given.run)
         options, numbers = given.options(config), given.unet_numbers(config, first)
         hooks = Hooks.open(given)
         drawing = cls(

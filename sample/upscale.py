@@ -16,7 +16,7 @@ import numpy as np
 import tyro
 
 import commands
-from imagen_jax import checkpoint, tiling
+from imagen_jax import run_config, tiling
 from imagen_jax.config import ImagenConfig
 from imagen_jax.data import read
 from imagen_jax.errors import UserError
@@ -56,7 +56,7 @@ class Settings(settings.Settings):
 
 def main() -> None:
     given = tyro.cli(Settings, prog="python -m sample.upscale", description=__doc__)
-    config = checkpoint.read_config(given.run)
+    config = run_config.read(given.run)
     number = stage_number(given, config)
     given = dataclasses.replace(given, stage=None, stop_at_unet_number=str(number))
     stage = config.stage(number)

@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 import imagen_jax
-from imagen_jax import checkpoint, nn
+from imagen_jax import checkpoint, nn, run_config
 from imagen_jax.config import ImagenConfig, NullUnetConfig, UnetConfig
 from imagen_jax.errors import UserError
 from imagen_jax.pipeline import Pipeline
@@ -43,7 +43,7 @@ def assert_equal(a, b) -> None:
 def run(tmp_path_factory):
     """As training leaves it: online weights and their average of U-Net 1, two steps."""
     folder = tmp_path_factory.mktemp("run")
-    checkpoint.write_config(folder, CASCADE, {"unet1": {"steps": 2}})
+    run_config.write(folder, CASCADE, {"unet1": {"steps": 2}})
     with checkpoint.Writer(folder, 1) as writer:
         for step in (1, 2):
             writer.save(step, {"params": params_of(step), "ema": params_of(10 + step)}, {})
@@ -59,7 +59,7 @@ def test_what_is_saved_comes_back(tmp_path):
     params = params_of(0), params_of(1, 2)
     unets = [nn.bind(CASCADE.unets[i], tree) for i, tree in enumerate(params)]
     imagen_jax.save(tmp_path, imagen_jax.Imagen(CASCADE, unets=unets), step=5)
-    assert checkpoint.read_config(tmp_path) == CASCADE
+    assert run_config.read(tmp_path) == CASCADE
     for number in (1, 2):
         assert checkpoint.latest_step(tmp_path, number) == 5
         for weights in ("ema", "online"):  # no average was kept
@@ -110,9 +110,9 @@ def test_another_cascade_is_refused(copy):
     data = CASCADE.to_dict()
     data["unets"][1]["dim"] = 16
     with pytest.raises(ValueError, match="another cascade: unets.1.dim is 8 there, 16 here"):
-        checkpoint.write_config(copy, ImagenConfig.from_dict(data))
+        run_config.write(copy, ImagenConfig.from_dict(data))
     assert (copy / "config.json").read_text() == before
-    checkpoint.write_config(copy, CASCADE, {"unet2": {"steps": 9}})
+    run_config.write(copy, CASCADE, {"unet2": {"steps": 9}})
     training = json.loads((copy / "config.json").read_text())["training"]
     assert training == {"unet1": {"steps": 2}, "unet2": {"steps": 9}}
 
@@ -120,7 +120,7 @@ def test_another_cascade_is_refused(copy):
 def test_stages_trained_side_by_side_write_one_configuration(copy):
     def write(name):
         for steps in range(100):
-            checkpoint.write_config(copy, CASCADE, {name: {"steps": steps}})
+            run_config.write(copy, CASCADE, {name: {"steps": steps}})
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(write, ("unet1", "unet2")))
@@ -188,8 +188,8 @@ def test_without_locks_there_is_none(tmp_path):
     """As on Windows, which has no fcntl."""
     program = (
         "import sys; sys.modules['fcntl'] = None\n"
-        "import imagen_jax; from imagen_jax import checkpoint, presets\n"
-        f"checkpoint.write_config({str(tmp_path)!r}, presets.tiny())"
+        "import imagen_jax; from imagen_jax import presets, run_config\n"
+        f"run_config.write({str(tmp_path)!r}, presets.tiny())"
     )
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]

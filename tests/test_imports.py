@@ -26,6 +26,7 @@ THEORY = MODEL | {
 }
 ALL = THEORY | {
     *(
+        "run_config",
         "checkpoint",
         "pipeline",
         "interop",
@@ -64,9 +65,10 @@ MAY_IMPORT = {
     "cascade": MODEL | {"nn", "training", "sampling"},
     "imagen": MODEL | {"nn", "text", "training", "sampling", "cascade"},
     "storage": set(),
-    "checkpoint": THEORY | {"storage"},
-    "pipeline": THEORY | {"checkpoint", "storage"},
-    "interop": THEORY | {"checkpoint", "storage", "interop.torch_file"},
+    "run_config": MODEL | {"storage", "text"},
+    "checkpoint": THEORY | {"run_config", "storage"},
+    "pipeline": THEORY | {"run_config", "checkpoint", "storage"},
+    "interop": THEORY | {"run_config", "checkpoint", "storage", "interop.torch_file"},
     "interop.torch_file": set(),
     "data": LEAVES | {"text", "storage"},
     "data.embed": MODEL | {"text", "storage", "nn", "distributed", "data"},

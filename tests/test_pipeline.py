@@ -12,7 +12,7 @@ import pytest
 
 import imagen_jax
 from commands.sampling import Sampling
-from imagen_jax import ElucidatedConfig, checkpoint, memory, nn, presets
+from imagen_jax import ElucidatedConfig, memory, nn, presets, run_config
 from imagen_jax.errors import UserError
 from imagen_jax.pipeline import Embeddings, Pipeline, padded, sampling_defaults
 from imagen_jax.streams import RUN, image_seeds, row_keys, stream
@@ -170,8 +170,8 @@ def test_a_run_refuses_another_encoder(run, tmp_path):
     imagen = imagen_jax.load(run)
     imagen.encode_text(["a red apple"])
     imagen_jax.save(tmp_path, imagen)
-    recorded = checkpoint.read_text_encoder(tmp_path)
-    assert recorded == imagen.encoder.identity and checkpoint.read_text_encoder(run) is None
+    recorded = run_config.read_text_encoder(tmp_path)
+    assert recorded == imagen.encoder.identity and run_config.read_text_encoder(run) is None
     assert Pipeline.load(tmp_path).encoder.identity == recorded
     file = tmp_path / "config.json"
     file.write_text(file.read_text().replace(recorded.sha256, "0" * 64))
@@ -180,7 +180,7 @@ def test_a_run_refuses_another_encoder(run, tmp_path):
             use.encoder  # noqa: B018
         assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="weights differ"):
-        checkpoint.write_config(tmp_path, imagen.config, text_encoder=recorded)
+        run_config.write(tmp_path, imagen.config, text_encoder=recorded)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import jax
 from tqdm import tqdm
 
 import commands
-from imagen_jax import checkpoint, distributed, flops
+from imagen_jax import distributed, flops, run_config
 from imagen_jax.config import ImagenConfig, NullUnetConfig
 from imagen_jax.errors import UserError
 from imagen_jax.sharding import Layout, make_layout
@@ -51,7 +51,7 @@ def run(settings: Settings, unet_number: int, layout: Layout | None = None) -> b
         print(f"U-Net {unet_number} in {run_dir.path} has all of its {run_dir.complete} steps.")
         return True
     with distributed.together():
-        recorded = checkpoint.read_text_encoder(run_dir.path)
+        recorded = run_config.read_text_encoder(run_dir.path)
         feed = Feed.open(
             config, stage, data, optimization, layout, seed=settings.seed, recorded=recorded
         )

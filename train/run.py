@@ -24,7 +24,7 @@ import numpy as np
 from etils import epath
 
 import commands
-from imagen_jax import checkpoint, distributed, nn, storage, text
+from imagen_jax import checkpoint, distributed, nn, run_config, storage, text
 from imagen_jax.config import ImagenConfig
 from imagen_jax.errors import UserError, first_line
 from imagen_jax.fields import first_difference
@@ -94,7 +94,7 @@ class RunDir:
         """Raises ValueError if it holds another cascade, or steps that are not to be resumed, or if
         the processes do not all see the same steps. It need not exist."""
         path = storage.folder(path)
-        checkpoint.check_config(path, config)
+        run_config.check(path, config)
         number = stage.unet_number
         found = checkpoint.steps(path, number), checkpoint.latest_step(path, number)
         every = [json.loads(text) for text in distributed.gather(json.dumps(found))]
@@ -257,7 +257,7 @@ class RunDir:
         """Writes config.json, then opens the directory for saving."""
         number = self.stage.unet_number
         if distributed.talks():
-            checkpoint.write_config(
+            run_config.write(
                 self.path, self.config, {f"unet{number}": record}, text_encoder=text_encoder
             )
         self.check_shared()
@@ -355,7 +355,7 @@ def changes(saved: Record, record: Record, more: Sequence[str] = ()) -> list[str
 def _check_network(run: epath.Path, stage: Stage, flag: str) -> None:
     """Raises UserError unless the run's U-Net is the one that is trained."""
     number = stage.unet_number
-    source = checkpoint.read_config(run).stage(number).network
+    source = run_config.read(run).stage(number).network
     difference = first_difference(source, stage.network, f"unets.{number - 1}")
     if difference:
         raise UserError(f"{flag} {run}: {difference}.")

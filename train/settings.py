@@ -16,7 +16,7 @@ import tyro
 from etils import epath
 
 import commands
-from imagen_jax import checkpoint, nn, sharding, storage
+from imagen_jax import nn, run_config, sharding, storage
 from imagen_jax.config import ImagenConfig
 from imagen_jax.data import Opening
 from imagen_jax.data.sources import gathered
@@ -318,7 +318,7 @@ def parse(
 def recorded(given: Settings, unet_number: int) -> Settings | None:
     """The settings that a run directory has recorded for a U-Net, its own cascade among them; None
     if it has none. What is of one start alone (`ONE_START`) is as given."""
-    found = checkpoint.read_training(given.run, unet_number)
+    found = run_config.read_training(given.run, unet_number)
     if found is None:
         return None
     fields = {field.name: field for field in dataclasses.fields(Settings)}

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from imagen_jax import checkpoint, storage
+from imagen_jax import checkpoint, run_config, storage
 from imagen_jax.checkpoint import ITEMS, Weights
 from imagen_jax.config import ImagenConfig, NullUnetConfig
 from imagen_jax.errors import UserError
@@ -29,13 +29,13 @@ class RunDir:
     @classmethod
     def open(cls, path: str | os.PathLike) -> "RunDir":
         """Raises UserError if `path` is not a run directory."""
-        config, steps, notes = checkpoint.read_config(path), {}, ()
+        config, steps, notes = run_config.read(path), {}, ()
         for number in range(1, len(config.unets) + 1):
             choice = checkpoint.choose(path, number)
             if choice is not None:
                 steps[number] = choice.step
                 notes += choice.notes
-        return cls(storage.folder(path), config, steps, checkpoint.read_origin(path), notes)
+        return cls(storage.folder(path), config, steps, run_config.read_origin(path), notes)
 
     def has(self, number: int, weights: Weights) -> bool:
         stage = checkpoint.stage_path(self.path, number)

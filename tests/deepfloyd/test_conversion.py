@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import imagen_jax
-from imagen_jax import checkpoint, nn, presets
+from imagen_jax import nn, presets, run_config
 from imagen_jax.errors import UserError
 from imagen_jax.interop import __main__ as interop
 from imagen_jax.interop import deepfloyd, keys
@@ -49,7 +49,7 @@ def test_folders_become_a_cascade_and_folders_again(folders, command, tmp_path):
     run, back = tmp_path / "run", tmp_path / "back"
     said = command("from-diffusers", *folders, run, "--verify")
     assert said.count("apart from diffusers") == 2 and "DeepFloyd's licence" in said
-    config = checkpoint.read_config(run)
+    config = run_config.read(run)
     assert config.image_sizes == networks.SIZES and config.discrete == networks.CONFIG.discrete
     assert config.dynamic_thresholding_percentile == 0.95
     found = imagen_jax.load(run)
@@ -76,7 +76,7 @@ def test_shards_and_variants(folders, command, tmp_path, monkeypatch):
     """Half precision in shards, as the hub has them, read by diffusers and by us."""
     run, out = tmp_path / "run", tmp_path / "half"
     command("from-diffusers", folders[1], run)  # super-resolution alone
-    assert checkpoint.read_config(run).image_sizes == (8, 32)
+    assert run_config.read(run).image_sizes == (8, 32)
     monkeypatch.setattr(deepfloyd, "SHARD", 2 * 10**6)
     command("to-diffusers", run, out, "--unet-number", 2, "--variant", "fp16")
     shards = sorted(path.name for path in (out / "unet").glob("*.safetensors"))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagen_jax import DiscreteConfig, Draws, Imagen, ImagenConfig, checkpoint, nn, text
+from imagen_jax import DiscreteConfig, Draws, Imagen, ImagenConfig, nn, run_config, text
 from imagen_jax.diffusion.discrete import Discrete
 from imagen_jax.diffusion.process import Level, q_sample
 from imagen_jax.if_config import IFUnetConfig
@@ -119,4 +119,4 @@ def test_a_small_one_learns(tmp_path, monkeypatch):
     lines = metrics(run)
     assert lines[-1]["loss"] < 0.5 * lines[0]["loss"]
     assert len([*(run / "samples").iterdir()]) == 1
-    assert checkpoint.read_config(run).unets[0].null_text == "encoded"
+    assert run_config.read(run).unets[0].null_text == "encoded"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from imagen_jax import checkpoint
+from imagen_jax import run_config
 from imagen_jax.config import ElucidatedConfig, ImagenConfig, NullUnetConfig, UnetConfig
 from imagen_jax.interop import configuration, imagen_pytorch, infer, keys
 from imagen_jax.interop.reference import build_unet, import_imagen_pytorch
@@ -204,7 +204,7 @@ def test_the_clis_configuration_completes_a_state_dict(clis, tmp_path):
     arguments = (clis / "imagen.pt", tmp_path / "out", "--config", clis / "imagen_config.json")
     printed = interop("from-torch", *arguments)
     assert "3 U-Nets (8 -> 16 -> 32 pixels)" in printed and "weights online" in printed
-    config = checkpoint.read_config(tmp_path / "out")
+    config = run_config.read(tmp_path / "out")
     assert (config.text_embed_dim, config.text_encoder_name) == (1024, "google/t5-v1_1-large")
     assert (config.timesteps, config.cond_drop_prob) == ((1024, 512, 512), 0.1)
     assert config.random_crop_sizes == (None, 8, 16)
@@ -225,7 +225,7 @@ def converts(file: Path, fields: dict) -> ImagenConfig:
     config = file.with_suffix(".json")
     config.write_text(json.dumps(fields))
     interop("from-torch", file, file.with_suffix(""), "--config", config)
-    return checkpoint.read_config(file.with_suffix(""))
+    return run_config.read(file.with_suffix(""))
 
 
 TEXT = dict(

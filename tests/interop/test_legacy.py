@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from imagen_jax import checkpoint
+from imagen_jax import checkpoint, run_config
 from imagen_jax.config import ImagenConfig, UnetConfig
 from imagen_jax.interop import configuration, keys, verify
 from imagen_jax.interop.reference import build_unet
@@ -64,7 +64,7 @@ def converted(legacy) -> tuple[Path, str]:
 
 def test_it_converts_and_gives_the_forward_of_its_version(converted):
     run, printed = converted
-    config = checkpoint.read_config(run)
+    config = run_config.read(run)
     assert [unet.norm for unet in config.unets] == ["group", "group"]
     assert config == CASCADE
     for which in ("ema", "online"):
@@ -138,7 +138,7 @@ def test_other_groups_than_eight_are_refused(tmp_path):
     for number, groups in enumerate((8, [8])):
         file = persisted(tmp_path / f"{number}.pt", groups)
         interop("from-torch", file, tmp_path / f"{number}", "--config", tmp_path / "c.json")
-        config = checkpoint.read_config(tmp_path / f"{number}")
+        config = run_config.read(tmp_path / f"{number}")
         assert config.unets[0] == dataclasses.replace(UNET, channels_out=3)
     file = persisted(tmp_path / "4.pt", 4)
     with pytest.raises(ValueError, match="resnet_groups = 4: only the default, 8"):

@@ -13,7 +13,7 @@ import torch
 import transformers
 from PIL import Image
 
-from imagen_jax import Imagen, UnetConfig, checkpoint, nn, presets, sharding, text
+from imagen_jax import Imagen, UnetConfig, nn, presets, run_config, sharding, text
 from imagen_jax.config import ImagenConfig, NullUnetConfig
 from imagen_jax.data import Opening
 from imagen_jax.interop.reference import import_imagen_pytorch
@@ -99,7 +99,7 @@ def test_every_way_gives_the_references_embeddings(
 ):
     assert reference[1].sum(1).tolist() == [256, 60]
     config = cascade(folder, max_text_len)
-    checkpoint.write_config(tmp_path / "run", config)
+    run_config.write(tmp_path / "run", config)
     unets = [nn.NullUnet(), nn.NullUnet()]
     ways = {
         "library": Imagen(config, unets=unets).encode_text(CAPTIONS),

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagen_jax import checkpoint, flops, nn
+from imagen_jax import checkpoint, flops, nn, run_config
 from imagen_jax.data import open_source, scenes
 from imagen_jax.data.records import hashed_heldout, key_hashes
 from imagen_jax.errors import UserError
@@ -155,7 +155,7 @@ def test_what_a_signal_kept_from_being_looked_at_is_made_up_for(
 
 
 def test_what_a_run_leaves(straight):
-    assert checkpoint.read_config(straight.run) == support.CASCADE
+    assert run_config.read(straight.run) == support.CASCADE
     recorded = json.loads((straight.run / "config.json").read_text())["training"]["unet1"]
     assert recorded["steps"] == 4 and recorded["pictures"] == 8
     evaluations = support.metrics(straight.run, "eval/heldout")
@@ -220,7 +220,7 @@ def test_mistakes(straight, tmp_path):
         "remat = 'all' is not one of nothing_saveable,": support.settings(tmp_path, remat="all"),
     }
     before = (straight.run / "config.json").read_text()
-    assert checkpoint.read_text_encoder(straight.run).name == "demo"
+    assert run_config.read_text_encoder(straight.run).name == "demo"
     for message, settings in mistakes.items():
         with pytest.raises(ValueError, match=message):
             loop.run(settings, 1)
@@ -368,7 +368,7 @@ def test_stored_embeddings_of_another_width(tmp_path):
 def test_training_without_captions(tmp_path):
     settings = support.settings(tmp_path, no_captions=True, steps=1, sample_every=1, sample_steps=2)
     assert loop.run(settings, 1)
-    assert not checkpoint.read_config(settings.run).condition_on_text
+    assert not run_config.read(settings.run).condition_on_text
     assert (settings.run / "samples" / "unet1-0000001.png").exists()
 
 

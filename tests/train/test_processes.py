@@ -17,7 +17,7 @@ from PIL import Image
 
 import commands
 from commands import processes
-from imagen_jax import checkpoint, distributed
+from imagen_jax import checkpoint, distributed, run_config
 from imagen_jax.sharding import make_layout
 from tests import XLA_FLAGS
 from tests.train import forked, support
@@ -135,7 +135,7 @@ def test_processes_are_one(tmp_path, monkeypatch, mesh, then):
         )
     steps = [line["step"] for line in support.metrics(settings.run)]
     assert steps == list(range(1, stopped + 3))
-    assert checkpoint.read_config(settings.run) == support.CASCADE
+    assert run_config.read(settings.run) == support.CASCADE
 
 
 def join(told: dict, ready: Path) -> None:

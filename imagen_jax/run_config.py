@@ -1,0 +1,90 @@
+"""`RUN/config.json`: which cascade a run directory holds, and what its weights come from.
+
+    {"imagen": ImagenConfig,
+     "training": {"unet1": settings, ...},
+     "origin": what was recorded of the file that weights were converted from,
+     "text_encoder": name and hash of the one used in training}
+
+All but the first are there if they are known. `checkpoint` reads and writes the weights beside it.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from imagen_jax import storage
+from imagen_jax.config import ImagenConfig
+from imagen_jax.errors import UserError
+from imagen_jax.fields import first_difference
+from imagen_jax.text import Identity
+
+
+def read(run: str | os.PathLike) -> ImagenConfig:
+    """The cascade of a run directory. Raises UserError if there is none."""
+    return ImagenConfig.from_dict(_read_json(run)["imagen"])
+
+
+def read_origin(run: str | os.PathLike) -> dict[str, Any] | None:
+    """What was recorded of the file that the weights were converted from, or None."""
+    return _read_json(run).get("origin")
+
+
+def read_text_encoder(run: str | os.PathLike) -> Identity | None:
+    """The text encoder that a run was trained with; None if there is no record, or no run."""
+    if not (storage.folder(run) / "config.json").exists():
+        return None
+    found = _read_json(run).get("text_encoder")
+    return None if found is None else Identity.from_dict(found)
+
+
+def read_training(run: str | os.PathLike, unet_number: int) -> dict[str, Any] | None:
+    """The settings that a U-Net was last trained with; None if it was not trained here."""
+    if not (storage.folder(run) / "config.json").exists():
+        return None
+    return _read_json(run).get("training", {}).get(f"unet{unet_number}")
+
+
+def write(
+    run: str | os.PathLike,
+    config: ImagenConfig,
+    training: Mapping[str, Any] | None = None,
+    *,
+    origin: Mapping[str, Any] | None = None,
+    text_encoder: Identity | None = None,
+) -> None:
+    """Writes `config.json`, adding `training` (`{"unet1": settings}`) to an existing file.
+
+    A run directory holds one cascade. Raises UserError, and writes nothing, if it holds another.
+    """
+    path = storage.folder(run) / "config.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with storage.alone(path.parent):
+        check(run, config)
+        data = _read_json(run) if path.exists() else {}
+        data["imagen"] = config.to_dict()
+        data["training"] = data.get("training", {}) | dict(training or {})
+        if origin is not None:
+            data["origin"] = dict(origin)
+        if text_encoder is not None:
+            text_encoder.check(read_text_encoder(run), str(run))
+            data["text_encoder"] = text_encoder.to_dict()
+        storage.write_text(path, json.dumps(data, indent=2) + "\n")
+
+
+def check(run: str | os.PathLike, config: ImagenConfig) -> None:
+    """Raises UserError if the run directory exists and holds another cascade."""
+    path = storage.folder(run) / "config.json"
+    difference = first_difference(read(run), config) if path.exists() else None
+    if difference:
+        raise UserError(f"{path} describes another cascade: {difference}.")
+
+
+def _read_json(run: str | os.PathLike) -> dict[str, Any]:
+    path = storage.folder(run) / "config.json"
+    if not path.exists():
+        raise UserError(f"{run} is not a run directory: it has no config.json.")
+    data = storage.read_object(path)
+    if "imagen" not in data:
+        raise UserError(f"{path} has no entry 'imagen'.")
+    return data
