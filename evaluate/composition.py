@@ -67,6 +67,19 @@ class Measured(NamedTuple):
     def summary(self) -> dict[str, composition.Share]:
         return composition.summary([scene.content for scene in self.scenes], self.verdicts)
 
+    @property
+    def by_relation(self) -> dict[str, dict[str, composition.Share]]:
+        """The summary of each of the relations that the captions name."""
+        parts: dict[str, list[tuple]] = {}
+        for scene, verdict in zip(self.scenes, self.verdicts, strict=True):
+            if scene.content.relation is not None:
+                parts.setdefault(scene.content.relation, []).append((scene.content, verdict))
+        return {
+            relation: composition.summary(*zip(*parts[relation], strict=True))
+            for relation in scenes.RELATIONS
+            if relation in parts
+        }
+
 
 def main() -> None:
     measure(tyro.cli(Settings, prog="python -m evaluate.composition"))
@@ -82,10 +95,9 @@ def measure(given: Settings) -> dict[str, Measured]:
     folder = storage.folder(given.out or given.run / "evaluation")
     storage.check_writable(folder)
     measured = judged(pipeline, given, options)
-    results = {level: one.summary for level, one in measured.items()}
-    print(table(results))
+    print(table(measured))
     folder.mkdir(parents=True, exist_ok=True)
-    write(folder / "composition.json", results, given, options, pipeline)
+    write(folder / "composition.json", measured, given, options, pipeline)
     rows = [row for level, one in measured.items() for row in sheet_rows(level, one)]
     with (folder / "composition.png").open("wb") as file:
         labelled_grid(rows).save(file, format="PNG")
@@ -121,21 +133,24 @@ def draw(
     return np.stack([image for _, image in drawn])
 
 
-def table(results: dict[str, dict[str, composition.Share]]) -> str:
-    """Percentages; what is all right with its interval."""
+def table(measured: dict[str, Measured]) -> str:
+    """Percentages, of levels and of relations within them; what is all right with its interval."""
     lines = [["captions", "images", *HEADS.values()]]
-    for level, shares in results.items():
-        right = shares["right"]
-        cells = [f"{100 * right.share:.0f} % ({100 * right.low:.0f}-{100 * right.high:.0f})"]
-        for field in list(HEADS)[1:]:
-            one = shares[field]
-            cells.append(f"{100 * one.share:.0f} %" if one.count else "-")
-        lines.append([level, str(right.count), *cells])
+    for level, one in measured.items():
+        parts = {f"  {relation}": shares for relation, shares in one.by_relation.items()}
+        lines += [row(name, shares) for name, shares in ({level: one.summary} | parts).items()]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in lines
     )
+
+
+def row(name: str, shares: dict[str, composition.Share]) -> list[str]:
+    right, *others = (shares[field] for field in HEADS)
+    interval = f"{100 * right.share:.0f} % ({100 * right.low:.0f}-{100 * right.high:.0f})"
+    cells = [f"{100 * one.share:.0f} %" if one.count else "-" for one in others]
+    return [name, str(right.count), interval, *cells]
 
 
 def sheet_rows(level: str, measured: Measured) -> list[tuple]:
@@ -155,21 +170,27 @@ def sheet_rows(level: str, measured: Measured) -> list[tuple]:
 
 def write(
     path: epath.Path,
-    results: dict[str, dict[str, composition.Share]],
+    measured: dict[str, Measured],
     given: Settings,
     options: dict,
     pipeline: Pipeline,
 ) -> None:
     """The results, and what they are results of."""
+
+    def plain(shares: dict[str, composition.Share]) -> dict[str, dict]:
+        return {field: share._asdict() for field, share in shares.items()}
+
     data = {
         "checkpoint": str(given.checkpoint),
         "checkpoint_steps": {f"unet{n}": read.step for n, read in pipeline.choices.items()},
         "weights": {f"unet{n}": read.weights for n, read in pipeline.choices.items()},
         "seed": given.seed,
         "options": options,
-        "levels": {
-            level: {field: share._asdict() for field, share in shares.items()}
-            for level, shares in results.items()
+        "levels": {level: plain(one.summary) for level, one in measured.items()},
+        "relations": {
+            level: {relation: plain(shares) for relation, shares in one.by_relation.items()}
+            for level, one in measured.items()
+            if one.by_relation
         },
     }
     path.write_text(json.dumps(data, indent=1) + "\n")

@@ -73,7 +73,7 @@ def main() -> None:
         rows.append(
             (name, value, measured, None if network is None else distance(measured, network))
         )
-        print(composition.table({level: one.summary for level, one in measured.items()}))
+        print(composition.table(measured))
     text = table(rows)
     print(text)
     page.parent.mkdir(parents=True, exist_ok=True)

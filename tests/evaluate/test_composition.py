@@ -40,6 +40,7 @@ def test_random_weights_are_all_wrong(run, command, capsys):
     lines = capsys.readouterr().out.splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("captions"))
     assert lines[start + 2].startswith("combinations  5       0 % (0-43)")
+    assert [line.split()[0] for line in lines[start + 3 : start + 6]] == ["above", "left", "counts"]
     with Image.open(run / "evaluation" / "composition.png") as sheet:
         assert sheet.width > 5 * 96
 
@@ -55,6 +56,10 @@ def test_true_images_are_right(run, command, monkeypatch):
     for level, shares in report["levels"].items():
         assert shares["right"]["share"] == 1, level
     assert report["levels"]["combinations"]["relation"]["count"] == 24
+    parts = report["relations"]["combinations"]
+    assert set(parts) == {"above", "left of", "inside"}
+    assert sum(one["right"]["count"] for one in parts.values()) == 24
+    assert all(one["right"]["share"] == 1 for one in parts.values())
     assert report["levels"]["counts"]["relation"]["count"] == 0
 
 
