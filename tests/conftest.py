@@ -10,7 +10,6 @@ Tests marked `page` are deselected where gradio, playwright or a browser is miss
 import ast
 import functools
 import importlib.util
-import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -75,25 +74,10 @@ def imported(path: Path) -> Iterator[str]:
             yield from (f"{module}.{a.name}" if module else a.name for a in node.names)
 
 
-MOST_MEMORY = 2 << 30  # bytes
-
-
 @pytest.fixture(autouse=True, scope="module")
 def compiled_programs():
-    """Kept from file to file, small ones are needed again, until a worker has 2 GB: all of them
-    would be 5 in the end."""
+    """Those of a file are dropped after it: a worker would keep all, 5 GB in the end."""
     yield
-    if resident_memory() > MOST_MEMORY:
-        import jax
+    import jax
 
-        jax.clear_caches()
-
-
-def resident_memory() -> float:
-    """Bytes of this process; infinite where the system does not tell."""
-    pages = Path("/proc/self/statm")
-    return (
-        int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-        if pages.exists()
-        else math.inf
-    )
+    jax.clear_caches()
