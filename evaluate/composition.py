@@ -147,6 +147,7 @@ def table(measured: dict[str, Measured]) -> str:
 
 
 def row(name: str, shares: dict[str, composition.Share]) -> list[str]:
+    """The cells of a line of the table."""
     right, *others = (shares[field] for field in HEADS)
     interval = f"{100 * right.share:.0f} % ({100 * right.low:.0f}-{100 * right.high:.0f})"
     cells = [f"{100 * one.share:.0f} %" if one.count else "-" for one in others]
