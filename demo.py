@@ -32,7 +32,14 @@ import commands
 from commands.sampling import progress_bars
 from evaluate import composition
 from imagen_jax import Pipeline, text
-from imagen_jax.data import NEW_COMBINATIONS, decode, demo_captions, labelled_grid, open_source
+from imagen_jax.data import (
+    NEW_COMBINATIONS,
+    decode,
+    demo_captions,
+    labelled_grid,
+    open_source,
+    scenes,
+)
 from imagen_jax.errors import UserError
 from imagen_jax.presets import RECIPES
 from imagen_jax.streams import image_seeds
@@ -194,15 +201,9 @@ def encoder_folder(workdir: Path) -> Path:
 
 def draw_scenes(workdir: Path, num_images: int) -> None:
     """Judges images of captions that were held out, and shows some, guided and not."""
-    shared = dict(checkpoint=workdir, seed=SEED)
-    print("Guided:")
-    guided = composition.measure(
-        composition.Settings(cond_scale=COND_SCALE["scenes"], num_images=num_images, **shared)
-    )
-    print("Unguided:")
-    plain = composition.measure(
+    measured = composition.measure(
         composition.Settings(
-            cond_scale=(1.0,), num_images=COLUMNS, out=workdir / "evaluation-unguided", **shared
+            checkpoint=workdir, seed=SEED, cond_scale=COND_SCALE["scenes"], num_images=num_images
         )
     )
     rows = []
@@ -211,19 +212,29 @@ def draw_scenes(workdir: Path, num_images: int) -> None:
         ("combinations", "combinations never seen"),
         ("counts", "numbers never seen"),
     ):
-        chosen, drawn, _ = (part[:COLUMNS] for part in guided[level])
-        captions = [scene.caption for scene in chosen]
-        true = [scene.draw(drawn.shape[1:3]) for scene in chosen]
+        chosen, drawn, _ = measured[level]
+        places = spread([scene.content for scene in chosen])
+        captions = [chosen[i].caption for i in places]
+        true = [chosen[i].draw(drawn.shape[1:3]) for i in places]
         rows.append((f"{title}: true", true, []))
-        rows.append(("drawn, guided", list(drawn), []))
-        rows.append(("drawn, unguided", list(plain[level].images[: len(captions)]), captions))
+        rows.append(("drawn, guided", list(drawn[places]), []))
+        rows.append(("drawn, unguided", list(draw(workdir, captions, (1.0,))), captions))
     labelled_grid(rows).save(workdir / "demo.png")
+
+
+def spread(contents: Sequence[scenes.Content]) -> list[int]:
+    """Places of a row of them that are as different as they are: in order of what they say, evenly
+    spaced."""
+    said = [(content.relation or "", content.kind, content.count) for content in contents]
+    order = sorted(range(len(said)), key=said.__getitem__)
+    evenly = np.linspace(0, len(order) - 1, min(COLUMNS, len(order))).astype(int)
+    return [order[i] for i in evenly]
 
 
 def draw_bundled(workdir: Path) -> None:
     """Draws every caption that was shown, and a few new ones, and counts the right ones."""
     captions = demo_captions()
-    drawn = draw(workdir, [*captions, *NEW_COMBINATIONS])
+    drawn = draw(workdir, [*captions, *NEW_COMBINATIONS], COND_SCALE["bundled"])
     real = real_pictures(captions, drawn.shape[1])
     right = nearest(drawn[: len(captions)], real) == np.arange(len(captions))
     show(workdir / "demo.png", captions, real, drawn)
@@ -233,16 +244,16 @@ def draw_bundled(workdir: Path) -> None:
     )
 
 
-def draw(workdir: Path, prompts: list[str]) -> np.ndarray:
-    """One picture a prompt, (n, 32, 32, 3) in [0, 1]: what `python -m sample.text_to_image
-    --cond-scale 2 1` draws from them."""
+def draw(workdir: Path, prompts: list[str], cond_scale: tuple[float, ...]) -> np.ndarray:
+    """One picture a prompt, (n, 32, 32, 3) in [0, 1]: what `python -m sample.text_to_image` draws
+    from them, guided by `--cond-scale`."""
     pipeline = Pipeline.load(workdir)
     embeddings = pipeline.encode(prompts, batch_size=len(prompts))
     images = pipeline.generate(
         embeddings,
         seeds=image_seeds(SEED, len(prompts)),
         batch_size=BATCH_SIZE,
-        cond_scale=COND_SCALE["bundled"],
+        cond_scale=cond_scale,
         progress=progress_bars,
     )
     return np.stack([image for _, image in images])

@@ -70,15 +70,7 @@ class Measured(NamedTuple):
     @property
     def by_relation(self) -> dict[str, dict[str, composition.Share]]:
         """The summary of each of the relations that the captions name."""
-        parts: dict[str, list[tuple]] = {}
-        for scene, verdict in zip(self.scenes, self.verdicts, strict=True):
-            if scene.content.relation is not None:
-                parts.setdefault(scene.content.relation, []).append((scene.content, verdict))
-        return {
-            relation: composition.summary(*zip(*parts[relation], strict=True))
-            for relation in scenes.RELATIONS
-            if relation in parts
-        }
+        return composition.by_relation([scene.content for scene in self.scenes], self.verdicts)
 
 
 def main() -> None:

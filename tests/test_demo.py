@@ -42,10 +42,25 @@ def test_the_sheet_shows_held_out_captions(tmp_path, monkeypatch):
         images = {k: np.stack([s.draw(32) for s in part]) / 255 for k, part in chosen.items()}
         return {k: composition.Measured(chosen[k], images[k], []) for k in chosen}
 
+    def draw(workdir, prompts, cond_scale):
+        assert len(prompts) == len(set(prompts)) and cond_scale == (1.0,)
+        return np.zeros((len(prompts), 32, 32, 3))
+
     monkeypatch.setattr(demo.composition, "measure", measure)
+    monkeypatch.setattr(demo, "draw", draw)
     demo.draw_scenes(tmp_path, 9)
     with Image.open(tmp_path / "demo.png") as sheet:
         assert sheet.height > 9 * 100 and sheet.width > 8 * 96
+
+
+def test_the_sheet_shows_every_relation_and_pair():
+    for count in (8, 100):
+        chosen = [scene.content for scene in scenes.examples("combinations", count)]
+        shown = [chosen[i] for i in demo.spread(chosen)]
+        assert len(shown) == 8
+        assert {one.relation for one in shown} == {one.relation for one in chosen}
+    pairs = [scene.content for scene in scenes.examples("pairs", 100)]
+    assert {pairs[i].kind for i in demo.spread(pairs)} == set(scenes.HELDOUT_PAIRS)
 
 
 def test_the_encoder_is_trained_once(tmp_path, monkeypatch):

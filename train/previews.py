@@ -121,7 +121,8 @@ class Previews:
         storage.write_bytes(path, file.getvalue())
 
     def compose(self, params: Params, step: int, progress: Progress) -> None:
-        """What the U-Net draws right of captions that were held out, and of seen ones, by kind."""
+        """What the U-Net draws right of captions that were held out, and of seen ones, by kind and
+        by relation."""
         values = {}
         for kind in scenes.KINDS:
             chosen = scenes.examples(kind, self.settings.compose_images)
@@ -132,8 +133,11 @@ class Previews:
             images = self._sample(params, len(chosen), self._given(records, real), progress)
             self._check_finite(images, step, "they cannot be judged", "compose")
             contents = [scene.content for scene in chosen]
-            shares = composition.summary(contents, composition.verdicts(contents, images))
+            verdicts = composition.verdicts(contents, images)
+            shares = composition.summary(contents, verdicts)
             values |= {f"{kind}[{name}]": one.share for name, one in shares.items() if one.count}
+            for relation, shares in composition.by_relation(contents, verdicts).items():
+                values[f"{kind}[{relation}]"] = shares["right"].share
         self.metrics.write(step, "eval/composition", values)
 
     def _check_finite(self, images: AnyArray, step: int, so: str, flag: str) -> None:

@@ -47,6 +47,7 @@ SAID = {
     "other_shape": (None, *scenes.SHAPES),
     "other_size": SIZES,
     **{f"shape of {colour}": (None, *scenes.SHAPES) for colour in scenes.COLOURS},
+    **{f"size of {colour}": SIZES for colour in scenes.COLOURS},
     **{f"role of {colour}": ROLES for colour in scenes.COLOURS},
 }
 """What a caption can say, and the answers."""
@@ -60,7 +61,7 @@ class Settings:
 
     out: Path
     """Folder to write it to, for --t5."""
-    steps: int = 1500
+    steps: int = 2000
     batch_size: int = 64
     """Captions of a step."""
     lr: float = 2e-3
@@ -124,10 +125,12 @@ def answers_of(contents: list[Content]) -> dict[str, Int[np.ndarray, "b"]]:
         kind, other, relation = content.kind, content.other, content.relation
         answers = dict.fromkeys(SAID) | vars(content) | kind._asdict()
         answers[f"shape of {kind.colour}"] = kind.shape
+        answers[f"size of {kind.colour}"] = content.size
         answers[f"role of {kind.colour}"] = f"first {relation}" if relation else "alone"
         if other is not None:
             answers |= {"other_colour": other.colour, "other_shape": other.shape}
             answers[f"shape of {other.colour}"] = other.shape
+            answers[f"size of {other.colour}"] = content.other_size
             answers[f"role of {other.colour}"] = f"other {relation}"
         return answers
 

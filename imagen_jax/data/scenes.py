@@ -58,6 +58,7 @@ MARGIN, APART = 0.02, 0.05  # of the shorter side: around objects, and between t
 
 HELDOUT_PAIRS = (("red", "triangle"), ("blue", "star"), ("green", "square"), ("yellow", "circle"))
 LEVELS = ("pairs", "combinations", "counts")
+TRAINED_ON = (0.25, 0.2, 0.17, 0.17, 0.21)  # shares: single, several, and of each relation
 KINDS = (*LEVELS, "seen")  # of captions to measure a model with
 
 Relation = Literal["above", "left of", "inside"]
@@ -177,6 +178,12 @@ def _by_form(level: str | None) -> tuple[tuple[Content, ...], ...]:
     return tuple(tuple(form) for form in forms if form)
 
 
+@functools.cache
+def _related(relation: Relation) -> tuple[Content, ...]:
+    """Those to train on with two objects in this relation."""
+    return tuple(one for one in _by_form(None)[2] if one.relation == relation)
+
+
 def compose(content: Content, rng: np.random.Generator) -> Scene:
     """Places objects that make `content` true, and words it."""
     if content.relation is None:
@@ -234,8 +241,8 @@ def training_content(seed: int) -> Content:
 
 
 def _training_content(rng: np.random.Generator) -> Content:
-    single, several, related = _by_form(None)
-    form = (single, several, related)[rng.choice(3, p=(0.25, 0.2, 0.55))]
+    single, several, _ = _by_form(None)
+    form = (single, several, *map(_related, RELATIONS))[rng.choice(5, p=TRAINED_ON)]
     return _with_sizes(form[rng.integers(len(form))], rng)
 
 
@@ -344,8 +351,8 @@ def _place_apart(content: Content, rng: np.random.Generator) -> tuple[Thing, ...
 
 
 def _place_inside(content: Content, rng: np.random.Generator) -> tuple[Thing, ...]:
-    """The other one large, and the first on top of it, not quite in its centre."""
-    outer, inner = rng.uniform(0.33, 0.4), rng.uniform(0.13, 0.16)
+    """The other one large, and the first on top of it, not small, not quite in its centre."""
+    outer, inner = rng.uniform(0.4, 0.46), rng.uniform(0.165, 0.2)
     centre = rng.uniform(outer + MARGIN, 1 - outer - MARGIN, 2)
     offset = rng.uniform(-0.05, 0.05, 2)
     return _thing(content.other, centre, outer), _thing(content.kind, centre, inner, offset)

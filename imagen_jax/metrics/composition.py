@@ -22,7 +22,16 @@ from jaxtyping import Bool, Float
 from PIL import Image
 from scipy import ndimage
 
-from imagen_jax.data.scenes import COLOURS, LARGE, SHAPES, SMALL, Content, Kind, outside
+from imagen_jax.data.scenes import (
+    COLOURS,
+    LARGE,
+    RELATIONS,
+    SHAPES,
+    SMALL,
+    Content,
+    Kind,
+    outside,
+)
 
 WORKED_AT = 64  # pixels along the shorter side, at most: larger images are reduced
 BLUR = 0.5  # standard deviation of what noise is smoothed by, in pixels
@@ -247,6 +256,21 @@ def summary(contents: Sequence[Content], verdicts: Sequence[Verdict]) -> dict[st
         count = sum(weights)
         shares[field] = Share(right / max(count, 1), *wilson(right, count), count)
     return shares
+
+
+def by_relation(
+    contents: Sequence[Content], verdicts: Sequence[Verdict]
+) -> dict[str, dict[str, Share]]:
+    """The summary of each of the relations that the captions name."""
+    parts: dict[str, list[tuple[Content, Verdict]]] = {}
+    for content, verdict in zip(contents, verdicts, strict=True):
+        if content.relation is not None:
+            parts.setdefault(content.relation, []).append((content, verdict))
+    return {
+        relation: summary(*zip(*parts[relation], strict=True))
+        for relation in RELATIONS
+        if relation in parts
+    }
 
 
 def wilson(right: int | float, count: int, z: float = 1.96) -> tuple[float, float]:

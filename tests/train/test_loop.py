@@ -411,7 +411,8 @@ def test_language_is_judged_during_training(tmp_path, monkeypatch):
     [line] = support.metrics(settings.run, "eval/composition")
     assert len(asked) == 4 and not np.array_equal(asked[0], asked[1])
     assert {line[f"{kind}[right]"] for kind in scenes.KINDS} == {1.0}
-    assert line["combinations[relation]"] == 1 and "pairs[relation]" not in line
+    assert line["combinations[relation]"] == line["combinations[above]"] == 1
+    assert not {"pairs[relation]", "combinations[inside]"} & set(line)  # none of the first six
     with pytest.raises(UserError, match="--compose-every: the cascade must read captions"):
         loop.run(dataclasses.replace(settings, no_captions=True, workdir=tmp_path / "other"), 1)
 
