@@ -9,9 +9,10 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
+import tyro
 from etils import epath
 from tqdm import tqdm
 
@@ -24,8 +25,12 @@ from imagen_jax.diffusion.guidance import SCHEDULES, make_interval
 from imagen_jax.diffusion.samplers import SAMPLERS
 from imagen_jax.errors import UserError
 from imagen_jax.memory import Memory
-from imagen_jax.pipeline import Pipeline, sampling_defaults
+from imagen_jax.pipeline import Pipeline, own_spacing, sampling_defaults
 from imagen_jax.sampling import Progress
+
+T = TypeVar("T")
+NotAFlag = Annotated[T, tyro.conf.Suppress, tyro.conf.Fixed]
+"""Of a field that a command inherits and has no use for."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +52,8 @@ class Sampling:
     image's file repeats it alone."""
     cond_scale: tuple[float, ...] | None = None
     """Guidance weight, one or one per U-Net; 1 is unguided. Default: 3 for the base, 1 for the
-    others; 1 for all in a cascade that was trained with cond_drop_prob 0."""
+    others; 7 and 4 for cascades in discrete steps, such as DeepFloyd IF; 1 for all in a cascade
+    that was trained with cond_drop_prob 0."""
     negative_prompt: str = ""
     """What guidance leads away from, in place of no text."""
     steps: tuple[int, ...] | None = None
@@ -100,8 +106,13 @@ class Sampling:
             sharding.parse(self.mesh)
         if self.guidance_interval is not None:
             make_interval(self.guidance_interval)
-        if self.eta and self.sampler != "ddim":
+        if self.eta and "ddim" not in self.samplers_given:
             raise UserError(f"--eta {self.eta} belongs to --sampler ddim.")
+
+    @property
+    def samplers_given(self) -> tuple[str | None, ...]:
+        """All that are drawn with."""
+        return (self.sampler,)
 
     @property
     def counts(self) -> tuple[str, ...]:
@@ -152,7 +163,7 @@ class Sampling:
         timesteps, sampler = defaults["timesteps"], self.sampler or defaults["sampler"]
         spacing = self.spacing or defaults["spacing"]
         if sampler == "cascade":
-            spacing = self.spacing
+            spacing = self.spacing or own_spacing(config)
             sampler = config.stage(last).process.sampler
             numbers = range(1, count + 1)
             timesteps = tuple(config.sampling_defaults(number).num_steps for number in numbers)
@@ -162,7 +173,7 @@ class Sampling:
             timesteps=self._per_unet("steps", timesteps, last),
             sampler=sampler,
             spacing=spacing,
-            eta=self.eta,
+            eta=self.eta if sampler == "ddim" else 0.0,
             guidance_interval=self.guidance_interval,
             guidance_schedule=self.guidance_schedule,
             guidance_rescale=self.guidance_rescale,

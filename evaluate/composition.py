@@ -115,9 +115,13 @@ def draw(
     captions = [scene.caption for scene in chosen]
     first, of = scenes.KINDS.index(level), len(scenes.KINDS)
     seeds = image_seeds(given.seed, of * len(chosen))[first::of]
+    negatives = None
+    if given.negative_prompt:
+        negatives = pipeline.encode_negative([given.negative_prompt] * len(captions))
     drawn = pipeline.generate(
         pipeline.encode(captions, batch_size=given.batch_size),
         seeds=seeds,
+        negatives=negatives,
         batch_size=given.batch_size,
         progress=progress_bars,
         **options,
@@ -178,7 +182,7 @@ def write(
         "checkpoint_steps": {f"unet{n}": read.step for n, read in pipeline.choices.items()},
         "weights": {f"unet{n}": read.weights for n, read in pipeline.choices.items()},
         "seed": given.seed,
-        "options": options,
+        "options": options | {"negative_prompt": given.negative_prompt},
         "levels": {level: plain(one.summary) for level, one in measured.items()},
         "relations": {
             level: {relation: plain(shares) for relation, shares in one.by_relation.items()}

@@ -17,16 +17,17 @@ import io
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import tyro
 
 import commands
-from commands.sampling import open_pipeline
+from commands.sampling import NotAFlag, open_pipeline
 from evaluate import composition, score
 from imagen_jax import run_config, storage
 from imagen_jax.data import labelled_grid
+from imagen_jax.diffusion.samplers import SAMPLERS
 from imagen_jax.errors import UserError
 from imagen_jax.metrics import fid
 from imagen_jax.metrics.composition import Share
@@ -49,12 +50,17 @@ class Settings(composition.Settings):
     """Guidance weights of the base to try."""
     numbers_of_steps: tuple[int, ...] = (5, 10, 20, 40)
     """Numbers of steps of the base to try."""
-    samplers: tuple[str, ...] = ("dpm++2m", "dpm++3m", "ddim", "heun", "ancestral")
+    samplers: tuple[Literal[*SAMPLERS], ...] = ("dpm++2m", "dpm++3m", "ddim", "heun", "ancestral")
     """Samplers to try, of all U-Nets."""
     inception: Path | None = None
     """Weights of FID's network, as of evaluate.score."""
     html: Path | None = None
     """The page. Default: report.html in the run's folder of evaluations."""
+    out: NotAFlag[Path | None] = None
+
+    @property
+    def samplers_given(self) -> tuple[str | None, ...]:
+        return (self.sampler, *self.samplers)
 
 
 def main() -> None:

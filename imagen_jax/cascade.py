@@ -64,7 +64,6 @@ class Request:
     inpaint_resample_times: int | None = None
     """Repetitions of each step (RePaint). 0: the known part is kept clean instead, as DeepFloyd
     IF's pipelines do. None: 5, or 0 for a cascade in discrete steps."""
-    """RePaint: how often each step is repeated."""
     inpaint_variance: RenoiseVariance = "exact"
     init_images: AnyArray | Sequence[AnyArray | None] | None = None
     """* Added to the initial noise, as by the reference; with `strength` noised instead."""
@@ -299,9 +298,10 @@ def sample_cascade(
         images = to_float(request.start_image_or_video)
         if request.tiles is None:
             images = resize(images, before, mode=config.resize_mode)
-    for place, number in enumerate(request.numbers(config)):
+    for number in request.numbers(config):
         if params[number - 1] is None:
             raise UserError(f"U-Net {number} has no weights: there is nothing to sample from.")
+    for place, number in enumerate(request.numbers(config)):
         if keys is None:
             randomness = Randomness(noises=jnp.asarray(request.draws[place]))
         else:
@@ -337,10 +337,8 @@ def _sample_stage(
     level, steps = own("lowres_sample_noise_level"), own("timesteps")
     level = defaults.lowres_noise_level if level is None else level
     steps = defaults.num_steps if steps is None else steps
-    start_from, skip_steps = own("init_images"), own("skip_steps") or 0
+    start_from = own("init_images")
     noised = request.strength is not None and start_from is not None
-    if noised:
-        skip_steps = steps - max(1, int(steps * request.strength))
     given = request.given(config)._replace(
         previous=previous,
         lowres_noise_level=None if stage.lowres is None else np.float32(level),
@@ -352,7 +350,8 @@ def _sample_stage(
     grid = make_grid(
         stage.process,
         steps,
-        skip_steps=skip_steps,
+        skip_steps=own("skip_steps") or 0,
+        strength=request.strength if noised else None,
         spacing=request.spacing,
         sigma_min=own("sigma_min"),
         sigma_max=own("sigma_max"),

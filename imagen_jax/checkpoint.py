@@ -36,6 +36,7 @@ from imagen_jax.config import ImagenConfig, NullUnetConfig
 from imagen_jax.errors import UserError, first_line
 from imagen_jax.imagen import Imagen
 from imagen_jax.sharding import Layout, make_layout, single
+from imagen_jax.text import Identity
 from imagen_jax.types import Params
 
 Weights = Literal["ema", "online"]
@@ -153,12 +154,13 @@ def write(
     weights: Mapping[int, Mapping[Weights, Params]],
     steps: Mapping[int, int],
     origin: Mapping[str, Any] | None = None,
+    text_encoder: Identity | None = None,
 ) -> None:
     """Writes a configuration and one step of each U-Net with bounded memory.
 
     Raises UserError if `run` holds another cascade, or this step or a later one of a U-Net.
     """
-    run_config.write(run, config, origin=origin)
+    run_config.write(run, config, origin=origin, text_encoder=text_encoder)
     for number, trees in weights.items():
         items = {ITEMS[which]: tree for which, tree in trees.items()}
         with Writer(run, number, bounded_memory=True) as writer:

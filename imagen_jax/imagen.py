@@ -129,9 +129,9 @@ class Imagen(nnx.Module):
         """Embeddings, float32 (b, l, d), and mask (b, l) of captions, by `encoder`.
 
         Captions are encoded at 256 tokens and cut to the l = `config.text_len` that the U-Nets
-        read. Raises UserError for an empty caption.
+        read. Raises UserError for an empty caption, and for one string in place of a list.
         """
-        return self.encoder(list(texts), length=self.config.text_len)
+        return self.encoder(texts, length=self.config.text_len)
 
     def sample(
         self,

@@ -30,6 +30,7 @@ from imagen_jax.pixels import to_pil
 from imagen_jax.sampling import OnStep
 from imagen_jax.sharding import Layout, make_layout
 from imagen_jax.streams import image_seeds, seed_keys
+from imagen_jax.types import AnyArray
 
 STEPS = (20, 15, 10)
 """Denoising steps of each stage by default; those after the last have as many as it."""
@@ -39,6 +40,25 @@ DISCRETE_SAMPLER = "dpm++2m-sde"
 without noise in every step (docs/deepfloyd.md), and IF's own sampler draws it too."""
 GUIDANCE = 3.0
 """Of the base by default; the other stages run unguided, at half the work."""
+
+PER_IMAGE = {
+    *("cond_images", "inpaint_images", "inpaint_masks", "init_images", "start_image_or_video"),
+    "mix",
+}
+"""Arguments of `Imagen.sample` that have a row an image."""
+THEIRS = {"prompt": "texts", "guidance_scale": "cond_scale", "num_inference_steps": "timesteps"}
+"""Names of `Imagen.sample` for arguments of a pipeline, which takes both."""
+INSTEAD = {
+    **dict.fromkeys(("key", "draws", "other_key"), "give seed or seeds"),
+    **dict.fromkeys(("text_embeds", "text_masks"), "give prompt, or embeddings to `generate`"),
+    **dict.fromkeys(
+        ("negative_texts", "negative_text_embeds", "negative_text_masks"),
+        "give negative_prompt, or embeddings to `generate`",
+    ),
+    "progress": "give callback_on_step_end",
+    "return_pil_images": "give output_type",
+}
+"""Arguments of `Imagen.sample` that a call of a pipeline has in another form."""
 
 
 class Embeddings(NamedTuple):
@@ -162,36 +182,40 @@ class Pipeline:
         `callback_on_step_end(unet_number, step, steps, estimates)` is called after every step, with
         the images of the batch as they are estimated by then; raise in it to stop. `arguments` are
         those of `Imagen.sample`, under its names; `texts`, `cond_scale` and `timesteps` are taken
-        in place of ours too. Raises UserError for unfit input.
+        in place of ours too. Arrays such as `inpaint_images` have a row an image, or one a prompt.
+        With `return_all_unet_outputs` an entry of `images` is a list, of every stage that ran.
+        Raises UserError for unfit input.
         """
-        prompt = _either("prompt", prompt, "texts", arguments.pop("texts", None))
-        scale = _either(
-            "guidance_scale", guidance_scale, "cond_scale", arguments.pop("cond_scale", None)
+        arguments = _renamed(
+            arguments,
+            prompt=prompt,
+            guidance_scale=guidance_scale,
+            num_inference_steps=num_inference_steps,
         )
-        steps = _either(
-            "num_inference_steps",
-            num_inference_steps,
-            "timesteps",
-            arguments.pop("timesteps", None),
-        )
-        chosen = {"cond_scale": scale, "timesteps": steps, "on_step": callback_on_step_end}
-        arguments |= {name: value for name, value in chosen.items() if value is not None}
+        prompt = arguments.pop("texts", None)
+        if callback_on_step_end is not None:
+            arguments["on_step"] = callback_on_step_end
         prompts = [prompt] if isinstance(prompt, str) or prompt is None else list(prompt)
-        each, count = num_images_per_prompt, len(prompts) * num_images_per_prompt
-        seeds = image_seeds(seed, count) if seeds is None else list(seeds)
-        if len(seeds) != count:
-            raise UserError(f"{len(seeds)} seeds for {count} images.")
+        each = num_images_per_prompt
+        seeds = _seeds(seed, seeds, len(prompts) * each)
         embeddings = negatives = None
         if prompt is not None:
             embeddings = repeated(self.encode(prompts, batch_size=batch_size), each)
         if negative_prompt is not None:
-            one = isinstance(negative_prompt, str)
-            negative = [negative_prompt] * len(prompts) if one else list(negative_prompt)
+            negative = _one_each(negative_prompt, len(prompts))
             negatives = repeated(self.encode_negative(negative, batch_size=batch_size), each)
+        arrays = {name: arguments.pop(name) for name in PER_IMAGE & arguments.keys()}
         drawn = self.generate(
-            embeddings, seeds=seeds, negatives=negatives, batch_size=batch_size, **arguments
+            embeddings,
+            seeds=seeds,
+            negatives=negatives,
+            per_image={name: _rows(name, x, len(prompts), each) for name, x in arrays.items()},
+            batch_size=batch_size,
+            **arguments,
         )
-        images = [to_pil(image) if output_type == "pil" else image for _, image in drawn]
+        images = [image for _, image in drawn]
+        if output_type == "pil":
+            images = jax.tree.map(to_pil, images)
         return Result(images=images, seeds=seeds, prompts=list(np.repeat(prompts, each)))
 
     def defaults(self) -> dict[str, Any]:
@@ -299,10 +323,15 @@ def sampling_defaults(config: ImagenConfig) -> dict[str, Any]:
         )
     return dict(
         sampler=SAMPLER,
-        spacing=SPACING if config.elucidated is None else None,
+        spacing=SPACING if config.elucidated is None else own_spacing(config),
         timesteps=_few_steps(count),
         cond_scale=(GUIDANCE if guided else 1.0,) + (1.0,) * (count - 1),
     )
+
+
+def own_spacing(config: ImagenConfig) -> str:
+    """The name of the noise levels that a cascade's process has of its own: of `spacing=None`."""
+    return "t" if config.elucidated is None else "karras"
 
 
 def _few_steps(count: int) -> tuple[int, ...]:
@@ -312,6 +341,49 @@ def _few_steps(count: int) -> tuple[int, ...]:
 def repeated(embeddings: Embeddings, times: int) -> Embeddings:
     """Each row `times` times."""
     return Embeddings(*(np.repeat(part, times, axis=0) for part in embeddings))
+
+
+def _renamed(arguments: dict[str, Any], **ours: Any) -> dict[str, Any]:
+    """The arguments of a call under the names of `Imagen.sample`. Raises UserError for one that a
+    pipeline has in another form, and for one that is given under both of its names."""
+    for name in INSTEAD.keys() & arguments.keys():
+        raise UserError(f"{name} is not an argument of a pipeline: {INSTEAD[name]}.")
+    for name, value in ours.items():
+        value = _either(name, value, THEIRS[name], arguments.pop(THEIRS[name], None))
+        if value is not None:
+            arguments[THEIRS[name]] = value
+    return arguments
+
+
+def _one_each(negative: str | Sequence[str], count: int) -> list[str]:
+    """A negative prompt for each of `count` prompts."""
+    every = [negative] * count if isinstance(negative, str) else list(negative)
+    if len(every) != count:
+        raise UserError(f"{len(every)} negative prompts for {count} prompts.")
+    return every
+
+
+def _seeds(seed: int, seeds: Sequence[int] | None, count: int) -> list[int]:
+    """One an image."""
+    if count < 1:
+        raise UserError("nothing to draw: no prompt, or no image of each.")
+    if seeds is not None and len(seeds) != count:
+        raise UserError(f"{len(seeds)} seeds for {count} images.")
+    for one in [seed] if seeds is None else seeds:
+        if not 0 <= one < 2**32:
+            raise UserError(f"seed {one} must lie in 0 .. {2**32 - 1}.")
+    return image_seeds(seed, count) if seeds is None else list(seeds)
+
+
+def _rows(name: str, arrays: Any, count: int, times: int) -> Any:
+    """Each of the arrays of an argument with a row an image; Nones, of U-Nets without one, stay."""
+
+    def rows(array: AnyArray) -> AnyArray:
+        if len(array) not in (count, count * times):
+            raise UserError(f"{name} has {len(array)} rows for {count * times} images.")
+        return array if len(array) == count * times else np.repeat(array, times, axis=0)
+
+    return jax.tree.map(rows, arrays)
 
 
 def padded(count: int, most: int) -> int:

@@ -155,6 +155,7 @@ def _upscaling(ask: Ask, stage: Stage, rows: Callable[[np.ndarray], np.ndarray])
         {"start_image_or_video": rows(padded)},
         {
             "start_at_unet_number": stage.unet_number,
+            "stop_at_unet_number": stage.unet_number,
             "tiles": tiles,
             "tile_batch": min(TILE_BATCH, len(tiles.origins)),
         },

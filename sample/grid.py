@@ -17,7 +17,7 @@ import numpy as np
 import tyro
 
 import commands
-from commands.sampling import progress_bars
+from commands.sampling import NotAFlag, progress_bars
 from imagen_jax.data import labelled_grid
 from imagen_jax.diffusion.samplers import SAMPLERS
 from imagen_jax.errors import UserError
@@ -41,6 +41,11 @@ class Settings(settings.Settings):
     """Numbers of denoising steps to compare, or the one to use."""
     format: Literal["png"] = "png"
     """Of the sheet."""
+    save_stages: NotAFlag[bool] = False
+
+    @property
+    def samplers_given(self) -> tuple[str | None, ...]:
+        return self.sampler
 
 
 def main() -> None:
@@ -81,6 +86,8 @@ def cell(given: Settings, values: dict[str, Any]) -> settings.Settings:
     common["sampler"] = given.sampler[0] if given.sampler else None
     for name, value in values.items():
         common[name] = value if name == "sampler" else (value,)
+    if common["sampler"] != "ddim":  # --eta is of the cells that draw with it
+        common["eta"] = 0.0
     return settings.Settings(**common)
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import tyro
 
 import commands
-from commands.sampling import progress_bars
+from commands.sampling import NotAFlag, progress_bars
 from imagen_jax.errors import UserError
 from imagen_jax.pipeline import Embeddings
 from imagen_jax.pixels import to_pil
@@ -42,6 +42,7 @@ class Settings(settings.Settings):
     """GIF has 256 colours; WebP has all and is lossless."""
     save_frames: bool = False
     """Also writes every frame as a PNG."""
+    save_stages: NotAFlag[bool] = False
 
     def __post_init__(self):
         super().__post_init__()

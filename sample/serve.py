@@ -87,6 +87,7 @@ def launch(given: Settings, drawing: Served, *, block: bool = True) -> "gr.Block
             server_name=given.host,
             server_port=given.port,
             max_file_size=UPLOAD,
+            allowed_paths=[str(serving.local_root(drawing).resolve())],
             prevent_thread_lock=True,
             quiet=True,
             footer_links=[],

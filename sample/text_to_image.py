@@ -20,8 +20,9 @@ from typing import Any
 import tyro
 
 import commands
-from imagen_jax import storage
+from imagen_jax import run_config, storage
 from imagen_jax.errors import UserError
+from imagen_jax.pipeline import own_spacing
 from sample import outputs, settings
 from sample.drawing import Drawing, Job, model_hash, read_prompts
 
@@ -30,6 +31,15 @@ REPEATED = (
     *("guidance_interval", "guidance_schedule", "guidance_rescale", "negative_prompt"),
 )
 """Settings that a recipe holds under their own names."""
+READ = (
+    *("command", "prompt", "seed", "timesteps", "stop_at_unet_number"),
+    *("batch_size", "model_hash", "checkpoint", "weights"),
+)
+OF_RECIPE = (
+    *(*REPEATED, "prompt", "prompts_from", "seed", "steps", "stop_at_unet_number"),
+    *("num_images_per_prompt", "weights"),
+)
+"""Settings that `--from-image` takes from the recipe."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,9 +76,17 @@ def main() -> None:
 def draw_again(given: Settings) -> None:
     """The image of a recipe, in a batch of the recorded size. Raises UserError for a recipe of
     another cascade."""
-    if given.prompt or given.prompts_from:
-        raise UserError("--from-image brings its own prompt: leave out --prompt.")
+    config = run_config.read(given.run)
+    for field in dataclasses.fields(given):
+        if field.name in OF_RECIPE and getattr(given, field.name) != field.default:
+            flag = commands.flag(field.name)
+            raise UserError(f"--from-image brings its own {flag}: leave it out.")
     recipe = outputs.read_recipe(storage.folder(given.from_image))
+    missing = [name for name in (*REPEATED, *READ) if name not in recipe]
+    if missing:
+        raise UserError(f"{given.from_image}: its recipe lacks {', '.join(missing)}.")
+    if recipe["spacing"] is None:  # as it was written before spacings of a process had names
+        recipe["spacing"] = own_spacing(config)
     drawing = Drawing.open("text_to_image", with_recipe(given, recipe))
     found = model_hash(drawing.pipeline)
     if recipe["model_hash"] != found:

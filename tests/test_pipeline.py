@@ -251,7 +251,7 @@ def test_few_steps_are_the_default():
     assert found["timesteps"] == (20, 15, 10) and found["cond_scale"] == (3.0, 1.0, 1.0)
     assert (found["sampler"], found["spacing"]) == ("dpm++2m", "log_snr")
     edm = dataclasses.replace(presets.imagen(), elucidated=ElucidatedConfig())
-    assert sampling_defaults(edm)["spacing"] is None  # that of Karras et al.
+    assert sampling_defaults(edm)["spacing"] == "karras"  # that of Karras et al.
     # A command's defaults are the library's; a cascade in discrete steps has a sampler of its own.
     discrete = Sampling(checkpoint=Path("run")).options(presets.paper())
     assert (discrete["sampler"], discrete["cond_scale"]) == ("dpm++2m-sde", (7.0, 4.0, 4.0))

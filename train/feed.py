@@ -31,6 +31,7 @@ from imagen_jax.data import (
 )
 from imagen_jax.distributed import Agreement
 from imagen_jax.errors import UserError
+from imagen_jax.if_config import IFUnetConfig
 from imagen_jax.sharding import Layout
 from imagen_jax.stage import Stage
 from imagen_jax.types import Size
@@ -83,6 +84,11 @@ class Feed:
         train = _chosen(train, settings)
         encoder = embeddings = text_encoder = None
         if config.condition_on_text and source.has_embeds:
+            if settings.embeddings is not None:
+                raise UserError(
+                    f"{source.name} holds embeddings: --embeddings {settings.embeddings} has no "
+                    "use. Leave it out, or move the .npy files."
+                )
             if config.encodes_blank_text and config.cond_drop_prob > 0:
                 raise UserError(
                     f"{source.name} holds embeddings: dropping text (cond_drop_prob) needs that of "
@@ -90,7 +96,7 @@ class Feed:
                 )
             text_encoder = text.read_beside(settings.folders)
         elif config.condition_on_text and settings.embeddings is not None:
-            embeddings, text_encoder = _stored(config, settings.embeddings)
+            embeddings, text_encoder = _stored(config, stage, settings.embeddings)
         elif config.condition_on_text:
             encoder = text.cascade_encoder(
                 config, dtype=optimization.compute_dtype, layout=layout, recorded=recorded
@@ -157,7 +163,7 @@ class Feed:
             text_len=self.stage.network.max_text_len,
             flip=flip,
             crop=crop,
-            upsample=self.upsample,
+            upsample=self.upsample if buckets else self.enlarges,
             buckets=buckets,
             embeddings=self.embeddings,
             cache_bytes=self.settings.cache_mb * 2**20,
@@ -176,8 +182,7 @@ class Feed:
                 try:
                     record = source[i]
                     self._check_captions(record)
-                    any_size = self.upsample or bool(self.settings.buckets)
-                    check(record.image, image_size=self.stage.size, upsample=any_size)
+                    check(record.image, image_size=self.stage.size, upsample=self.enlarges)
                 except UserError as error:
                     self.skip(source.key(i), str(error))
 
@@ -192,7 +197,7 @@ class Feed:
                     record.image,
                     image_size=size,
                     channels=self.config.channels,
-                    upsample=self.upsample,
+                    upsample=self.enlarges,
                 )
             except UserError as error:
                 self.skip(source.key(i), str(error))
@@ -202,6 +207,12 @@ class Feed:
     @property
     def upsample(self) -> bool:
         return self.settings.small == "upsample"
+
+    @property
+    def enlarges(self) -> bool:
+        """Whether pictures smaller than the stage are evaluated and drawn: with buckets, which may
+        be smaller too."""
+        return self.upsample or bool(self.settings.buckets)
 
     @property
     def buckets(self) -> list[Size]:
@@ -344,10 +355,12 @@ def _padding(layout: Layout, length: int) -> Callable[[Batch], Batch]:
     return jax.jit(pad, out_shardings=layout.batch)
 
 
-def _stored(config: ImagenConfig, folder: Path) -> tuple[Embeddings, text.Identity | None]:
-    """The embeddings of a folder, and whose they are. Raises UserError if the cascade reads
-    others."""
-    embeddings = Embeddings.open(folder)
+def _stored(
+    config: ImagenConfig, stage: Stage, folder: Path
+) -> tuple[Embeddings, text.Identity | None]:
+    """The embeddings of a folder, as the stage reads them, and whose they are. Raises UserError if
+    the cascade reads others."""
+    embeddings = Embeddings.open(folder, padding=isinstance(stage.network, IFUnetConfig))
     form = embeddings.form
     if form.width != config.text_embed_dim:
         raise UserError(

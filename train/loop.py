@@ -17,7 +17,7 @@ import jax
 from tqdm import tqdm
 
 import commands
-from imagen_jax import distributed, flops, run_config
+from imagen_jax import distributed, flops, run_config, storage
 from imagen_jax.config import ImagenConfig, NullUnetConfig
 from imagen_jax.errors import UserError
 from imagen_jax.sharding import Layout, make_layout
@@ -51,12 +51,17 @@ def run(settings: Settings, unet_number: int, layout: Layout | None = None) -> b
         print(f"U-Net {unet_number} in {run_dir.path} has all of its {run_dir.complete} steps.")
         return True
     with distributed.together():
-        recorded = run_config.read_text_encoder(run_dir.path)
+        source = settings.continue_from if run_dir.newest is None else None
+        recorded = run_config.read_text_encoder(storage.folder(source or run_dir.path))
         feed = Feed.open(
             config, stage, data, optimization, layout, seed=settings.seed, recorded=recorded
         )
         check_captions(watching, feed)
-    record = settings.record() | {"pictures": len(feed.train), "content": feed.train.fingerprint()}
+    record = settings.record() | {
+        "pictures": len(feed.train),
+        "content": feed.train.fingerprint(),
+        "weights_of_sets": list(feed.train.weights),
+    }
     with run_dir.metrics(watching, record) as metrics:
         previews = Previews(run_dir, feed, metrics, watching, optimization.compute_dtype)
         announce(feed, run_dir.path, settings.describe(), resumed=settings.resume)
@@ -69,6 +74,12 @@ def run(settings: Settings, unet_number: int, layout: Layout | None = None) -> b
             init_from=settings.init_from,
             continue_from=settings.continue_from,
         )
+        began = int(start.state.step)
+        if run_dir.newest is None and began >= settings.steps:
+            raise UserError(
+                f"--continue-from {settings.continue_from} is at step {began}: --steps "
+                f"{settings.steps} leaves none to take."
+            )
         with (
             run_dir.checkpoints(record, feed.text_encoder, keep=watching.keep) as checkpoints,
             Interrupt(layout) as interrupt,
@@ -85,7 +96,8 @@ def run(settings: Settings, unet_number: int, layout: Layout | None = None) -> b
                 interrupt=interrupt,
             )
             step = trainer.train(start)
-            return _report(run_dir, feed, step, interrupt.stopped_by, announced)
+            saved = step > began or run_dir.newest is not None
+            return _report(run_dir, feed, step if saved else None, interrupt.stopped_by, announced)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -206,9 +218,10 @@ def _ideal_seconds(stage: Stage, optimization: Optimization, layout: Layout) -> 
 
 
 def _report(
-    run: RunDir, feed: Feed, step: int, stopped_by: str | None, announced: set[str]
+    run: RunDir, feed: Feed, step: int | None, stopped_by: str | None, announced: set[str]
 ) -> bool:
-    """Says what was left out on the way, and how to resume after a signal: then False."""
+    """Says what was left out on the way, and how to resume after a signal: then False. `step` is
+    the last one that was saved."""
     found = {name: why for name, why in feed.left_out.items() if name not in announced}
     for text in distributed.gather(json.dumps(found)):
         for name, reason in json.loads(text).items():
@@ -218,7 +231,7 @@ def _report(
         print(f"U-Net {run.stage.unet_number} is at step {step}, saved in {run.path}.")
         return True
     where = f"stopped after step {step}, saved in {run.path}"
-    if step == 0:
+    if step is None:
         where = "stopped before the first step, nothing to save"
     print(f"{stopped_by}: {where}. Continue with the same command and --resume.")
     return False

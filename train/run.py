@@ -50,7 +50,11 @@ SAME = (
     *OPTIMIZER,
 )
 # The same of the data itself, wherever it is stored: how many pictures, and a hash of which.
-MEASURED = {"pictures": "the number of pictures", "content": "the hash of the pictures"}
+MEASURED = {
+    "pictures": "the number of pictures",
+    "content": "the hash of the pictures",
+    "weights_of_sets": "the weights of the sets",
+}
 
 # Of this start alone, or printed elsewhere: not what a run is.
 PASSING = ("workdir", "resume", "print_config", "preset", "config", "init_from",
@@ -194,7 +198,7 @@ class RunDir:
         """The newest complete state of another run of the same network, for other pictures, another
         batch size or rate. Prints what is another now. Raises UserError for another optimiser."""
         other = dataclasses.replace(self, path=storage.folder(run))
-        _check_network(other.path, self.stage, "--continue-from")
+        _check_network(other.path, self.config, self.stage, "--continue-from")
         step = checkpoint.latest_step(other.path, self.stage.unet_number)
         if step is None:
             raise UserError(f"--continue-from {other.path}: no complete step of {other.folder}.")
@@ -242,7 +246,7 @@ class RunDir:
         """The state before the first step: weights of `--init-from`, or drawn from the seed."""
         unet, optimizer = self.stage.network, make_optimizer(optimization)
         if init_from is not None:
-            params = _weights_of(init_from, self.stage, layout)
+            params = _weights_of(init_from, self.config, self.stage, layout)
         else:
             key = stream(layout.key(seed), "init", self.stage.unet_number)
             params = nn.init_fn(unet, layout)(key)
@@ -326,18 +330,19 @@ def _reason(error: Exception) -> str:
 def _check_continues(saved: Record, record: Record, names: Sequence[str]) -> None:
     for name in names:
         was, now = saved.get(name, record[name]), record[name]  # older runs recorded less
+        other = "" if name in OPTIMIZER else "--continue-from, or "
         if was != now and name in MEASURED:
             given = ", ".join(
                 f"{commands.flag(x)} {spelled(record[x])}" for x in ("data", "captions_from")
             )
             raise UserError(
                 f"{given}: not the pictures that the run was trained on ({MEASURED[name]} was "
-                f"{was} and is {now}). Start another with --init-from."
+                f"{was} and is {now}). Start another with {other}--init-from."
             )
         if was != now:
             raise UserError(
                 f"{commands.flag(name)} was {spelled(was)} and is {spelled(now)}: that would not "
-                "continue the run. Start another with --init-from."
+                f"continue the run. Start another with {other}--init-from."
             )
 
 
@@ -352,18 +357,25 @@ def changes(saved: Record, record: Record, more: Sequence[str] = ()) -> list[str
     ]
 
 
-def _check_network(run: epath.Path, stage: Stage, flag: str) -> None:
-    """Raises UserError unless the run's U-Net is the one that is trained."""
-    number = stage.unet_number
-    source = run_config.read(run).stage(number).network
-    difference = first_difference(source, stage.network, f"unets.{number - 1}")
+def _check_network(run: epath.Path, config: ImagenConfig, stage: Stage, flag: str) -> None:
+    """Raises UserError unless the run's U-Net is the one that is trained. Prints what else of the
+    cascade is another: its objective, its noise, its sizes."""
+    number, source = stage.unet_number, run_config.read(run)
+    network = source.stage(number).network
+    difference = first_difference(network, stage.network, f"unets.{number - 1}")
     if difference:
         raise UserError(f"{flag} {run}: {difference}.")
+    for field in dataclasses.fields(config):
+        was, now = getattr(source, field.name), getattr(config, field.name)
+        if field.name != "unets" and was != now:
+            print(f"changed: {field.name} was {was} and is {now}")
 
 
-def _weights_of(run: str | os.PathLike, stage: Stage, layout: Layout) -> Params:
+def _weights_of(
+    run: str | os.PathLike, config: ImagenConfig, stage: Stage, layout: Layout
+) -> Params:
     run, number = storage.folder(run), stage.unet_number
-    _check_network(run, stage, "--init-from")
+    _check_network(run, config, stage, "--init-from")
     choice = checkpoint.choose(run, number)
     if choice is None:
         raise UserError(f"{run} has no weights of U-Net {number}.")

@@ -209,6 +209,7 @@ class Settings(Watching, Devices, Optimization, Data, Run):
             self._require(name, lambda x: 0 <= x < 1, "0 or more and less than 1")
         for name in POSITIVE:
             self._require(name, lambda x: x > 0, "more than 0")
+        self._require("seed", lambda x: x < 2**32, "less than 2 ** 32")
         if self.batch_size % self.accumulate:
             raise UserError(
                 f"--batch-size {self.batch_size} does not split into --accumulate "
@@ -304,15 +305,13 @@ def parse(
     if number <= len(recipes):
         defaults = dataclasses.replace(Settings(), **dataclasses.asdict(recipes[number - 1]))
         *others, settings = _parse(description, more, defaults)
-    if not settings.resume:
-        return *others, settings
-    saved = recorded(settings, number)
-    if saved is None:
-        return *others, settings
-    *others, again = _parse(description, more, saved)
-    if settings.config is None and again.preset != saved.preset:  # --preset was given
-        again = dataclasses.replace(again, config=None)
-    return *others, again
+    saved = recorded(settings, number) if settings.resume else None
+    if saved is not None:
+        was = settings
+        *others, settings = _parse(description, more, saved)
+        if was.config is None and settings.preset != saved.preset:  # --preset was given
+            return *others, dataclasses.replace(settings, config=None)
+    return *others, dataclasses.replace(settings)  # checked now that all is known
 
 
 def recorded(given: Settings, unet_number: int) -> Settings | None:
@@ -334,6 +333,8 @@ def recorded(given: Settings, unet_number: int) -> Settings | None:
 
 
 def _parse(description: str | None, more: Sequence[type], defaults: Settings) -> tuple[Any, ...]:
+    """As `parse`, with these defaults. The settings are not checked: what is not given may be
+    another value in the end."""
     again = "--resume" in sys.argv  # a switch that was on can be given again, or turned off
     sections = [
         *((kind.__name__.lower(), _shown(kind), kind()) for kind in more),
@@ -348,7 +349,10 @@ def _parse(description: str | None, more: Sequence[type], defaults: Settings) ->
     found = tyro.cli(command, prog=program, description=description, args=gathered(sys.argv[1:]))
     parts = list(vars(found).values())
     others, parts = parts[: -len(SECTIONS)], parts[-len(SECTIONS) :]
-    return *others, Settings(**{name: x for part in parts for name, x in vars(part).items()})
+    settings = object.__new__(Settings)
+    for part in parts:
+        vars(settings).update(vars(part))
+    return *others, settings
 
 
 def _shown(kind: type, again: bool = False) -> Any:

@@ -68,9 +68,9 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{commands.flag(name)} {getattr(self, name)}: at least 1.")
+        for name, least in (("steps", 1), ("batch_size", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"{commands.flag(name)} {getattr(self, name)}: at least {least}.")
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ with --part 0/4 to --part 3/4.
 """
 
 import dataclasses
+import itertools
 import json
 import re
 import shutil
@@ -54,7 +55,8 @@ class Settings(Opening):
     """What embeddings are stored in. `int8`, with a scale for each token, takes half of bfloat16;
     the command says how far it is off."""
     limit: int | None = None
-    """Encode the captions of the first so many images only."""
+    """Encode the captions of the first so many images to train on only, as training's --limit
+    takes them, and of those that are held out."""
     batch_size: int = 64
     """Captions at once."""
     mesh: str = "auto"
@@ -111,8 +113,8 @@ def embed(given: Settings) -> Embeddings:
         for first in range(0, len(captions), per_shard):
             part = captions[first : first + per_shard]
             with jax.default_matmul_precision("highest"):  # float32 in float32
-                encoded = _encode(encoder, part, length, given.batch_size, bar)
-            embeddings.write_shard(folder, form, part, encoded, given.own)
+                encoded, tokens = _encode(encoder, part, length, given.batch_size, bar)
+            embeddings.write_shard(folder, form, part, encoded, tokens, given.own)
             errors += [_error(form, one) for one in encoded[:SURVEYED]]
     print(
         f"stored in {form.dtype}: off by {100 * np.sqrt(np.mean(np.square(errors))):.2g} % "
@@ -152,14 +154,15 @@ def _begin(folder: epath.Path, form: Form, encoder: text.TextEncoder) -> None:
 def _captions(given: Settings, encoder: text.TextEncoder) -> list[str]:
     """Every caption of the set once, in its order. Says how many records have none."""
     source = given.open()
-    source = source if given.limit is None else source.take(given.limit)
     for note in source.notes:
         print(note)
+    parts = [source]
+    if given.limit is not None:
+        parts = [source.split("train").take(given.limit), source.split("heldout")]
     found: dict[str, None] = {"": None} if encoder.keeps_padding else {}
     without: list[str] = []
-    for captions in tqdm(
-        source.every_caption(), "captions", unit="image", mininterval=BAR_INTERVAL
-    ):
+    every = itertools.chain.from_iterable(part.every_caption() for part in parts)
+    for captions in tqdm(every, "captions", unit="image", mininterval=BAR_INTERVAL):
         if isinstance(captions, UserError):
             without.append(str(captions))
         else:
@@ -186,18 +189,21 @@ def _plan(
 
 def _encode(
     encoder: text.TextEncoder, captions: Sequence[str], length: int, batch_size: int, bar: tqdm
-) -> list[np.ndarray]:
-    """Their embeddings, without padding. Captions of similar length are encoded together."""
+) -> tuple[list[np.ndarray], list[int]]:
+    """Their embeddings, without padding unless it is kept, and numbers of tokens. Captions of
+    similar length are encoded together."""
     lengths = np.array([np.count_nonzero(encoder.tokenize([one])) for one in captions])
     encoded: list[np.ndarray] = [np.zeros(0)] * len(captions)
+    tokens = [0] * len(captions)
     for rows in _batches(np.argsort(lengths, kind="stable"), batch_size):
         texts = [captions[row] for row in rows]
         # The last batch is filled up: one shape is one compiled program.
         embeds, masks = encoder(texts + texts[-1:] * (batch_size - len(texts)), length=length)
         for row, one, mask in zip(rows, embeds, masks, strict=False):
             encoded[row] = one if encoder.keeps_padding else one[mask]
+            tokens[row] = int(np.count_nonzero(mask))
         bar.update(len(rows))
-    return encoded
+    return encoded, tokens
 
 
 def _batches(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:

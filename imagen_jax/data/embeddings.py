@@ -2,7 +2,8 @@
 
     DIR/text_encoder.json       which encoder made them (imagen_jax/text/identity.py)
     DIR/embeddings.json         how they are stored: a `Form`
-    DIR/00000.array_record      one embedding a record, without padding
+    DIR/00000.array_record      one embedding a record, without padding; or with it, and then the
+                                number of its tokens
     DIR/00000.npy               128-bit hashes of their captions, in the same order
 
 A caption is stored once, however many records have it. The hashes of a shard are written after the
@@ -10,12 +11,14 @@ shard: one without them was interrupted and is written again. `python -m imagen_
 makes such a folder.
 """
 
+import functools
 import hashlib
 import io
 import itertools
 import os
+import struct
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import ml_dtypes
@@ -33,6 +36,7 @@ from imagen_jax.types import AnyArray
 
 FORM = "embeddings.json"
 Stored = Literal["bfloat16", "float32", "int8"]
+COUNT = 4  # bytes of the number of tokens behind an embedding that keeps its padding
 _BYTES = {"bfloat16": 2, "float32": 4, "int8": 1}
 
 
@@ -57,15 +61,26 @@ class Form(Config):
         scale = 4 if self.dtype == "int8" else 0
         return tokens * (self.width * _BYTES[self.dtype] + scale)
 
-    def pack(self, embeds: Float[AnyArray, "l d"]) -> bytes:
-        """The record of an embedding."""
+    def pack(self, embeds: Float[AnyArray, "l d"], tokens: int | None = None) -> bytes:
+        """The record of an embedding; `tokens` of its positions are no padding (default: all)."""
+        if self.keeps_padding:
+            plain = replace(self, keeps_padding=False).pack(embeds)
+            return plain + struct.pack("<I", len(embeds) if tokens is None else tokens)
         if self.dtype != "int8":
             return embeds.astype(ml_dtypes.bfloat16 if self.dtype == "bfloat16" else "f4").tobytes()
         scale = np.maximum(np.abs(embeds).max(1, keepdims=True), 1e-30).astype(np.float32) / 127
         return scale.tobytes() + np.rint(embeds / scale).astype(np.int8).tobytes()
 
-    def unpack(self, record: bytes) -> Float[AnyArray, "l d"]:
-        """The embedding of a record: bfloat16, or float32 for the other two."""
+    def unpack(self, record: bytes, *, padding: bool = True) -> Float[AnyArray, "l d"]:
+        """The embedding of a record: bfloat16, or float32 for the other two. Its padding, where
+        that is kept, can be left out."""
+        if self.keeps_padding:
+            counted = len(record) % int(self.size(1)) == COUNT
+            if not counted and not padding:
+                raise UserError("it was stored without the number of its tokens: encode it again")
+            embeds, count = (record[:-COUNT], record[-COUNT:]) if counted else (record, b"")
+            found = replace(self, keeps_padding=False).unpack(embeds)
+            return found if padding else found[: int.from_bytes(count, "little")]
         length, rest = divmod(len(record), int(self.size(1)))
         if rest or not length:
             raise UserError(f"a stored embedding of {len(record)} bytes is damaged")
@@ -85,10 +100,14 @@ class Embeddings:
     records: ArrayRecordDataSource | None = field(repr=False)  # None: no shard yet
     hashes: UInt64[np.ndarray, "n 2"] = field(repr=False)  # in the order of the first column
     places: np.ndarray = field(repr=False)  # of each of these, the record
+    padding: bool = True  # whether it is read, where it is kept
 
     @classmethod
-    def open(cls, folder: str | os.PathLike) -> "Embeddings":
-        """Raises UserError for a folder that holds none, or is damaged."""
+    def open(cls, folder: str | os.PathLike, *, padding: bool = True) -> "Embeddings":
+        """Without `padding` the padded positions are not read, where they are kept.
+
+        Raises UserError for a folder that holds no embeddings, or is damaged.
+        """
         path = storage.folder(folder)
         form = read_form(path)
         if form is None:
@@ -105,7 +124,7 @@ class Embeddings:
             raise UserError(f"{path}: the shards and the hashes of their captions do not agree.")
         every = np.concatenate([np.zeros((0, 2), np.uint64), *hashes])
         order = np.argsort(every[:, 0], kind="stable")
-        return cls(str(path), form, records, every[order], order)
+        return cls(str(path), form, records, every[order], order, padding)
 
     def __len__(self) -> int:
         return len(self.places)
@@ -121,7 +140,8 @@ class Embeddings:
         """The embeddings of captions. Raises NoCaption for one that is not there."""
         self.check(captions)
         places = [int(self.places[self._find(caption)]) for caption in captions]
-        return [self.form.unpack(record) for record in self.records.__getitems__(places)]
+        unpack = functools.partial(self.form.unpack, padding=self.padding)
+        return [unpack(record) for record in self.records.__getitems__(places)]
 
     def check(self, captions: Iterable[str]) -> None:
         """Raises NoCaption for the first caption that is not there."""
@@ -166,16 +186,17 @@ def write_shard(
     form: Form,
     captions: Sequence[str],
     embeds: Sequence[np.ndarray],
+    tokens: Sequence[int],
     part: tuple[int, int] = (0, 1),
 ) -> None:
-    """Adds a shard of embeddings (l, d), one for each caption. Of several processes, each is a
-    `part` and has every n-th number."""
+    """Adds a shard of embeddings (l, d), one for each caption, of `tokens` tokens each. Of several
+    processes, each is a `part` and has every n-th number."""
     numbers = (folder / f"{number:05}.npy" for number in itertools.count(*part))
     shard = next(path for path in numbers if not path.exists())
     # One embedding a group, so that one is read at a time; they do not compress.
     writer = ArrayRecordWriter(_records(shard), "group_size:1,uncompressed")
-    for one in embeds:
-        writer.write(form.pack(one))
+    for one, count in zip(embeds, tokens, strict=True):
+        writer.write(form.pack(one, count))
     writer.close()
     file = io.BytesIO()
     np.save(file, hashed(captions))

@@ -38,22 +38,24 @@ class Order:
         cls, source: Source, sizes: Sequence[Size], batch_size: int, seed: int, shuffle: bool
     ) -> "Order":
         if len(sizes) == 1:
-            return cls(sizes, [None], None, [_endless(source, seed, shuffle)], batch_size)
+            records = _endless(source, seed, shuffle, source.weights)
+            return cls(sizes, [None], None, [records], batch_size)
         nearest = nearest_buckets(source, sizes)
         rows = [np.flatnonzero(nearest == i) for i in range(len(sizes))]
         sizes, rows = zip(
             *((s, r) for s, r in zip(sizes, rows, strict=True) if len(r)), strict=True
         )
+        of_size = [replace(source, rows=source.rows[own]) for own in rows]
         records = [
-            _endless(replace(source, rows=source.rows[own]), (seed + i) % 2**32, shuffle)
-            for i, own in enumerate(rows)
+            _endless(one, (seed + i) % 2**32, shuffle, shares(one, source))
+            for i, one in enumerate(of_size)
         ]
         # In each, the position counts its own steps: their numbers and sizes alternate by share.
         counted = [
             grain.MapDataset.range(2**40).map(functools.partial(_numbered, i))
             for i in range(len(rows))
         ]
-        steps = grain.MapDataset.mix(counted, [float(len(own)) for own in rows])
+        steps = grain.MapDataset.mix(counted, [sum(shares(one, source)) for one in of_size])
         return cls(sizes, rows, steps, records, batch_size)
 
     @property
@@ -79,8 +81,22 @@ def _numbered(number: int, step: int) -> tuple[int, int]:
     return number, step
 
 
-def _endless(source: Source, seed: int, shuffle: bool) -> grain.MapDataset:
-    """Which record is at a position of the endless order; of a mixture each part has its own."""
+def shares(some: Source, source: Source) -> list[float]:
+    """The weight that some of the records of a source have: those of a mixture by its parts. A part
+    of which half of the records are there has half of its weight."""
+    if source.parts is None:
+        return [float(len(some))]
+    counts, every = (
+        np.bincount(source.parts[one.rows], minlength=len(source.weights)) for one in (some, source)
+    )
+    return [w * float(n) / max(1, m) for w, n, m in zip(source.weights, counts, every, strict=True)]
+
+
+def _endless(
+    source: Source, seed: int, shuffle: bool, weights: Sequence[float]
+) -> grain.MapDataset:
+    """Which record is at a position of the endless order; of a mixture each part has its own, and
+    comes as often as its weight says."""
 
     def shuffled(rows: grain.MapDataset, seed: int) -> grain.MapDataset:
         order = rows.seed(seed)  # a position past its end is one of the next epoch
@@ -96,7 +112,7 @@ def _endless(source: Source, seed: int, shuffle: bool) -> grain.MapDataset:
             shuffled(grain.MapDataset.source(rows), (seed + part) % 2**32).repeat()
             for part, rows in parts.items()
         ],
-        [source.weights[part] for part in parts],
+        [weights[part] for part in parts],
     )
 
 

@@ -229,6 +229,9 @@ def stored_size(image: bytes) -> Size:
         turned = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
     except (OSError, SyntaxError, ValueError) as error:
         raise UserError("corrupt picture: no known format") from error
+    except PIL.Image.DecompressionBombError as error:
+        most = 2 * PIL.Image.MAX_IMAGE_PIXELS
+        raise UserError(f"too large: at most {most:,} pixels are read") from error
     width, height = picture.size
     return (width, height) if turned else (height, width)
 

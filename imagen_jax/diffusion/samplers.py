@@ -165,26 +165,30 @@ def make_grid(
     num_steps: int,
     *,
     skip_steps: int = 0,
+    strength: float | None = None,
     spacing: Spacing | None = None,
     sigma_min: float | None = None,
     sigma_max: float | None = None,
     multiple: int = 1024,
 ) -> Grid:
-    """The grid of `num_steps` steps, without the first `skip_steps`; `spacing` as in grids.py.
+    """The grid of `num_steps` steps, without the first `skip_steps`, or with the last share
+    `strength` of them, at least one; `spacing` as in grids.py. IF's own spacings have as many steps
+    as they have.
 
-    Padded with its last entry to a multiple of `multiple`, plus one. Raises ValueError unless
-    0 <= skip_steps < num_steps.
+    Padded with its last entry to a multiple of `multiple`, plus one. Raises ValueError unless at
+    least one step is left.
     """
-    if not 0 <= skip_steps < num_steps:
+    positions = process.grid(num_steps, spacing=spacing, sigma_min=sigma_min, sigma_max=sigma_max)
+    complete = len(positions) - 1
+    if strength is not None:
+        skip_steps = complete - max(1, int(complete * strength))
+    if not 0 <= skip_steps < complete:
         raise UserError(
-            f"skip_steps = {skip_steps} of num_steps = {num_steps} must leave at least one step."
+            f"skip_steps = {skip_steps} of num_steps = {complete} must leave at least one step."
         )
-    positions = process.grid(num_steps, spacing=spacing, sigma_min=sigma_min, sigma_max=sigma_max)[
-        skip_steps:
-    ]
-    steps = len(positions) - 1
+    positions, steps = positions[skip_steps:], complete - skip_steps
     padded = np.pad(positions, (0, -steps % multiple), mode="edge")
-    return Grid(padded, np.int32(steps), np.int32(steps + skip_steps))
+    return Grid(padded, np.int32(steps), np.int32(complete))
 
 
 def count_noises(num_steps: int, *, resample_times: int | None = None) -> int:

@@ -17,9 +17,10 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional, arg, subcommand
 
-from imagen_jax import checkpoint
+from imagen_jax import checkpoint, run_config
 from imagen_jax.checkpoint import Weights
 from imagen_jax.errors import UserError, run
+from imagen_jax.if_config import IF_TEXT_LENGTH
 from imagen_jax.interop import (
     deepfloyd,
     imagen_pytorch,
@@ -133,7 +134,12 @@ class ToSafetensors:
         params = {number: run.params(number, which) for number in run.steps}
         with replacing(self.out, overwrite=self.overwrite, source=self.checkpoint) as partial:
             contents = safetensors_file.Contents(
-                config=run.config, params=params, steps=run.steps, weights=which, origin=run.origin
+                config=run.config,
+                params=params,
+                steps=run.steps,
+                weights=which,
+                origin=run.origin,
+                text_encoder=run_config.read_text_encoder(run.path),
             )
             safetensors_file.write(partial, contents)
         print(f"{self.out}: {inspect.summary(run.config)}, weights {which}")
@@ -156,7 +162,14 @@ class FromSafetensors:
             checkpoint.check_finite(params, f"{self.file}, U-Net {number}")
         trees = {n: {contents.weights: params} for n, params in contents.params.items()}
         with replacing(self.out, overwrite=self.overwrite, source=self.file) as partial:
-            checkpoint.write(partial, contents.config, trees, contents.steps, contents.origin)
+            checkpoint.write(
+                partial,
+                contents.config,
+                trees,
+                contents.steps,
+                contents.origin,
+                contents.text_encoder,
+            )
         print(f"{self.out}: {inspect.summary(contents.config)}, weights {contents.weights}")
 
 
@@ -214,9 +227,20 @@ class ToDiffusers:
         which = chosen(run, self.weights)[0]
         if not 1 <= self.unet_number <= len(run.config.unets):
             raise UserError(f"--unet-number {self.unet_number}: 1 .. {len(run.config.unets)}.")
+        unet = run.config.unets[self.unet_number - 1]
         with replacing(self.out, overwrite=self.overwrite, source=self.checkpoint) as partial:
             deepfloyd.write(partial, run, self.unet_number, which, self.variant)
         print(f"{self.out}: U-Net {self.unet_number}, weights {which}")
+        if unet.max_text_len != IF_TEXT_LENGTH:
+            print(
+                f"note: it reads {unet.max_text_len} tokens, padding included; diffusers' "
+                f"pipelines encode {IF_TEXT_LENGTH}. Give them embeddings of {unet.max_text_len}."
+            )
+        if unet.null_text != "encoded":
+            print(
+                "note: its guidance leads away from no text at all; that of diffusers' pipelines "
+                "from the empty caption, which it was never trained on. Guide it by 1, or here."
+            )
         print(deepfloyd.LICENCE)
 
 
@@ -242,11 +266,12 @@ class VerifyIf:
             raise UserError("verify-if needs a folder.")
         compare(self.folders, self.variant)
         if self.t5 is not None:
-            picture = verify_if.draw(
-                [deepfloyd.read(folder, self.variant) for folder in self.folders],
-                self.t5,
-                self.prompt,
-            )
+            stages = [deepfloyd.read(folder, self.variant) for folder in self.folders]
+            if stages[0].unet.lowres_cond:
+                raise UserError(
+                    f"--t5: {self.folders[0]} enlarges images; a picture needs IF-I before it."
+                )
+            picture = verify_if.draw(stages, self.t5, self.prompt)
             picture.save(self.out)
             print(f"{self.out}: {self.prompt}")
 

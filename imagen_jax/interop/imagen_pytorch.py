@@ -185,7 +185,7 @@ def write(
     The trees in `online` and `ema` are emptied on the way, so that memory holds one copy.
     """
     kind, params = configuration.to_theirs(config)
-    if origin.get("imagen_params") is not None:
+    if _describes(origin, config):
         kind, params = origin["imagen_type"], origin["imagen_params"]
     steps = origin.get("steps") or [0] * len(config.unets)
     counters = origin.get("ema") or [dict(initted=True, step=step) for step in steps]
@@ -207,6 +207,15 @@ def write(
         imagen_params=params,
     )
     write_torch_file(path, content)
+
+
+def _describes(origin: Mapping[str, Any], config: ImagenConfig) -> bool:
+    """Whether the configuration of the file that a run came from is still that of the run."""
+    kind, params = origin.get("imagen_type"), origin.get("imagen_params")
+    if params is None or not configuration.is_complete(params):
+        return False
+    norms = [getattr(unet, "norm", "rms") for unet in config.unets]
+    return configuration.to_ours(params, kind or "original", norms) == config
 
 
 def convert(config: ImagenConfig, states: Sequence[StateDict], prefix: str) -> list[Params]:

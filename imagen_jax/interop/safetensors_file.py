@@ -23,6 +23,7 @@ from imagen_jax.checkpoint import Weights
 from imagen_jax.config import ImagenConfig
 from imagen_jax.errors import UserError
 from imagen_jax.interop import keys
+from imagen_jax.text import Identity
 from imagen_jax.types import Params
 
 DTYPES = {
@@ -42,6 +43,8 @@ class Contents:
     steps: Mapping[int, int]
     weights: Weights
     origin: Mapping[str, Any] | None = None
+    text_encoder: Identity | None = None
+    """The one of the run's training."""
 
 
 def write(path: str | os.PathLike, contents: Contents) -> None:
@@ -57,6 +60,7 @@ def write(path: str | os.PathLike, contents: Contents) -> None:
         "steps": json.dumps(contents.steps),
         "weights": json.dumps(contents.weights),
         "origin": json.dumps(contents.origin),
+        "text_encoder": json.dumps(contents.text_encoder and contents.text_encoder.to_dict()),
     }
     safetensors.numpy.save_file(tensors, path, metadata)
 
@@ -78,7 +82,9 @@ def read(path: str | os.PathLike) -> Contents:
         fields = {
             name: json.loads(metadata[name]) for name in ("config", "steps", "weights", "origin")
         }
-    except (KeyError, ValueError) as error:
+        encoder = json.loads(metadata.get("text_encoder", "null"))  # older files have none
+        encoder = encoder and Identity.from_dict(encoder)
+    except (KeyError, ValueError, TypeError) as error:
         raise UserError(f"{path}: its metadata are damaged: {error}") from error
     if fields["weights"] not in ("ema", "online"):
         raise UserError(f"{path}: its metadata are damaged: weights {fields['weights']!r}")
@@ -91,6 +97,7 @@ def read(path: str | os.PathLike) -> Contents:
         steps=steps,
         weights=fields["weights"],
         origin=fields["origin"],
+        text_encoder=encoder,
     )
 
 

@@ -134,8 +134,8 @@ def encode_or_absent(
 
     With `blank` it is encoded like any other (`ImagenConfig.encodes_blank_text`).
     """
-    if blank:
-        return encode(list(texts))
+    if blank or isinstance(texts, str):  # one string is refused there
+        return encode(texts)
     absent = np.array([not text.strip() for text in texts])
     embeds, masks = encode(
         ["-" if blank else text for blank, text in zip(absent, texts, strict=True)]

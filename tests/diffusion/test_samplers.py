@@ -22,6 +22,7 @@ from imagen_jax.diffusion.samplers import (
     run_slice,
 )
 from imagen_jax.diffusion.vp import VP
+from tests import OPTIMISED
 
 SHAPE = (2, 6, 6, 3)
 X_START = VP(objective="x_start")
@@ -386,18 +387,22 @@ def sample_mixture(process, sampler, steps, count, key=0, **options):
             x0 = mixture(x, level)
             return process.target(x0, eps_from_x0(x, x0, level), level)
 
-        state = run_slice(
-            answer,
-            process,
-            state,
-            grid,
-            0,
-            steps,
-            sampler=SAMPLERS[sampler],
-            noise=functools.partial(drawn, jax.random.key(key), noise.shape),
-            options=Options(**options),
-            percentile=1.0,
-        )
+        @functools.partial(jax.jit, compiler_options=OPTIMISED)
+        def loop(state):
+            return run_slice(
+                answer,
+                process,
+                state,
+                grid,
+                0,
+                steps,
+                sampler=SAMPLERS[sampler],
+                noise=functools.partial(drawn, jax.random.key(key), noise.shape),
+                options=Options(**options),
+                percentile=1.0,
+            )
+
+        state = loop(state)
         return u, np.asarray(state.x)[:, 0]
 
 
