@@ -12,8 +12,9 @@ import pytest
 
 import imagen_jax
 from commands.sampling import Sampling
-from imagen_jax import ElucidatedConfig, memory, nn, presets, run_config
+from imagen_jax import ElucidatedConfig, memory, nn, presets, run_config, sampling
 from imagen_jax.errors import UserError
+from imagen_jax.imagen import Imagen
 from imagen_jax.pipeline import Embeddings, Pipeline, padded, sampling_defaults
 from imagen_jax.streams import RUN, image_seeds, row_keys, stream
 from tests.compilations import PROGRAMS, compilations
@@ -220,9 +221,45 @@ def test_a_call(run):
         (dict(texts=["x"]), "prompt and texts are the same"),
         (dict(timesteps=2, num_inference_steps=2), "num_inference_steps and timesteps"),
         (dict(seeds=[1, 2]), "2 seeds for 1 images"),
+        (dict(seed=2**32), "seed 4294967296 must lie in 0 .. 4294967295"),
+        (dict(seeds=[-1]), "seed -1 must lie in"),
+        (dict(negative_prompt=["x", "y"]), "2 negative prompts for 1 prompts"),
+        (dict(num_images_per_prompt=0), "nothing to draw"),
+        (dict(key=jax.random.key(0)), "key is not an argument of a pipeline: give seed"),
+        (dict(inpaint_images=np.zeros((2, 16, 16, 3))), "inpaint_images has 2 rows for 1 images"),
     ):
         with pytest.raises(UserError, match=message):
             pipeline("a pear", **mistake)
+
+
+def test_arrays_have_a_row_an_image_or_a_prompt(run, monkeypatch):
+    """Three prompts make a batch of four; of several stages an entry is a list."""
+    pipeline, seen = Pipeline.load(run), []
+
+    def sample(self, *, batch_size, inpaint_images, return_all_unet_outputs=False, **_):
+        assert len(inpaint_images) == batch_size
+        seen.extend(inpaint_images[:, 0, 0, 0])
+        images = np.zeros((batch_size, 4, 4, 3))
+        return [images, images] if return_all_unet_outputs else images
+
+    monkeypatch.setattr(Imagen, "sample", sample)
+    pictures = np.arange(3.0)[:, None, None, None] * np.ones((1, 16, 16, 3))
+    prompts = ["a pear", "a boat", "a red apple"]
+    for each in (1, 2):
+        seen.clear()
+        given = dict(num_images_per_prompt=each, inpaint_images=pictures)
+        assert len(pipeline(prompts, **given).images) == 3 * each
+        assert seen[: 3 * each] == np.repeat([0, 1, 2], each).tolist()
+    result = pipeline(prompts, inpaint_images=pictures, return_all_unet_outputs=True)
+    assert [image.size for image in result.images[2]] == [(4, 4), (4, 4)]
+
+
+def test_what_is_missing_is_said_before_anything_is_drawn(run, monkeypatch):
+    monkeypatch.setattr(sampling, "sample_stage", lambda *_, **__: pytest.fail("it draws"))
+    with pytest.raises(UserError, match="U-Net 2 has no weights"):
+        Pipeline.load(run, unet_numbers=[1])("a pear")
+    with pytest.raises(UserError, match="not one string"):
+        imagen_jax.load(run).sample(texts="pear", key=jax.random.key(0))
 
 
 def test_the_callback_sees_every_step(run):

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -50,6 +51,21 @@ def test_what_is_stored(dtype, error):
     for damaged in (b"", record[:-1]):
         with pytest.raises(UserError, match="is damaged"):
             form.unpack(damaged)
+
+
+def test_padding_can_be_left_out():
+    """Where it is kept, a network that masks it reads the tokens alone."""
+    form = Form(width=64, keeps_padding=True)
+    embeds = np.random.default_rng(0).normal(size=(7, 64)).astype(ml_dtypes.bfloat16)
+    record = form.pack(embeds, 3)
+    np.testing.assert_array_equal(form.unpack(record), embeds)
+    np.testing.assert_array_equal(form.unpack(record, padding=False), embeds[:3])
+    older = record[:-4]
+    np.testing.assert_array_equal(form.unpack(older), embeds)
+    with pytest.raises(UserError, match="without the number of its tokens"):
+        form.unpack(older, padding=False)
+    plain = Form(width=64)
+    np.testing.assert_array_equal(plain.unpack(plain.pack(embeds), padding=False), embeds)
 
 
 def test_several_processes_share_the_captions(pictures, monkeypatch):

@@ -1,5 +1,6 @@
 """Decoding: every kind of image becomes the right pixels, or one line that says why not."""
 
+import functools
 import io
 import struct
 import zlib
@@ -10,6 +11,8 @@ from PIL import Image, ImageDraw
 from PIL.JpegImagePlugin import JpegImageFile
 
 from imagen_jax.data import check, decode, labelled_grid
+from imagen_jax.data.records import stored_size
+from imagen_jax.errors import UserError
 from imagen_jax.pixels import to_pil, to_uint8
 
 
@@ -29,6 +32,13 @@ def claims(height: int, width: int) -> bytes:
     data[16:24] = struct.pack(">II", width, height)
     data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
     return bytes(data)
+
+
+def test_a_header_says_too_much():
+    """Also where the size alone is asked for, as by --where and --buckets."""
+    for read in (stored_size, functools.partial(decode, image_size=4)):
+        with pytest.raises(UserError, match="too large: at most 178,956,970 pixels are read"):
+            read(claims(20_000, 20_000))
 
 
 TRANSPARENT_PALETTE = flat("P", 1)

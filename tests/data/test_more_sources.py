@@ -28,6 +28,7 @@ from imagen_jax.data import (
     sources,
     tar_index,
 )
+from imagen_jax.data.order import Order
 from imagen_jax.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -577,6 +578,21 @@ def test_crops_upsampling_and_buckets(tmp_path):
             taken = [next(batches)["images"][1::2] for _ in range(10)]
         moving[crop] = len({image.tobytes() for images in taken for image in images})
     assert moving["center"] == 1 and moving["random"] > 8
+
+
+def test_sets_keep_their_weights_in_buckets(tmp_path):
+    """Most of a set that weighs little is of one size."""
+    for name, count, size in (("a", 5, (20, 10)), ("b", 95, (10, 20))):
+        (tmp_path / name).mkdir()
+        for i in range(count):
+            Image.new("RGB", size, (i, i, i)).save(tmp_path / name / f"{i:02}.png")
+    Image.new("RGB", (20, 10)).save(tmp_path / "b" / "wide.png")
+    specs = [f"{tmp_path}/a=0.9", f"{tmp_path}/b=0.1"]
+    source = open_source(specs, heldout_fraction=0.0)
+    taken = Order.of(source, [(8, 16), (16, 8)], batch_size=4, seed=0, shuffle=True)
+    rows = [taken(step)[1](row) for step in range(500) for row in (0, 3)]
+    parts = source.parts[source.rows[rows]]
+    assert abs(np.mean(parts == 0) - 0.9) < 0.02
 
 
 def test_an_image_is_too_small_for_one_bucket_alone(tmp_path):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from imagen_jax.diffusion.discrete import Discrete
 from imagen_jax.diffusion.samplers import make_grid
 from imagen_jax.diffusion.schedules import alpha_sigma, log_snr
 from imagen_jax.diffusion.vp import VP, time_grid
@@ -66,6 +67,11 @@ def test_grid_skips_and_pads():
     assert (len(whole.positions), len(late.positions)) == (17, 1025)
     np.testing.assert_array_equal(whole.positions[3:11], late.positions[:8])
     assert len(make_grid(VP(schedule="linear"), 1024).positions) == 1025
+    # IF's own spacings have as many steps as they have, whatever is asked for.
+    for spacing, steps in (("super100", 30), ("fast27", 8)):
+        grid = make_grid(Discrete(), 20, spacing=spacing, strength=0.3)
+        assert grid.num_steps == steps, spacing
+    assert make_grid(VP(), 10, strength=0.01).num_steps == 1
     for skip in (10, -1):
         with pytest.raises(ValueError, match="skip_steps"):
             make_grid(VP(schedule="linear"), 10, skip_steps=skip)

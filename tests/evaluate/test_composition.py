@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from evaluate import composition
+from imagen_jax.data import scenes
 from imagen_jax.errors import UserError
 from tests.sample.conftest import cascade, save_run
 
@@ -43,6 +44,23 @@ def test_random_weights_are_all_wrong(run, command, capsys):
     assert [line.split()[0] for line in lines[start + 3 : start + 6]] == ["above", "left", "counts"]
     with Image.open(run / "evaluation" / "composition.png") as sheet:
         assert sheet.width > 5 * 96
+
+
+def test_a_negative_prompt_is_drawn_away_from(tmp_path):
+    class Drawn:
+        def encode(self, captions, batch_size):
+            return captions
+
+        def encode_negative(self, prompts):
+            return prompts
+
+        def generate(self, embeddings, *, negatives, seeds, **_):
+            assert negatives == ["y"] * len(embeddings) == ["y"] * len(seeds)
+            return enumerate(np.zeros((len(seeds), 4, 4, 3)))
+
+    given = composition.Settings(checkpoint=tmp_path, negative_prompt="y")
+    chosen = scenes.examples("pairs", 3)
+    assert composition.draw(Drawn(), chosen, given, {}, "pairs").shape == (3, 4, 4, 3)
 
 
 def test_true_images_are_right(run, command, monkeypatch):

@@ -1,5 +1,6 @@
 """Hostile and damaged input is refused in one line, and what stands at the target stays whole."""
 
+import dataclasses
 import json
 import os
 import pickle
@@ -18,9 +19,10 @@ import safetensors.numpy
 import torch
 
 import commands
-from imagen_jax import checkpoint
+from imagen_jax import checkpoint, run_config
 from imagen_jax.interop import imagen_pytorch, keys, verify
 from imagen_jax.interop.torch_file import read_torch_file
+from imagen_jax.text import Identity
 from tests.interop import states
 from tests.interop.states import contents, saved
 from tests.interop.support import interop
@@ -216,6 +218,29 @@ def test_all_that_does_not_fit_is_printed_together_and_nothing_is_written(tmp_pa
     ]
     assert " ".join(others[1][2:]) == "(4, 11, 3, 3) (3, 11, 3, 3)"
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_the_encoder_of_a_run_travels_in_safetensors(converted, tmp_path):
+    recorded = Identity(name="t5", sha256="1" * 64)
+    shutil.copytree(converted / "run", tmp_path / "run")
+    run_config.write(tmp_path / "run", run_config.read(tmp_path / "run"), text_encoder=recorded)
+    interop("to-safetensors", tmp_path / "run", tmp_path / "a.safetensors")
+    interop("from-safetensors", tmp_path / "a.safetensors", tmp_path / "again")
+    assert run_config.read_text_encoder(tmp_path / "again") == recorded
+
+
+def test_a_file_says_what_the_run_is(converted, tmp_path):
+    """Not what the file that it came from said, where that was corrected."""
+    run, file = tmp_path / "run", tmp_path / "a.pt"
+    shutil.copytree(converted / "run", run)
+    before = torch.load(converted / "imagen.pt", weights_only=True)["imagen_params"]
+    interop("to-torch", run, file)
+    assert torch.load(file, weights_only=True)["imagen_params"] == before
+    config = dataclasses.replace(run_config.read(run), pred_objectives="x_start")
+    data = json.loads((run / "config.json").read_text()) | {"imagen": config.to_dict()}
+    (run / "config.json").write_text(json.dumps(data))
+    interop("to-torch", run, file, "--overwrite")
+    assert imagen_pytorch.read(file).config == config
 
 
 def test_overwrite_replaces_a_file_and_a_directory(converted, tmp_path):

@@ -9,7 +9,7 @@ from PIL import Image
 from imagen_jax.errors import UserError
 from imagen_jax.pipeline import Embeddings
 from imagen_jax.streams import image_seeds
-from sample import interpolate
+from sample import grid, interpolate
 from tests.compilations import PROGRAMS, compilations
 from tests.sample.conftest import pixels
 
@@ -66,6 +66,14 @@ def test_places_and_embeddings_between():
     found = interpolate.between(Embeddings(embeds, masks), before, mix)
     assert found.embeds[:, 0, 0].tolist() == [0, 0.5, 1, 1.5, 2]
     assert found.masks[:, 1].tolist() == [False, True, True, True, False]
+
+
+def test_eta_is_of_the_cells_that_draw_with_ddim(tmp_path):
+    given = dict(checkpoint=tmp_path, sampler=("ddim", "heun"), steps=(5, 10), eta=0.5)
+    rows, _ = grid.axes(grid.Settings(**given))
+    assert [grid.cell(grid.Settings(**given), row).eta for row in rows] == [0.5, 0]
+    with pytest.raises(UserError, match=r"--eta 0.5 belongs to --sampler ddim"):
+        grid.Settings(**given | dict(sampler=("heun",)))
 
 
 def test_a_sheet_of_settings(run, command, tmp_path, caplog):

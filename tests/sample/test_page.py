@@ -41,6 +41,7 @@ def url(run, out):
         checkpoint=run, out=out, steps=(3, 2), cond_scale=(2.0, 1.0), batch_size=1
     )
     page = serve.launch(given, serve.open_drawing(given), block=False)
+    assert page.allowed_paths == [str(out)]  # the folder for temporary files is allowed anyhow
     yield page.local_url
     page.close()
 

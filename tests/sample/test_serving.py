@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from imagen_jax.errors import UserError
+from imagen_jax.presets import PRESETS
 from sample import asking, serving
 from sample.asking import Ask
 from sample.serving import Cancelled, Line, Served
@@ -90,6 +91,13 @@ def test_from_an_image(drawing, tmp_path):
         drawn(drawing, out, task=task, image=255 - image)
         assert np.abs(pixels(serving.results(out)[0]) - pixels(newest)).mean() > 5
     assert recorded(newest)["strength"] == 0.6
+
+
+def test_upscaling_by_a_stage_in_the_middle_stops_there():
+    image = RANDOM.integers(0, 256, (20, 20, 3), np.uint8)
+    for stage in (2, 3):
+        given = asking.inputs(ask(task="upscale", image=image, stage=stage), PRESETS["scenes"](), 3)
+        assert given.options["stop_at_unet_number"] == given.first == stage
 
 
 def test_inpainting_keeps_the_rest_to_the_bit(drawing, tmp_path):

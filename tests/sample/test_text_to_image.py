@@ -19,9 +19,11 @@ import commands
 import imagen_jax
 from imagen_jax import checkpoint, nn
 from imagen_jax.config import NullUnetConfig
+from imagen_jax.diffusion.samplers import make_grid
 from imagen_jax.errors import UserError
 from imagen_jax.pipeline import Pipeline
 from imagen_jax.pixels import to_pil
+from imagen_jax.presets import PRESETS
 from imagen_jax.streams import image_seeds
 from sample import outputs, text_to_image
 from tests.sample.conftest import cascade, pixels, recorded, save_run
@@ -346,12 +348,30 @@ def test_from_image_repeats_it_to_the_bit(run, command, tmp_path):
     other = save_run(tmp_path / "other", cascade())
     with pytest.raises(UserError, match=r"was drawn by tiny, model hash \w+; that of .*other is"):
         command(other, *again)
-    with pytest.raises(UserError, match="brings its own prompt"):
-        command(run, *again, "--prompt", "z")
+    for more in (("--prompt", "z"), ("--seed", 9), ("--cond-scale", 5), ("--steps", 2)):
+        with pytest.raises(UserError, match=f"brings its own {more[0]}: leave it out"):
+            command(run, *again, *more)
     Image.new("RGB", (4, 4)).save(tmp_path / "plain.png")
     for file, why in (("plain.png", "no recipe of imagen-jax"), ("none.png", "No such file")):
         with pytest.raises(UserError, match=f"{file}: {why}"):
             command(run, "--from-image", tmp_path / file)
+
+
+@pytest.mark.parametrize("preset", ["imagen", "paper", "scenes"])
+@pytest.mark.parametrize("sampler", [None, "cascade", "ddim"])
+def test_a_recipe_decides_what_is_drawn_again(preset, sampler, tmp_path):
+    """The reference's own sampler and noise levels too."""
+    config = PRESETS[preset]()
+    first = text_to_image.Settings(checkpoint=tmp_path, sampler=sampler, seed=4)
+    options = first.options(config)
+    recipe = json.loads(json.dumps(options)) | {
+        **dict(command="text_to_image", seed=4, prompt="x", negative_prompt="", dtype="float32"),
+        **dict(batch_size=1, model_hash="", checkpoint="", weights={"unet1": "ema"}),
+    }
+    given = text_to_image.Settings(checkpoint=tmp_path, from_image=tmp_path / "x.png")
+    again = text_to_image.with_recipe(given, recipe)
+    assert again.options(config) == options and again.seed == 4
+    assert make_grid(config.stage(1).process, 9, spacing=options["spacing"]).num_steps == 9
 
 
 @pytest.mark.parametrize("format", ["jpeg", "webp"])

@@ -71,6 +71,14 @@ def test_flags_become_settings(monkeypatch, capsys):
     assert told["given"] == (wanted, 2)
 
 
+def test_a_batch_of_the_recipe_is_split(monkeypatch):
+    """What is checked is what is trained with: not the default that the recipe replaces."""
+    told = {}
+    monkeypatch.setattr(base.loop, "run", lambda *given: told.update(given=given))
+    run_main(monkeypatch, base.main, "--preset", "imagen", "--accumulate", "64")
+    assert (told["given"][0].batch_size, told["given"][0].rows) == (2048, 32)
+
+
 @pytest.mark.parametrize(
     ("main", "arguments", "message"),
     [
@@ -78,6 +86,7 @@ def test_flags_become_settings(monkeypatch, capsys):
         (super_res.main, ("--unet-number", "base"), "error: U-Net 1 is the base"),
         (base.main, ("--steps", "0"), "error: --steps 0: must be at least 1"),
         (base.main, ("--keep", "0"), "error: --keep 0: must be at least 1"),
+        (base.main, ("--seed", str(2**32)), "error: --seed 4294967296: must be less than 2 ** 32"),
         (base.main, ("--lr", "-1"), "error: --lr -1.0: must be more than 0"),
         (base.main, ("--ema-decay", "1"), "error: --ema-decay 1.0: must be 0 or more and less"),
         (

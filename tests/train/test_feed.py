@@ -27,6 +27,24 @@ def feed(tmp_path_factory):
     return Feed.open(settings.cascade(), support.CASCADE.stage(1), *sections, layout, seed=0)
 
 
+def test_pictures_of_buckets_are_evaluated_and_drawn(tmp_path):
+    """Though they are smaller than the stage; with smaller sets none is left out."""
+    for i in range(6):
+        Image.new("RGB", (10, 6), (30 * i, 0, 0)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(f"number {i}")
+    settings = support.settings(
+        tmp_path, data=(str(tmp_path),), limit=None, heldout_fraction=0.4, buckets=("6x10",)
+    )
+    layout = make_layout(settings.mesh, rows=settings.rows)
+    sections = settings.section(Data), settings.section(Optimization)
+    feed = Feed.open(settings.cascade(), support.CASCADE.stage(1), *sections, layout, seed=0)
+    assert len(feed.heldout) > 0 and not feed.left_out
+    assert next(feed.evaluation(feed.heldout, 1))["images"].shape[1:] == (8, 8, 3)
+    assert len(list(feed.usable(feed.train))) == len(feed.train)
+    with feed.training(0) as batches:
+        assert next(batches)["images"].shape == (4, 6, 10, 3)
+
+
 def test_evaluation_decodes_once_and_repeats_no_picture_in_a_batch(feed, monkeypatch):
     decoded, decode = [], pipeline.decode
     monkeypatch.setattr(pipeline, "decode", lambda *a, **k: decoded.append(0) or decode(*a, **k))

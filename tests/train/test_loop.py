@@ -520,6 +520,15 @@ def test_another_run_goes_on_with_more_pictures_and_a_larger_batch(tmp_path, cap
     before = support.saved(first.run, 2, "opt_state")
     steps = [int(x) for x in jax.tree.leaves(count) if np.ndim(x) == 0]
     assert steps and steps == [int(x) + 2 for x in jax.tree.leaves(before) if np.ndim(x) == 0]
+    with pytest.raises(UserError, match="is at step 2: --steps 2 leaves none to take"):
+        loop.run(dataclasses.replace(settings, workdir=tmp_path / "none", steps=2), 1)
+    assert not (tmp_path / "none" / "unet1").exists()
+    cascade = dataclasses.replace(support.CASCADE, pred_objectives="noise")
+    (tmp_path / "noise.json").write_text(json.dumps(cascade.to_dict()))
+    other = dict(config=tmp_path / "noise.json", workdir=tmp_path / "n", steps=2)
+    with pytest.raises(UserError, match="leaves none"):
+        loop.run(dataclasses.replace(settings, **other), 1)
+    assert "changed: pred_objectives was v and is noise" in capsys.readouterr().out
     with pytest.raises(UserError, match="--optimizer was adam and is adafactor: that would not"):
         loop.run(dataclasses.replace(settings, workdir=tmp_path / "o", optimizer="adafactor"), 1)
     with pytest.raises(UserError, match="one of them"):
