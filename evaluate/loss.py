@@ -19,7 +19,7 @@ import tyro
 from tqdm import trange
 
 import commands
-from imagen_jax import checkpoint, nn, storage, text
+from imagen_jax import checkpoint, nn, run_config, storage, text
 from imagen_jax.config import NullUnetConfig
 from imagen_jax.data import Opening, Source, make_batches
 from imagen_jax.data.sources import gathered
@@ -80,6 +80,10 @@ def main() -> None:
         memory="resident",
     )
     numbers = [n for n in pipeline.choices if not is_null(pipeline, n)]
+    if not numbers:
+        raise UserError(f"{run} has no weights.")
+    if source.has_embeds:
+        check_embeds(given, source, pipeline)
     results = {}
     for number in numbers:
         for note in pipeline.choices[number].notes:
@@ -95,6 +99,19 @@ def main() -> None:
 
 def is_null(pipeline: Pipeline, number: int) -> bool:
     return isinstance(pipeline.config.unets[number - 1], NullUnetConfig)
+
+
+def check_embeds(given: Settings, source: Source, pipeline: Pipeline) -> None:
+    """Raises UserError for stored embeddings of another encoder than the run's, and for a cascade
+    that needs an embedding besides."""
+    encoder = text.read_beside(given.folders)
+    if encoder is not None:
+        encoder.check(run_config.read_text_encoder(pipeline.run), "this run")
+    if pipeline.config.encodes_blank_text and pipeline.config.cond_drop_prob > 0:
+        raise UserError(
+            f"{source.name} holds embeddings: this cascade needs that of the empty text too. "
+            "Measure on captions."
+        )
 
 
 def losses(

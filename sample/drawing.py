@@ -123,14 +123,12 @@ class Drawing:
 
     def _encoded(self, texts: Sequence[str], encode: Callable) -> Embeddings:
         distinct = list(dict.fromkeys(texts))
-        tokenizer, length = self.pipeline.encoder.tokenizer, self.config.text_len
+        encoder, length = self.pipeline.encoder, self.config.text_len
         for prompt in distinct:
-            encoded = tokenizer.encode(prompt)
-            if len(encoded.ids) > length:
-                rest = prompt[encoded.offsets[length][0] :].strip()
+            if rest := encoder.left_out(prompt, length):
                 self.say(
-                    f"note: the prompt {shortened(prompt)!r} is cut: it has {len(encoded.ids)} "
-                    f"tokens, the cascade reads {length}. Left out: {shortened(rest)!r}."
+                    f"note: the prompt {shortened(prompt)!r} is cut: it has more tokens than the "
+                    f"{length} that the cascade reads. Left out: {shortened(rest)!r}."
                 )
         found = encode(distinct, batch_size=self.given.batch_size)
         rows = [distinct.index(prompt) for prompt in texts]

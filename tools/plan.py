@@ -63,6 +63,12 @@ def main() -> None:
     layout = make_layout(settings.mesh, rows=settings.rows, devices=devices)
     planned = trace(plan, settings, layout)
     print(f"{planned.title}, {settings.dtype}\n{layout.describe()}", flush=True)
+    trains = not (plan.sample or plan.text)
+    if trains and settings.cascade().condition_on_text and settings.embeddings is None:
+        print(
+            "not counted: the text encoder, in memory beside it unless --embeddings has the "
+            "captions (--text plans T5-XXL)"
+        )
     numbers = compiled(planned, layout, chip, flags(plan, settings, layout), plan.hlo)
     numbers = {"title": planned.title, "devices": layout.describe()} | numbers
     if plan.out is not None:

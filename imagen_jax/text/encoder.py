@@ -93,6 +93,17 @@ class TextEncoder:
             captions = [cleaning.clean(caption) for caption in captions]
         return tokenizer.tokenize(self.tokenizer, captions, blank=self.keeps_padding)
 
+    def left_out(self, caption: str, length: int) -> str:
+        """The end of a caption of which nothing is read at `length` tokens; empty where all is."""
+        if self.cleans:
+            caption = cleaning.clean(caption)
+        encoded = self.tokenizer.encode(tokenizer.valid(caption))
+        # Of 256 tokens, or where padding is kept, the last one is the end token.
+        read = length - 1 if self.keeps_padding else min(length, TEXT_LENGTH - 1)
+        if len(encoded.ids) - 1 <= read:
+            return ""
+        return caption[encoded.offsets[read][0] :].strip()
+
     def embed(
         self, tokens: Int32[AnyArray, "b l2"], *, length: int = TEXT_LENGTH
     ) -> tuple[TextEmbeds, TextMask]:

@@ -64,6 +64,18 @@ def test_captions_that_are_none_are_named(demo, texts, named):
         demo.tokenize(texts)
 
 
+@pytest.mark.parametrize(
+    ("keeps_padding", "rest"), [(False, ["", "", "green"]), (True, ["", "green", "a green"])]
+)
+def test_what_is_left_out_of_a_caption(demo, keeps_padding, rest):
+    """Where padding is kept the last token that is read is the end; of 256 it always is."""
+    encoder = dataclasses.replace(demo, keeps_padding=keeps_padding)
+    caption = "a red triangle above a green"
+    count = len(demo.tokenizer.encode(caption).ids)
+    assert [encoder.left_out(caption, count - n) for n in range(3)] == rest
+    assert encoder.left_out("word " * 300, 256).split() == ["word"] * 45
+
+
 def test_half_an_emoji_is_a_replacement_character(pieces):
     """Legal in JSON, and what an argument that is not UTF-8 becomes."""
     want = tokenize(pieces, ["cat \N{REPLACEMENT CHARACTER}", "\N{GRINNING FACE}"])
