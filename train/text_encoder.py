@@ -7,10 +7,11 @@ A cascade would have to learn the grammar from images, at a hundred times the co
 
 Here the encoder learns it from captions of `data.scenes`, without an image: for each thing that a
 caption can say (colour, shape and size of either object, their relation, number and place; of each
-colour, which shape has it and where that is) a linear read-out of the mean of its tokens is trained
-with the encoder to name it, and thrown away after. What a colour has is what a network asks where
-it sees that colour: a base binds 70 % of relations with these, 61 % without (docs/quality.md). Two
-wordings of one content say the same. What is held out of the scenes is held out here too.
+colour, which shape has it, how large it is and where) a linear read-out of the mean of its tokens
+is trained with the encoder to name it, and thrown away after. What a colour has is what a network
+asks where it sees that colour: a base binds 70 % of relations with shapes and places of colours, 61
+% without, and a cascade draws more of the sizes (docs/quality.md). Two wordings of one content say
+the same. What is held out of the scenes is held out here too.
 
 The folder has the layout of a Hugging Face T5: `--t5 FOLDER` takes it, and transformers reads it.
 """
