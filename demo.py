@@ -218,7 +218,7 @@ def draw_scenes(workdir: Path, num_images: int) -> None:
         true = [chosen[i].draw(drawn.shape[1:3]) for i in places]
         rows.append((f"{title}: true", true, []))
         rows.append(("drawn, guided", list(drawn[places]), []))
-        rows.append(("drawn, unguided", list(draw(workdir, captions, (1.0,))), captions))
+        rows.append(("drawn, unguided", list(draw(workdir, captions, 1.0)), captions))
     labelled_grid(rows).save(workdir / "demo.png")
 
 
@@ -244,7 +244,7 @@ def draw_bundled(workdir: Path) -> None:
     )
 
 
-def draw(workdir: Path, prompts: list[str], cond_scale: tuple[float, ...]) -> np.ndarray:
+def draw(workdir: Path, prompts: list[str], cond_scale: float | tuple[float, ...]) -> np.ndarray:
     """One picture a prompt, (n, 32, 32, 3) in [0, 1]: what `python -m sample.text_to_image` draws
     from them, guided by `--cond-scale`."""
     pipeline = Pipeline.load(workdir)

@@ -12,8 +12,10 @@ from PIL import Image
 import demo
 from evaluate import composition
 from imagen_jax import text
+from imagen_jax.cascade import Request
 from imagen_jax.data import NEW_COMBINATIONS, demo_captions, scenes
 from imagen_jax.errors import UserError
+from imagen_jax.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
 
@@ -43,7 +45,9 @@ def test_the_sheet_shows_held_out_captions(tmp_path, monkeypatch):
         return {k: composition.Measured(chosen[k], images[k], []) for k in chosen}
 
     def draw(workdir, prompts, cond_scale):
-        assert len(prompts) == len(set(prompts)) and cond_scale == (1.0,)
+        assert len(prompts) == len(set(prompts))
+        asked = Request(cond_scale=cond_scale).per_unet(PRESETS["scenes"](), "cond_scale")
+        assert asked == (1.0, 1.0, 1.0)
         return np.zeros((len(prompts), 32, 32, 3))
 
     monkeypatch.setattr(demo.composition, "measure", measure)
