@@ -226,7 +226,7 @@ def stored_size(image: bytes) -> Size:
     """Height and width of an encoded image, upright, by its header. Raises UserError for none."""
     try:
         picture = PIL.Image.open(io.BytesIO(image))
-        turned = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        turned = _is_turned(picture)
     except (OSError, SyntaxError, ValueError) as error:
         raise UserError("corrupt picture: no known format") from error
     except PIL.Image.DecompressionBombError as error:
@@ -234,6 +234,15 @@ def stored_size(image: bytes) -> Size:
         raise UserError(f"too large: at most {most:,} pixels are read") from error
     width, height = picture.size
     return (width, height) if turned else (height, width)
+
+
+def _is_turned(picture: PIL.Image.Image) -> bool:
+    """Whether the image lies on its side as it is stored."""
+    if picture.format == "TIFF":  # pillow turns it itself, and gives the size that it has then
+        return False
+    # A PNG's own way decodes it, to find what may come after the pixels.
+    exif = PIL.Image.Image.getexif if picture.format == "PNG" else type(picture).getexif
+    return exif(picture).get(ExifTags.Base.Orientation, 1) >= 5
 
 
 def key_hashes(keys: Iterable[str]) -> UInt32[np.ndarray, "n"]:

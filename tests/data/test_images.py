@@ -7,7 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from PIL import ExifTags, Image, ImageDraw
 from PIL.JpegImagePlugin import JpegImageFile
 
 from imagen_jax.data import check, decode, labelled_grid
@@ -35,10 +35,21 @@ def claims(height: int, width: int) -> bytes:
 
 
 def test_a_header_says_too_much():
-    """Also where the size alone is asked for, as by --where and --buckets."""
+    """Also where the size alone is asked for, as by --where and --buckets: nothing is decoded."""
+    assert stored_size(claims(30, 20)) == (30, 20)
     for read in (stored_size, functools.partial(decode, image_size=4)):
         with pytest.raises(UserError, match="too large: at most 178,956,970 pixels are read"):
             read(claims(20_000, 20_000))
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "tiff"])
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_the_stored_size_is_the_upright_one(kind, orientation):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    data = encode(flat("RGB", 0, (12, 8)), kind, exif=exif)
+    assert stored_size(data) == ((12, 8) if orientation == 6 else (8, 12))
+    assert decode(data, image_size=stored_size(data)).shape[:2] == stored_size(data)
 
 
 TRANSPARENT_PALETTE = flat("P", 1)
