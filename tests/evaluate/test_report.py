@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from evaluate import composition, report, score
-from imagen_jax.errors import UserError
 from tests.sample.conftest import cascade, save_run
 
 
@@ -71,6 +70,10 @@ def test_fid_is_that_of_true_scenes(command, monkeypatch):
     assert "FID against composition" in page
 
 
-def test_mistakes(command, run):
-    with pytest.raises(UserError, match="sampler 'dim' is not one of"):
-        command("--samplers", "dim", *VARIED[:6])
+def test_mistakes(command, run, capsys):
+    """Said before anything is drawn."""
+    for flags in (("--samplers", "dim"), ("--out", "x")):
+        with pytest.raises(SystemExit):
+            command(*flags, *VARIED[:6])
+        said = capsys.readouterr().err
+        assert re.search("invalid choice 'dim'|Unrecognized options: --out", said), said
