@@ -72,7 +72,12 @@ class Embeddings(NamedTuple):
 class Result:
     """What a call of a `Pipeline` returns, one entry an image."""
 
-    images: list[PILImage.Image] | list[Float[np.ndarray, "h w c"]]
+    images: (
+        list[PILImage.Image]
+        | list[Float[np.ndarray, "h w c"]]
+        | list[list[PILImage.Image]]
+        | list[list[Float[np.ndarray, "_ _ c"]]]
+    )
     seeds: list[int]
     """Each alone repeats its image, with the same arguments."""
     prompts: list[str | None]

@@ -178,6 +178,8 @@ def make_grid(
     Padded with its last entry to a multiple of `multiple`, plus one. Raises ValueError unless at
     least one step is left.
     """
+    if num_steps < 1:
+        raise UserError(f"num_steps = {num_steps}: at least one step must be taken.")
     positions = process.grid(num_steps, spacing=spacing, sigma_min=sigma_min, sigma_max=sigma_max)
     complete = len(positions) - 1
     if strength is not None:

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -176,7 +175,7 @@ def test_prompts_from_a_file_and_a_long_one(run, command, tmp_path, capsys):
     assert set(written(tmp_path / "out")) == {f"{name}.png" for name in (*names, "grid-0")}
     out, err = capsys.readouterr()
     assert "prompt 2 is not UTF-8; it is read as '\N{REPLACEMENT CHARACTER}'" in err
-    assert re.search(r"cut: it has \d\d tokens, the cascade reads 16. Left out: 'word word", out)
+    assert "cut: it has more tokens than the 16 that the cascade reads. Left out: 'word word" in out
 
 
 def test_without_captions(command, tmp_path):
