@@ -58,7 +58,7 @@ MARGIN, APART = 0.02, 0.05  # of the shorter side: around objects, and between t
 
 HELDOUT_PAIRS = (("red", "triangle"), ("blue", "star"), ("green", "square"), ("yellow", "circle"))
 LEVELS = ("pairs", "combinations", "counts")
-TRAINED_ON = (0.25, 0.2, 0.17, 0.17, 0.21)  # shares: single, several, and of each relation
+TRAINED_ON = (0.25, 0.2, *[0.55 / len(RELATIONS)] * len(RELATIONS))  # single, several, related
 KINDS = (*LEVELS, "seen")  # of captions to measure a model with
 
 Relation = Literal["above", "left of", "inside"]
