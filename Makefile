@@ -1,4 +1,4 @@
-# make demo       a small cascade learns to draw captions it was never shown (about 17 minutes)
+# make demo       a small cascade learns to draw captions it was never shown (12 to 17 minutes)
 # make demo-long  the same with four times the steps, about an hour
 # make demo-emoji another one learns 64 bundled pictures by heart (about 13 minutes)
 # make test       what .ci/run runs: ruff and every test but the long ones
