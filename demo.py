@@ -206,7 +206,7 @@ def draw_scenes(workdir: Path, num_images: int) -> None:
             checkpoint=workdir, seed=SEED, cond_scale=COND_SCALE["scenes"], num_images=num_images
         )
     )
-    rows = []
+    pipeline, rows = Pipeline.load(workdir), []
     for level, title in (
         ("pairs", "colours and shapes never seen together"),
         ("combinations", "combinations never seen"),
@@ -218,13 +218,13 @@ def draw_scenes(workdir: Path, num_images: int) -> None:
         true = [chosen[i].draw(drawn.shape[1:3]) for i in places]
         rows.append((f"{title}: true", true, []))
         rows.append(("drawn, guided", list(drawn[places]), []))
-        rows.append(("drawn, unguided", list(draw(workdir, captions, 1.0)), captions))
+        rows.append(("drawn, unguided", list(draw(pipeline, captions, 1.0)), captions))
     labelled_grid(rows).save(workdir / "demo.png")
 
 
 def spread(contents: Sequence[scenes.Content]) -> list[int]:
-    """Places of a row of them that are as different as they are: in order of what they say, evenly
-    spaced."""
+    """Indices of a row of them, evenly spaced in the order of what they say: each relation and
+    colour that many of them name is in it."""
     said = [(content.relation or "", content.kind, content.count) for content in contents]
     order = sorted(range(len(said)), key=said.__getitem__)
     evenly = np.linspace(0, len(order) - 1, min(COLUMNS, len(order))).astype(int)
@@ -234,7 +234,8 @@ def spread(contents: Sequence[scenes.Content]) -> list[int]:
 def draw_bundled(workdir: Path) -> None:
     """Draws every caption that was shown, and a few new ones, and counts the right ones."""
     captions = demo_captions()
-    drawn = draw(workdir, [*captions, *NEW_COMBINATIONS], COND_SCALE["bundled"])
+    pipeline = Pipeline.load(workdir)
+    drawn = draw(pipeline, [*captions, *NEW_COMBINATIONS], COND_SCALE["bundled"])
     real = real_pictures(captions, drawn.shape[1])
     right = nearest(drawn[: len(captions)], real) == np.arange(len(captions))
     show(workdir / "demo.png", captions, real, drawn)
@@ -244,10 +245,11 @@ def draw_bundled(workdir: Path) -> None:
     )
 
 
-def draw(workdir: Path, prompts: list[str], cond_scale: float | tuple[float, ...]) -> np.ndarray:
+def draw(
+    pipeline: Pipeline, prompts: list[str], cond_scale: float | tuple[float, ...]
+) -> np.ndarray:
     """One picture a prompt, (n, 32, 32, 3) in [0, 1]: what `python -m sample.text_to_image` draws
     from them, guided by `--cond-scale`."""
-    pipeline = Pipeline.load(workdir)
     embeddings = pipeline.encode(prompts, batch_size=len(prompts))
     images = pipeline.generate(
         embeddings,

@@ -23,7 +23,7 @@ from imagen_jax import run_config, storage
 from imagen_jax.data import labelled_grid, scenes
 from imagen_jax.errors import UserError
 from imagen_jax.metrics import composition
-from imagen_jax.pipeline import Pipeline
+from imagen_jax.pipeline import Pipeline, repeated
 from imagen_jax.streams import image_seeds
 
 SHOWN, COLUMNS = 16, 8  # images of a level on the sheet
@@ -117,7 +117,8 @@ def draw(
     seeds = image_seeds(given.seed, of * len(chosen))[first::of]
     negatives = None
     if given.negative_prompt:
-        negatives = pipeline.encode_negative([given.negative_prompt] * len(captions))
+        one = pipeline.encode_negative([given.negative_prompt])
+        negatives = repeated(one, len(captions))
     drawn = pipeline.generate(
         pipeline.encode(captions, batch_size=given.batch_size),
         seeds=seeds,

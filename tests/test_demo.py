@@ -44,13 +44,14 @@ def test_the_sheet_shows_held_out_captions(tmp_path, monkeypatch):
         images = {k: np.stack([s.draw(32) for s in part]) / 255 for k, part in chosen.items()}
         return {k: composition.Measured(chosen[k], images[k], []) for k in chosen}
 
-    def draw(workdir, prompts, cond_scale):
+    def draw(pipeline, prompts, cond_scale):
         assert len(prompts) == len(set(prompts))
         asked = Request(cond_scale=cond_scale).per_unet(PRESETS["scenes"](), "cond_scale")
         assert asked == (1.0, 1.0, 1.0)
         return np.zeros((len(prompts), 32, 32, 3))
 
     monkeypatch.setattr(demo.composition, "measure", measure)
+    monkeypatch.setattr(demo.Pipeline, "load", lambda run: None)
     monkeypatch.setattr(demo, "draw", draw)
     demo.draw_scenes(tmp_path, 9)
     with Image.open(tmp_path / "demo.png") as sheet:

@@ -17,7 +17,7 @@ import jax
 from tqdm import tqdm
 
 import commands
-from imagen_jax import distributed, flops, run_config, storage
+from imagen_jax import distributed, flops, run_config
 from imagen_jax.config import ImagenConfig, NullUnetConfig
 from imagen_jax.errors import UserError
 from imagen_jax.sharding import Layout, make_layout
@@ -52,7 +52,7 @@ def run(settings: Settings, unet_number: int, layout: Layout | None = None) -> b
         return True
     with distributed.together():
         source = settings.continue_from if run_dir.newest is None else None
-        recorded = run_config.read_text_encoder(storage.folder(source or run_dir.path))
+        recorded = run_config.read_text_encoder(source or run_dir.path)
         feed = Feed.open(
             config, stage, data, optimization, layout, seed=settings.seed, recorded=recorded
         )

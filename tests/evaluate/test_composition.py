@@ -11,6 +11,7 @@ from PIL import Image
 from evaluate import composition
 from imagen_jax.data import scenes
 from imagen_jax.errors import UserError
+from imagen_jax.pipeline import Embeddings
 from tests.sample.conftest import cascade, save_run
 
 FEW = ("--steps", "2", "1")
@@ -52,10 +53,11 @@ def test_a_negative_prompt_is_drawn_away_from(tmp_path):
             return captions
 
         def encode_negative(self, prompts):
-            return prompts
+            assert prompts == ["y"]
+            return Embeddings(np.zeros((1, 2, 4)), np.ones((1, 2), bool))
 
         def generate(self, embeddings, *, negatives, seeds, **_):
-            assert negatives == ["y"] * len(embeddings) == ["y"] * len(seeds)
+            assert len(negatives.embeds) == len(embeddings) == len(seeds)
             return enumerate(np.zeros((len(seeds), 4, 4, 3)))
 
     given = composition.Settings(checkpoint=tmp_path, negative_prompt="y")
