@@ -21,16 +21,15 @@ from jaxtyping import Bool, Float
 from PIL import Image as PILImage
 
 from imagen_jax import checkpoint, nn, run_config, text
+from imagen_jax.call_arguments import PER_IMAGE, one_each, one_seed_each, renamed, rows_of
 from imagen_jax.checkpoint import Choice, Weights
 from imagen_jax.config import ImagenConfig
-from imagen_jax.errors import UserError
 from imagen_jax.imagen import Imagen
 from imagen_jax.memory import Memory, nbytes, streams, to_host
 from imagen_jax.pixels import to_pil
 from imagen_jax.sampling import OnStep
 from imagen_jax.sharding import Layout, make_layout
-from imagen_jax.streams import image_seeds, seed_keys
-from imagen_jax.types import AnyArray
+from imagen_jax.streams import seed_keys
 
 STEPS = (20, 15, 10)
 """Denoising steps of each stage by default; those after the last have as many as it."""
@@ -40,25 +39,6 @@ DISCRETE_SAMPLER = "dpm++2m-sde"
 without noise in every step (docs/deepfloyd.md), and IF's own sampler draws it too."""
 GUIDANCE = 3.0
 """Of the base by default; the other stages run unguided, at half the work."""
-
-PER_IMAGE = {
-    *("cond_images", "inpaint_images", "inpaint_masks", "init_images", "start_image_or_video"),
-    "mix",
-}
-"""Arguments of `Imagen.sample` that have a row an image."""
-THEIRS = {"prompt": "texts", "guidance_scale": "cond_scale", "num_inference_steps": "timesteps"}
-"""Names of `Imagen.sample` for arguments of a pipeline, which takes both."""
-INSTEAD = {
-    **dict.fromkeys(("key", "draws", "other_key"), "give seed or seeds"),
-    **dict.fromkeys(("text_embeds", "text_masks"), "give prompt, or embeddings to `generate`"),
-    **dict.fromkeys(
-        ("negative_texts", "negative_text_embeds", "negative_text_masks"),
-        "give negative_prompt, or embeddings to `generate`",
-    ),
-    "progress": "give callback_on_step_end",
-    "return_pil_images": "give output_type",
-}
-"""Arguments of `Imagen.sample` that a call of a pipeline has in another form."""
 
 
 class Embeddings(NamedTuple):
@@ -191,7 +171,7 @@ class Pipeline:
         With `return_all_unet_outputs` an entry of `images` is a list, of every stage that ran.
         Raises UserError for unfit input.
         """
-        arguments = _renamed(
+        arguments = renamed(
             arguments,
             prompt=prompt,
             guidance_scale=guidance_scale,
@@ -202,19 +182,19 @@ class Pipeline:
             arguments["on_step"] = callback_on_step_end
         prompts = [prompt] if isinstance(prompt, str) or prompt is None else list(prompt)
         each = num_images_per_prompt
-        seeds = _seeds(seed, seeds, len(prompts) * each)
+        seeds = one_seed_each(seed, seeds, len(prompts) * each)
         embeddings = negatives = None
         if prompt is not None:
             embeddings = repeated(self.encode(prompts, batch_size=batch_size), each)
         if negative_prompt is not None:
-            negative = _one_each(negative_prompt, len(prompts))
+            negative = one_each(negative_prompt, len(prompts))
             negatives = repeated(self.encode_negative(negative, batch_size=batch_size), each)
         arrays = {name: arguments.pop(name) for name in PER_IMAGE & arguments.keys()}
         drawn = self.generate(
             embeddings,
             seeds=seeds,
             negatives=negatives,
-            per_image={name: _rows(name, x, len(prompts), each) for name, x in arrays.items()},
+            per_image={name: rows_of(name, x, len(prompts), each) for name, x in arrays.items()},
             batch_size=batch_size,
             **arguments,
         )
@@ -348,49 +328,6 @@ def repeated(embeddings: Embeddings, times: int) -> Embeddings:
     return Embeddings(*(np.repeat(part, times, axis=0) for part in embeddings))
 
 
-def _renamed(arguments: dict[str, Any], **ours: Any) -> dict[str, Any]:
-    """The arguments of a call under the names of `Imagen.sample`. Raises UserError for one that a
-    pipeline has in another form, and for one that is given under both of its names."""
-    for name in INSTEAD.keys() & arguments.keys():
-        raise UserError(f"{name} is not an argument of a pipeline: {INSTEAD[name]}.")
-    for name, value in ours.items():
-        value = _either(name, value, THEIRS[name], arguments.pop(THEIRS[name], None))
-        if value is not None:
-            arguments[THEIRS[name]] = value
-    return arguments
-
-
-def _one_each(negative: str | Sequence[str], count: int) -> list[str]:
-    """A negative prompt for each of `count` prompts."""
-    every = [negative] * count if isinstance(negative, str) else list(negative)
-    if len(every) != count:
-        raise UserError(f"{len(every)} negative prompts for {count} prompts.")
-    return every
-
-
-def _seeds(seed: int, seeds: Sequence[int] | None, count: int) -> list[int]:
-    """One an image."""
-    if count < 1:
-        raise UserError("nothing to draw: no prompt, or no image of each.")
-    if seeds is not None and len(seeds) != count:
-        raise UserError(f"{len(seeds)} seeds for {count} images.")
-    for one in [seed] if seeds is None else seeds:
-        if not 0 <= one < 2**32:
-            raise UserError(f"seed {one} must lie in 0 .. {2**32 - 1}.")
-    return image_seeds(seed, count) if seeds is None else list(seeds)
-
-
-def _rows(name: str, arrays: Any, count: int, times: int) -> Any:
-    """Each of the arrays of an argument with a row an image; Nones, of U-Nets without one, stay."""
-
-    def rows(array: AnyArray) -> AnyArray:
-        if len(array) not in (count, count * times):
-            raise UserError(f"{name} has {len(array)} rows for {count * times} images.")
-        return array if len(array) == count * times else np.repeat(array, times, axis=0)
-
-    return jax.tree.map(rows, arrays)
-
-
 def padded(count: int, most: int) -> int:
     """The next power of two, or `most` if that is less."""
     return min(1 << (count - 1).bit_length(), most)
@@ -404,9 +341,3 @@ def batches(count: int, batch_size: int, *, fill: bool = False) -> Iterator[np.n
     size = batch_size if fill else min(count, batch_size)
     for first in range(0, count, size):
         yield np.minimum(np.arange(first, first + size), count - 1)
-
-
-def _either(name: str, value: Any, other_name: str, other: Any) -> Any:
-    if value is not None and other is not None:
-        raise UserError(f"{name} and {other_name} are the same: give one of them.")
-    return other if value is None else value

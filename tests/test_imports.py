@@ -28,6 +28,7 @@ ALL = THEORY | {
     *(
         "run_config",
         "checkpoint",
+        "call_arguments",
         "pipeline",
         "interop",
         "data",
@@ -67,7 +68,8 @@ MAY_IMPORT = {
     "storage": set(),
     "run_config": MODEL | {"storage", "text"},
     "checkpoint": THEORY | {"run_config", "storage"},
-    "pipeline": THEORY | {"run_config", "checkpoint", "storage"},
+    "call_arguments": {"types", "streams"},
+    "pipeline": THEORY | {"call_arguments", "run_config", "checkpoint", "storage"},
     "interop": THEORY | {"run_config", "checkpoint", "storage", "interop.torch_file"},
     "interop.torch_file": set(),
     "data": LEAVES | {"text", "storage"},
