@@ -49,7 +49,8 @@ from train.settings import Settings
 SEED = 0
 COND_SCALE = {"bundled": (2.0, 1.0), "scenes": (2.0, 3.0, 1.0)}  # guidance, by U-Net
 PRESET = {"bundled": "demo", "scenes": "scenes"}
-LONG = 4  # times the steps of the demo
+LONG = (4, 4.5, 5)  # times the steps of the demo, by U-Net of scenes
+LONG_ENCODER = dict(steps=5000, sizes=True)  # of `train.text_encoder`
 LONGEST_FIRST = (2, 1, 3)  # stages of scenes, in the order in which they are started
 BATCH_SIZE = 35  # images drawn at once
 COLUMNS = 8
@@ -61,7 +62,7 @@ def main() -> None:
     )
     parser.add_argument("--data", choices=PRESET, default="scenes", help="default: scenes")
     parser.add_argument("--workdir", type=Path, help="default: runs/demo, or runs/emoji")
-    parser.add_argument("--long", action="store_true", help=f"{LONG} times the steps")
+    parser.add_argument("--long", action="store_true", help="an hour: 4 to 5 times the steps")
     parser.add_argument("--steps", type=int, nargs="+", help="of each U-Net")
     parser.add_argument(
         "--num-images", type=int, default=100, help="judged of each kind of caption"
@@ -71,7 +72,8 @@ def main() -> None:
     args = parser.parse_args()
     workdir = args.workdir or Path("runs", "demo" if args.data == "scenes" else "emoji")
     recipes = RECIPES[PRESET[args.data]]
-    steps = args.steps or [recipe.steps * (LONG if args.long else 1) for recipe in recipes]
+    longer = LONG if args.long else (1,) * len(recipes)
+    steps = args.steps or [int(x.steps * times) for x, times in zip(recipes, longer, strict=False)]
 
     if args.core is not None:
         os.sched_setaffinity(0, {args.core})
@@ -79,7 +81,7 @@ def main() -> None:
         parser.error(f"--steps has {len(steps)} values for {len(recipes)} U-Nets")
     began = time.monotonic()
     if args.data == "scenes":
-        t5 = encoder_folder(workdir)
+        t5 = encoder_folder(workdir, long=args.long)
         if args.only is not None:
             sys.exit(not train_scenes(workdir, t5, args.only, steps))
         finished = side_by_side(workdir, steps)
@@ -190,11 +192,12 @@ def settings(workdir: Path, preset: str, number: int, steps: int, **more: Any) -
     )
 
 
-def encoder_folder(workdir: Path) -> Path:
+def encoder_folder(workdir: Path, *, long: bool) -> Path:
     """The encoder of captions, trained if it is not there yet."""
     folder = workdir / "t5"
     if not (folder / "config.json").is_file():
-        encoder, _ = text_encoder.train(text_encoder.Settings(out=folder, seed=SEED))
+        more = LONG_ENCODER if long else {}
+        encoder, _ = text_encoder.train(text_encoder.Settings(out=folder, seed=SEED, **more))
         text.save_encoder(encoder, folder)
     return folder
 

@@ -203,7 +203,7 @@ def scenes() -> ImagenConfig:
         resize_mode="area",
         lowres_noise_schedule="cosine",
         lowres_noise_range=((0.0, 0.0), (0.2, 0.4), (0.0, 0.2)),
-        lowres_sample_noise_level=(0.0, 0.3, 0.1),
+        lowres_sample_noise_level=(0.0, 0.2, 0.05),
         per_sample_random_aug_noise_level=True,
     )
 

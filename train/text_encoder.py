@@ -7,10 +7,11 @@ A cascade would have to learn the grammar from images, at a hundred times the co
 
 Here the encoder learns it from captions of `data.scenes`, without an image: for each thing that a
 caption can say (colour, shape and size of either object, their relation, number and place; of each
-colour, which shape has it and where that is) a linear read-out of the mean of its tokens is trained
-with the encoder to name it, and thrown away after. What a colour has is what a network asks where
-it sees that colour: a base binds 70 % of relations with these, 61 % without (docs/quality.md). Two
-wordings of one content say the same. What is held out of the scenes is held out here too.
+colour, which shape has it and where that is, or with --sizes how large it is too) a linear read-out
+of the mean of its tokens is trained with the encoder to name it, and thrown away after. What a
+colour has is what a network asks where it sees that colour: a base binds 70 % of relations with
+these, 61 % without (docs/quality.md). Two wordings of one content say the same. What is held out of
+the scenes is held out here too.
 
 The folder has the layout of a Hugging Face T5: `--t5 FOLDER` takes it, and transformers reads it.
 """
@@ -47,9 +48,11 @@ SAID = {
     "other_shape": (None, *scenes.SHAPES),
     "other_size": SIZES,
     **{f"shape of {colour}": (None, *scenes.SHAPES) for colour in scenes.COLOURS},
+    **{f"size of {colour}": SIZES for colour in scenes.COLOURS},
     **{f"role of {colour}": ROLES for colour in scenes.COLOURS},
 }
 """What a caption can say, and the answers."""
+SIZED = 0.7  # with `Settings.sizes`: of captions of two objects, those that name a size
 
 Reading = dict[str, Float[Array, "d _"]]
 
@@ -64,6 +67,9 @@ class Settings:
     batch_size: int = 64
     """Captions of a step."""
     lr: float = 2e-3
+    sizes: bool = False
+    """Also learn how large what has each colour is, from captions that name sizes more often. In
+    1,500 steps it costs other things (docs/quality.md); give it 5,000."""
     seed: int = 0
 
     def __post_init__(self):
@@ -87,7 +93,9 @@ def train(given: Settings) -> tuple[text.TextEncoder, Reading]:
     reading = {
         name: jnp.asarray(0.1 * rng.normal(size=(encoder.width, len(answers))), jnp.float32)
         for name, answers in SAID.items()
+        if given.sizes or not name.startswith("size of")
     }
+    sized = SIZED if given.sizes else scenes.SIZED
     optimizer = optax.adam(optax.cosine_decay_schedule(given.lr, given.steps))
 
     @jax.jit
@@ -101,7 +109,7 @@ def train(given: Settings) -> tuple[text.TextEncoder, Reading]:
     bar = trange(given.steps, desc="text encoder", unit="step", mininterval=commands.bar_interval())
     for _ in bar:
         contents = [
-            scenes.training_content(int(seed))
+            scenes.training_content(int(seed), sized)
             for seed in rng.integers(scene_source.TRAINING, size=given.batch_size)
         ]
         ids = tokens(encoder, contents, rng)
@@ -124,10 +132,12 @@ def answers_of(contents: list[Content]) -> dict[str, Int[np.ndarray, "b"]]:
         kind, other, relation = content.kind, content.other, content.relation
         answers = dict.fromkeys(SAID) | vars(content) | kind._asdict()
         answers[f"shape of {kind.colour}"] = kind.shape
+        answers[f"size of {kind.colour}"] = content.size
         answers[f"role of {kind.colour}"] = f"first {relation}" if relation else "alone"
         if other is not None:
             answers |= {"other_colour": other.colour, "other_shape": other.shape}
             answers[f"shape of {other.colour}"] = other.shape
+            answers[f"size of {other.colour}"] = content.other_size
             answers[f"role of {other.colour}"] = f"other {relation}"
         return answers
 
@@ -157,7 +167,7 @@ def reading_loss(
     logits = read(weights, config, ids)
     losses = [
         optax.losses.softmax_cross_entropy_with_integer_labels(logits[name], answers[name])
-        for name in SAID
+        for name in logits
     ]
     return jnp.sum(jnp.mean(jnp.stack(losses), axis=1))
 
@@ -170,7 +180,7 @@ def accuracy(
     ids = tokens(encoder, contents, np.random.default_rng(seed))
     logits, answers = read((encoder.params, reading), encoder.config, ids), answers_of(contents)
     right: list[Bool[np.ndarray, b]] = [
-        np.asarray(logits[name]).argmax(1) == answers[name] for name in SAID
+        np.asarray(logits[name]).argmax(1) == answers[name] for name in logits
     ]
     return float(np.all(right, axis=0).mean())
 

@@ -54,6 +54,7 @@ PLACES = {
 }
 SMALL, LARGE = 0.15, 0.275  # the largest radius of a small object, the least of a large one
 SIZES_OF_TWO = (("small", None), (None, "small"), ("small", "large"), ("large", "small"))
+SIZED = 0.3  # the share of captions of two objects that name a size
 MARGIN, APART = 0.02, 0.05  # of the shorter side: around objects, and between those of one kind
 
 HELDOUT_PAIRS = (("red", "triangle"), ("blue", "star"), ("green", "square"), ("yellow", "circle"))
@@ -235,15 +236,16 @@ def training_scene(seed: int) -> Scene:
     return compose(_training_content(rng), rng)
 
 
-def training_content(seed: int) -> Content:
-    """That of `training_scene`, without placing anything."""
-    return _training_content(np.random.default_rng((0, seed)))
+def training_content(seed: int, sized: float = SIZED) -> Content:
+    """That of `training_scene`, without placing anything. `sized` is the share of captions of two
+    objects that name a size."""
+    return _training_content(np.random.default_rng((0, seed)), sized)
 
 
-def _training_content(rng: np.random.Generator) -> Content:
+def _training_content(rng: np.random.Generator, sized: float = SIZED) -> Content:
     single, several, _ = _by_form(None)
     form = (single, several, *map(_related, RELATIONS))[rng.choice(5, p=TRAINED_ON)]
-    return _with_sizes(form[rng.integers(len(form))], rng)
+    return _with_sizes(form[rng.integers(len(form))], rng, sized)
 
 
 def heldout_scene(level: str, seed: int) -> Scene:
@@ -273,12 +275,12 @@ def _chosen(what: object, fraction: float) -> bool:
     return zlib.crc32(repr(what).encode()) < fraction * 2**32
 
 
-def _with_sizes(content: Content, rng: np.random.Generator) -> Content:
+def _with_sizes(content: Content, rng: np.random.Generator, sized: float = SIZED) -> Content:
     """The content with a size or a place, now and then."""
     if content.relation == "inside":
         return content
     if content.relation is not None:
-        plain = rng.random() < 0.7
+        plain = rng.random() < 1 - sized
         size, other_size = (None, None) if plain else SIZES_OF_TWO[rng.integers(len(SIZES_OF_TWO))]
         return replace(content, size=size, other_size=other_size)
     if content.count > 1:

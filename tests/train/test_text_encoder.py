@@ -43,9 +43,15 @@ def test_the_answers_are_what_is_said():
     )
     found = text_encoder.answers_of([content])
     said = {name: text_encoder.SAID[name][int(found[name][0])] for name in found}
-    of_colours = {f"{what} of {one}": None for what in ("shape", "role") for one in scenes.COLOURS}
+    of_colours = {
+        f"{what} of {one}": None for what in ("shape", "size", "role") for one in scenes.COLOURS
+    }
     of_colours |= {"shape of red": "star", "role of red": "first inside"}
-    of_colours |= {"shape of blue": "circle", "role of blue": "other inside"}
+    of_colours |= {
+        "shape of blue": "circle",
+        "role of blue": "other inside",
+        "size of blue": "large",
+    }
     assert said == of_colours | dict(
         colour="red", shape="star", size=None, count=1, place=None, relation="inside",
         other_colour="blue", other_shape="circle", other_size="large",
