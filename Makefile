@@ -1,7 +1,8 @@
 # make demo       a small cascade learns to draw captions it was never shown (12 to 17 minutes)
 # make demo-long  the same with four times the steps, about an hour
 # make demo-emoji another one learns 64 bundled pictures by heart (about 13 minutes)
-# make test       what .ci/run runs: ruff and every test but the long ones
+# make test       ruff and the quick tests, about 10 minutes
+# make test-ci    what .ci/run runs: the slow ones too, about 20
 # make test-all   the long ones too
 # make test-newest   the tests that need no torch, with the newest Python, JAX and Flax
 # make browser    the Chromium that tests of the page run in, where apt-get can install it
@@ -32,7 +33,7 @@ RUN_TESTS = cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT && \
 
 WITH_NETWORKS := tests/nn tests/train/test_step.py tests/test_checkpoint.py tests/test_pipeline.py
 
-.PHONY: demo demo-long demo-emoji test test-all test-newest browser lint env test-env
+.PHONY: demo demo-long demo-emoji test test-ci test-all test-newest browser lint env test-env
 
 demo: env
 	.venv/bin/python demo.py
@@ -44,6 +45,9 @@ demo-emoji: env
 	.venv/bin/python demo.py --data bundled
 
 test: lint test-env
+	$(call RUN_TESTS,.venv) -m "not slow and not long"
+
+test-ci: lint test-env
 	$(call RUN_TESTS,.venv) -m "not long"
 
 test-all: lint test-env

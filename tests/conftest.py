@@ -9,6 +9,7 @@ Tests marked `page` are deselected where gradio, playwright or a browser is miss
 
 import ast
 import functools
+import gc
 import importlib.util
 import os
 import shutil
@@ -76,8 +77,11 @@ def imported(path: Path) -> Iterator[str]:
 
 @pytest.fixture(autouse=True, scope="module")
 def compiled_programs():
-    """Those of a file are dropped after it: a worker would keep all, 5 GB in the end."""
+    """Those of a file are dropped after it: a worker would keep all, 5 GB in the end. What is there
+    before it, torch and JAX above all, is not looked through by every collection."""
+    gc.freeze()
     yield
     import jax
 
     jax.clear_caches()
+    gc.collect()

@@ -47,6 +47,7 @@ def run(code: str, **environment: str) -> list[str]:
     return done.stdout.split()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "confstr"), reason="asks for the C library by os.confstr")
 def test_steps_keep_their_memory():
     if "glibc" not in (os.confstr("CS_GNU_LIBC_VERSION") or ""):

@@ -5,6 +5,7 @@ import json
 
 import jax
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -98,6 +99,7 @@ def test_sampling_and_inpainting():
     assert picture.size == (10, 6)  # pillow has the width first
 
 
+@pytest.mark.slow
 def test_a_run_from_data_to_samples_on_a_mesh(tmp_path):
     """Landscapes in a folder, trained on a 2x2 mesh, previewed, loaded and sampled."""
     data = tmp_path / "data"

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from imagen_jax import presets
 from tests.sample.conftest import cascade, save_run
@@ -31,6 +32,7 @@ def test_the_pipeline_of_the_readme(tmp_path, monkeypatch):
     assert Path("triangle.png").exists()
 
 
+@pytest.mark.slow
 def test_the_loop_of_the_readme():
     names = run(LOOP)
     assert np.isfinite(names["value"]) and names["value"] > 0

@@ -122,6 +122,7 @@ def test_rows_are_parts_of_the_global_batch(pictures):
         assert_same(parts, [{k: v[rows] for k, v in batch.items()} for batch in whole])
 
 
+@pytest.mark.slow
 def test_worker_processes_change_nothing(pictures, tmp_path):
     """As a script with a command line of its own, which absl has not parsed; bad pictures too."""
     write_picture(tmp_path, 0)

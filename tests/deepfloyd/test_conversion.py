@@ -45,6 +45,7 @@ def folders(tmp_path_factory):
     return found
 
 
+@pytest.mark.slow
 def test_folders_become_a_cascade_and_folders_again(folders, command, tmp_path):
     run, back = tmp_path / "run", tmp_path / "back"
     said = command("from-diffusers", *folders, run, "--verify")
@@ -188,6 +189,7 @@ def test_mistakes(folders, tmp_path, command):
         deepfloyd.read(folder)
 
 
+@pytest.mark.slow
 def test_verify_draws_a_picture(folders, command, tmp_path):
     """The same one for the same weights, of the size of the last stage, and no other prompt's."""
     t5 = T5EncoderModel(

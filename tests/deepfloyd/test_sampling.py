@@ -206,6 +206,7 @@ def test_respacing_presets_are_diffusers(name):
     assert grid[-1] == -1
 
 
+@pytest.mark.slow
 def test_a_stage_of_ours_above_them():
     """Both stages of IF, then imagen-pytorch's U-Net in the same discrete steps: one cascade."""
     own = UnetConfig(

@@ -31,6 +31,7 @@ def command(monkeypatch, settings):
     return start
 
 
+@pytest.mark.slow
 def test_it_is_the_evaluation_of_training(settings, command, capsys):
     batch = settings.batch_size
     found = command("--num-images", 3 * batch, "--batch-size", batch)["unet1"]

@@ -88,6 +88,7 @@ def peaks_of(conversions: list[tuple], begun: Path) -> list[int]:
     return list(peaks.values())
 
 
+@pytest.mark.slow
 def test_every_direction_holds_the_weights_kept_once(big):
     one = sum(2 * int(np.prod(shape)) for shape in shapes_of(CASCADE.unets[0]).values())
     assert big.stat().st_size > 2 * one > 0.3e9

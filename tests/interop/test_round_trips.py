@@ -171,7 +171,12 @@ CASES = [
     ),
 ]
 
-LONG = ("unconditional", "super-resolution only", "the config of the CLI")
+MARKS = {
+    **dict.fromkeys(
+        ("unconditional", "super-resolution only", "the config of the CLI"), [pytest.mark.long]
+    ),
+    **dict.fromkeys(("elucidated", "three stages in bfloat16"), [pytest.mark.slow]),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -199,10 +204,7 @@ def test_the_cases_use_every_field():
 
 @pytest.mark.parametrize(
     "case",
-    [
-        pytest.param(case, id=case.name, marks=[pytest.mark.long] * (case.name in LONG))
-        for case in CASES
-    ],
+    [pytest.param(case, id=case.name, marks=MARKS.get(case.name, ())) for case in CASES],
 )
 def test_round_trip(case, tmp_path):
     source, *config = write(case, tmp_path)

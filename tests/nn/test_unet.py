@@ -120,6 +120,7 @@ def test_keep_probability_is_that_of_the_draws(params, inputs):
     assert 6 <= is_dropped.sum() <= 27  # 16 +- 3 standard deviations
 
 
+@pytest.mark.slow
 def test_remat_changes_nothing(params, inputs):
     def loss(params, remat):
         return jnp.mean(bind(CONFIG, params, remat=remat)(**inputs) ** 2)

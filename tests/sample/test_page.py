@@ -15,6 +15,7 @@ from tests.sample.conftest import pixels
 
 pytestmark = [
     pytest.mark.page,
+    pytest.mark.slow,
     # gradio's own, and those of what it stands on
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),

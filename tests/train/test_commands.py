@@ -179,6 +179,7 @@ def test_a_device_that_is_full_or_gone_is_one_line(monkeypatch, message, line):
     assert str(ended.value).startswith(line) and "\n" not in str(ended.value)
 
 
+@pytest.mark.slow
 def test_super_resolution_by_name(monkeypatch, tmp_path, capsys):
     file = support.settings(tmp_path).config
     run_main(
@@ -192,7 +193,9 @@ def test_super_resolution_by_name(monkeypatch, tmp_path, capsys):
     assert "U-Net 2 of 2: 8 x 8 -> 12 x 12 pixels" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "sent", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM]
+)
 def test_a_signal_to_all_saves_and_the_same_command_goes_on(tmp_path, sent):
     """A terminal sends SIGINT to every process of the command, those that decode included, and
     Slurm SIGTERM."""
@@ -215,6 +218,7 @@ def test_a_signal_to_all_saves_and_the_same_command_goes_on(tmp_path, sent):
     assert re.search(r"<\d+:\d\d.*loss=\d", err)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line(tmp_path):
     """A limit on the size of files stands for the disk: Orbax meets it in its threads."""
     settings = support.settings(tmp_path)

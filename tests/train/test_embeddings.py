@@ -25,7 +25,9 @@ def encoded(folder, **changes):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 1e-3)], ids=["float32", "bfloat16"]
+    ("dtype", "tolerance"),
+    [("float32", 1e-6), pytest.param("bfloat16", 1e-3, marks=pytest.mark.slow)],
+    ids=["float32", "bfloat16"],
 )
 def test_the_losses_are_the_same(tmp_path, dtype, tolerance):
     stored = encoded(tmp_path / "stored", store=dtype, compute=dtype)

@@ -94,6 +94,7 @@ def survive(folder, deaths: int, seed: int) -> None:
     assert all(values == want[step] for step, values in got)
 
 
+@pytest.mark.slow
 def test_three_deaths(tmp_path):
     survive(tmp_path, 3, seed=1)
 

@@ -4,6 +4,7 @@ import json
 
 import jax
 import numpy as np
+import pytest
 
 import imagen_jax
 from imagen_jax.config import ImagenConfig, UnetConfig
@@ -14,6 +15,7 @@ from train import loop, step
 from train.settings import Settings
 
 
+@pytest.mark.slow
 def test_it_learns_eight_pictures(tmp_path, monkeypatch):
     """Without guidance every caption's sample is nearest to its own picture of the eight."""
     # Hundreds of steps are worth compiling well.

@@ -294,6 +294,7 @@ def test_bad_pictures_are_skipped_counted_and_named(tmp_path, capsys):
     assert not support.metrics(settings.run, "eval/heldout")
 
 
+@pytest.mark.slow
 def test_damaged_shards_and_images_in_a_run_that_is_stopped(tmp_path):
     """One of twenty shards is cut off and 1 % of the images are damaged: more than an epoch is
     trained, what was lost is named, and a resumed run is still the uninterrupted one."""
@@ -392,6 +393,7 @@ def test_samples_that_are_not_finite_are_not_written(tmp_path, monkeypatch):
     assert not (settings.run / "samples" / "unet1-0000001.png").exists()
 
 
+@pytest.mark.slow
 def test_language_is_judged_during_training(tmp_path, monkeypatch):
     """True images in place of samples: all of each kind of caption is right."""
     asked = []
@@ -502,6 +504,7 @@ def test_tensorboard_gets_the_metrics(tmp_path, monkeypatch):
         Metrics(tmp_path, 1, wandb="project", settings={})
 
 
+@pytest.mark.slow
 def test_another_run_goes_on_with_more_pictures_and_a_larger_batch(tmp_path, capsys):
     """From the optimiser's state and the step; resumed exactly as any other."""
     first = support.settings(tmp_path, steps=2)

@@ -14,6 +14,7 @@ from tests.train import support
 from train import loop
 
 
+@pytest.mark.slow
 def test_a_run_on_an_object_store_is_one_on_a_disk(tmp_path, monkeypatch, capsys):
     (tmp_path / "disk").mkdir()
     options = dict(save_every=1, sample_every=4, sample_steps=2, keep=2)

@@ -80,6 +80,7 @@ def here(settings, monkeypatch) -> dict:
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "then"),
     [
@@ -189,7 +190,7 @@ def test_a_failure_in_one_process_ends_the_others_at_once(tmp_path):
     assert said[0].read_text().splitlines()[-1] == "error: process 1: KeyError: 'missing'"
 
 
-@pytest.mark.parametrize("holds_steps", [False, True])
+@pytest.mark.parametrize("holds_steps", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_folder_that_not_all_processes_share(tmp_path, holds_steps):
     """Each process has a folder of its own; in one case the first holds a step already."""
     workdirs = (tmp_path / "first", tmp_path / "second")

@@ -28,6 +28,7 @@ def straight(tmp_path_factory):
     return run(settings)
 
 
+@pytest.mark.slow
 def test_a_run_moves_between_meshes(straight, tmp_path):
     settings = support.settings(tmp_path, eps=1e-3, mesh="4x2", steps=2)
     run(settings, sample_every=2, sample_steps=2)

@@ -14,9 +14,11 @@ REMAT = dict(remat="nothing_saveable")
 # Every mesh, network, optimiser and choice, few enough to compile.
 FEW = [
     Case(mesh="4x2"),
+    Case(mesh="8x1", network="small", optimizer="muon"),
+]
+SLOW = [
     Case(mesh="2x4", network="if", **REMAT),
     Case(mesh="1x8", network="super_res", optimizer="adafactor", accumulate=2, **REMAT),
-    Case(mesh="8x1", network="small", optimizer="muon"),
 ]
 PRODUCT = [
     Case(mesh=mesh, network=network, optimizer=optimizer, accumulate=parts, **remat)
@@ -26,7 +28,9 @@ PRODUCT = [
 ] + [Case(mesh="8x1", network="small", **REMAT), Case(mesh="2x4", network="small", accumulate=2)]
 
 
-@pytest.mark.parametrize("case", FEW, ids=str)
+@pytest.mark.parametrize(
+    "case", [*FEW, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)], ids=str
+)
 def test_few_steps(case):
     assert_same_step(case)
 
