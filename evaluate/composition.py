@@ -29,6 +29,7 @@ from imagen_jax.streams import image_seeds
 SHOWN, COLUMNS = 16, 8  # images of a level on the sheet
 HEADS = {
     "right": "all right",
+    "bound": "but size, place",
     "objects": "shape",
     "attributes": "and colour",
     "count": "number",

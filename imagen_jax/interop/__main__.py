@@ -10,7 +10,6 @@ A run directory made this way is sampled from like any other (`python -m sample.
 """
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -56,7 +55,7 @@ class FromTorch:
 
     def run(self) -> None:
         source = imagen_pytorch.read(self.checkpoint, self.config)
-        kept: list[Weights] = [self.weights] if self.weights else held_by(source)
+        kept: list[Weights] = [self.weights] if self.weights else source.held
         numbers = range(1, len(source.config.unets) + 1)
         trees: dict[Weights, list[Params]] = {which: source.trees(which) for which in kept}
         with replacing(self.out, overwrite=self.overwrite, source=self.checkpoint) as partial:
@@ -199,7 +198,8 @@ class FromDiffusers:
         with replacing(out, overwrite=self.overwrite, source=sources[0]) as partial:
             checkpoint.write(partial, config, trees, dict.fromkeys(trees, 0))
             if self.verify:
-                compare(sources, self.variant)
+                for source in sources:
+                    print(verify_if.prove(source, self.variant))
         print(f"{out}: {inspect.summary(config)}")
         print(deepfloyd.LICENCE)
 
@@ -264,7 +264,8 @@ class VerifyIf:
     def run(self) -> None:
         if not self.folders:
             raise UserError("verify-if needs a folder.")
-        compare(self.folders, self.variant)
+        for folder in self.folders:
+            print(verify_if.prove(folder, self.variant))
         if self.t5 is not None:
             stages = [deepfloyd.read(folder, self.variant) for folder in self.folders]
             if stages[0].unet.lowres_cond:
@@ -274,16 +275,6 @@ class VerifyIf:
             picture = verify_if.draw(stages, self.t5, self.prompt)
             picture.save(self.out)
             print(f"{self.out}: {self.prompt}")
-
-
-def compare(folders: Sequence[Path], variant: deepfloyd.Variant | None) -> None:
-    """Prints how far each stage is from diffusers'. Raises UserError if one does not agree."""
-    for folder in folders:
-        found = verify_if.difference(deepfloyd.read(folder, variant), variant)
-        line = f"{folder}: {found:.1e} of the largest answer apart from diffusers"
-        if not found <= verify_if.TOLERANCE:
-            raise UserError(f"{line}; allowed are {verify_if.TOLERANCE:.0e}.")
-        print(line)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -314,7 +305,7 @@ class Verify:
 
     def run(self) -> None:
         source, run = imagen_pytorch.read(self.checkpoint, self.config), opened(self.run_dir)
-        kept = [which for which in held_by(source) if all(run.has(n, which) for n in run.steps)]
+        kept = [which for which in source.held if all(run.has(n, which) for n in run.steps)]
         if not kept or not run.steps:
             raise UserError(f"{self.run_dir} holds none of the weights of {self.checkpoint}.")
         prove(source, run, kept)
@@ -326,11 +317,6 @@ def opened(path: Path) -> RunDir:
     for note in run.notes:
         print(f"note: {note}")
     return run
-
-
-def held_by(source: Checkpoint) -> list[Weights]:
-    """The weights in a file of imagen-pytorch."""
-    return ["online"] if source.ema is None else ["ema", "online"]
 
 
 def chosen(run: RunDir, weights: Literal["ema", "online", "both"]) -> list[Weights]:
@@ -350,6 +336,11 @@ def chosen(run: RunDir, weights: Literal["ema", "online", "both"]) -> list[Weigh
     return found
 
 
+def prove(source: Checkpoint, run: RunDir, kept: list[Weights]) -> None:
+    for line in verify.prove(source, run, kept):
+        print(line)
+
+
 def write_torch(path: Path, run: RunDir, kept: list[Weights]) -> None:
     """The weights of a run as a trainer's file; where only one set is kept, it is used for both."""
     numbers = range(1, len(run.config.unets) + 1)
@@ -361,34 +352,6 @@ def write_torch(path: Path, run: RunDir, kept: list[Weights]) -> None:
     origin = dict(run.origin or {})
     origin["steps"] = [run.steps.get(number, 0) for number in numbers]
     imagen_pytorch.write(path, run.config, online, ema, origin)
-
-
-def prove(source: Checkpoint, run: RunDir, kept: list[Weights]) -> None:
-    """Prints what was compared. Raises UserError for the first comparison that fails, and before
-    any for a tensor with values that are not finite: no outputs could agree."""
-    for which in kept:
-        source.check_finite(which)
-    for which in kept:
-        wrong = verify.differences(source, run, which)
-        count = sum(map(len, source.weights(which)))
-        if wrong:
-            shown = ", ".join(wrong[:10]) + (", ..." if len(wrong) > 10 else "")
-            raise UserError(f"verify (a), {which}: {len(wrong)} of {count} differ: {shown}")
-        print(f"verify (a), {which}: all {count} tensors come back bit for bit")
-    try:
-        for which in kept:
-            for found in verify.forwards(source, run, which):
-                errors = f"{found.with_text:.1e} with text, {found.without:.1e} without"
-                line = f"verify (b), {which}, U-Net {found.unet_number}: {errors}"
-                if not found.agrees:
-                    raise UserError(
-                        f"{line}; allowed are {verify.TOLERANCE} of the output. (a) holds, so the "
-                        "weights are the same: the networks differ, or rounding alone is as large, "
-                        "or values overflow (nan)."
-                    )
-                print(line)
-    except ImportError as error:
-        print(f"verify (b) did not run: {error}")
 
 
 Command = (

@@ -55,6 +55,11 @@ class Checkpoint:
     origin: dict[str, Any]
     notes: Sequence[str]
 
+    @property
+    def held(self) -> list[Weights]:
+        """Which weights the file has."""
+        return ["online"] if self.ema is None else ["ema", "online"]
+
     def weights(self, which: Weights) -> Sequence[StateDict]:
         """The averaged or the online tensors. Raises ValueError if the file has no average."""
         if which == "online":

@@ -6,7 +6,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ import numpy as np
 from imagen_jax import nn
 from imagen_jax.checkpoint import Weights
 from imagen_jax.config import NullUnetConfig, UnetConfig
+from imagen_jax.errors import UserError
 from imagen_jax.interop import keys, reference
 from imagen_jax.interop.imagen_pytorch import Checkpoint, StateDict, same_bits
 from imagen_jax.interop.run_dir import RunDir
@@ -37,6 +38,34 @@ class Forward:
     @property
     def agrees(self) -> bool:
         return max(self.with_text, self.without) <= TOLERANCE  # False for NaN
+
+
+def prove(source: Checkpoint, run: RunDir, kept: Sequence[Weights]) -> Iterator[str]:
+    """A line for each thing that was compared. Raises UserError for the first that fails, and
+    before any for a tensor with values that are not finite: no outputs could agree."""
+    for which in kept:
+        source.check_finite(which)
+    for which in kept:
+        wrong = differences(source, run, which)
+        count = sum(map(len, source.weights(which)))
+        if wrong:
+            shown = ", ".join(wrong[:10]) + (", ..." if len(wrong) > 10 else "")
+            raise UserError(f"verify (a), {which}: {len(wrong)} of {count} differ: {shown}")
+        yield f"verify (a), {which}: all {count} tensors come back bit for bit"
+    try:
+        for which in kept:
+            for found in forwards(source, run, which):
+                errors = f"{found.with_text:.1e} with text, {found.without:.1e} without"
+                line = f"verify (b), {which}, U-Net {found.unet_number}: {errors}"
+                if not found.agrees:
+                    raise UserError(
+                        f"{line}; allowed are {TOLERANCE} of the output. (a) holds, so the "
+                        "weights are the same: the networks differ, or rounding alone is as large, "
+                        "or values overflow (nan)."
+                    )
+                yield line
+    except ImportError as error:
+        yield f"verify (b) did not run: {error}"
 
 
 def differences(source: Checkpoint, run: RunDir, which: Weights) -> list[str]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +20,16 @@ from imagen_jax.interop.if_table import IF_UNET
 
 TOLERANCE = 1e-4
 """Of the largest value of the answer, in float32."""
+
+
+def prove(folder: Path, variant: Variant | None = None) -> str:
+    """A line that says how far a folder's stage is from diffusers'. Raises UserError if it does not
+    agree."""
+    found = difference(deepfloyd.read(folder, variant), variant)
+    line = f"{folder}: {found:.1e} of the largest answer apart from diffusers"
+    if not found <= TOLERANCE:
+        raise UserError(f"{line}; allowed are {TOLERANCE:.0e}.")
+    return line
 
 
 def difference(read: Read, variant: Variant | None = None) -> float:

@@ -68,7 +68,8 @@ class Verdict(NamedTuple):
     `objects` and `attributes` are the shares of the objects whose shape, and whose shape in its
     colour, is there; `count` is whether there are as many objects as the caption names. The
     `relation` is judged between the objects of the two colours, whatever their shapes. `right` is
-    the complete caption: no object is missing, wrong or too many, and all that is said is true.
+    the complete caption: no object is missing, wrong or too many, and all that is said is true;
+    `bound` the same but for what it says of sizes and places.
     """
 
     objects: float
@@ -77,6 +78,7 @@ class Verdict(NamedTuple):
     relation: bool | None
     size: bool | None
     place: bool | None
+    bound: bool
     right: bool
 
 
@@ -103,6 +105,7 @@ def judge(content: Content, found: Sequence[Found]) -> Verdict:
     if content.relation is not None:
         relation = _related(content, found)
     size, place = _sized(content, found), _placed(content, found)
+    bound = count and attributes == 1 and relation is not False
     return Verdict(
         objects=shapes.total() / len(wanted),
         attributes=attributes,
@@ -110,7 +113,8 @@ def judge(content: Content, found: Sequence[Found]) -> Verdict:
         relation=relation,
         size=size,
         place=place,
-        right=count and attributes == 1 and not any(x is False for x in (relation, size, place)),
+        bound=bound,
+        right=bound and size is not False and place is not False,
     )
 
 

@@ -76,6 +76,7 @@ def test_wrong_scenes_are_wrong():
         for field, content in changed(scene, rng).items():
             verdict = composition.judge(content, found)
             assert not verdict.right and getattr(verdict, field) < 1, (scene.caption, content)
+            assert verdict.bound == (field in ("place", "size")), (scene.caption, content)
             seen.add(field)
     assert seen == {"attributes", "objects", "count", "relation", "place", "size"}
 
@@ -88,7 +89,14 @@ def test_an_object_too_many_is_wrong_and_the_wrong_object_bound_is_seen():
     assert verdict.objects == 1 and verdict.attributes == 0 and verdict.relation is False
     alone = replace(scene, objects=scene.objects[:1])
     assert judged(alone, alone.draw(32) / 255) == composition.Verdict(
-        objects=0.5, attributes=0.5, count=False, relation=False, size=None, place=None, right=False
+        objects=0.5,
+        attributes=0.5,
+        count=False,
+        relation=False,
+        size=None,
+        place=None,
+        bound=False,
+        right=False,
     )
     third = scenes.Thing(Kind("green", "star"), (0.85, 0.85), 0.12)
     more = replace(scene, objects=(*scene.objects, third))
