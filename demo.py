@@ -193,7 +193,7 @@ def settings(workdir: Path, preset: str, number: int, steps: int, **more: Any) -
 
 
 def encoder_folder(workdir: Path, *, long: bool) -> Path:
-    """The encoder of captions, trained if it is not there yet."""
+    """The encoder of captions, trained if none is there: a cascade is tied to the one it has."""
     folder = workdir / "t5"
     if not (folder / "config.json").is_file():
         more = LONG_ENCODER if long else {}

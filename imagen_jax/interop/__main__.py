@@ -337,6 +337,7 @@ def chosen(run: RunDir, weights: Literal["ema", "online", "both"]) -> list[Weigh
 
 
 def prove(source: Checkpoint, run: RunDir, kept: list[Weights]) -> None:
+    """Prints what was compared, as it goes."""
     for line in verify.prove(source, run, kept):
         print(line)
 

@@ -38,6 +38,16 @@ def test_it_learns_to_read(trained):
     assert 0 <= text_encoder.accuracy(encoder, reading, scenes.contents("combinations")) < 1
 
 
+def test_sizes_are_said_where_asked():
+    given = text_encoder.Settings(out=Path(), steps=1, batch_size=2, sizes=True)
+    _, reading = text_encoder.train(given)
+    assert {f"size of {colour}" for colour in scenes.COLOURS} <= reading.keys()
+    for sized in (scenes.SIZED, text_encoder.SIZED):
+        contents = [scenes.training_content(i, sized) for i in range(2000)]
+        named = [c.size or c.other_size for c in contents if c.relation in ("above", "left of")]
+        assert abs(np.mean([one is not None for one in named]) - sized) < 0.05
+
+
 def test_the_answers_are_what_is_said():
     content = Content(
         Kind("red", "star"), relation="inside", other=Kind("blue", "circle"), other_size="large"
