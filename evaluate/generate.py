@@ -23,7 +23,7 @@ from commands.sampling import Sampling, open_pipeline
 from imagen_jax import run_config, storage
 from imagen_jax.data import open_source, read_lines
 from imagen_jax.errors import UserError
-from imagen_jax.pipeline import Pipeline
+from imagen_jax.pipeline import Pipeline, repeated
 from imagen_jax.pixels import png
 from imagen_jax.streams import image_seeds
 
@@ -127,7 +127,9 @@ def draw(
     missing: list[int],
     folder: epath.Path,
 ) -> None:
-    seeds = image_seeds(given.seed, len(prompts))
+    seeds, negative = image_seeds(given.seed, len(prompts)), None
+    if given.negative_prompt:
+        negative = pipeline.encode_negative([given.negative_prompt])
     bar = tqdm(
         total=len(prompts),
         initial=len(prompts) - len(missing),
@@ -138,13 +140,10 @@ def draw(
         for i in range(0, len(missing), given.batch_size):
             rows = missing[i : i + given.batch_size]
             texts = [prompts[row] for row in rows]
-            negatives = None
-            if given.negative_prompt:
-                negatives = pipeline.encode_negative([given.negative_prompt] * len(rows))
             drawn = pipeline.generate(
                 pipeline.encode_negative(texts, batch_size=given.batch_size),
                 seeds=[seeds[row] for row in rows],
-                negatives=negatives,
+                negatives=None if negative is None else repeated(negative, len(rows)),
                 batch_size=given.batch_size,
                 pad_to=given.batch_size,
                 **options,

@@ -83,7 +83,9 @@ def main() -> None:
     if not numbers:
         raise UserError(f"{run} has no weights.")
     if source.has_embeds:
-        check_embeds(given, source, pipeline)
+        stored = text.stored_encoder(pipeline.config, source.name, given.folders)
+        if stored is not None:
+            stored.check(run_config.read_text_encoder(run), "this run")
     results = {}
     for number in numbers:
         for note in pipeline.choices[number].notes:
@@ -99,19 +101,6 @@ def main() -> None:
 
 def is_null(pipeline: Pipeline, number: int) -> bool:
     return isinstance(pipeline.config.unets[number - 1], NullUnetConfig)
-
-
-def check_embeds(given: Settings, source: Source, pipeline: Pipeline) -> None:
-    """Raises UserError for stored embeddings of another encoder than the run's, and for a cascade
-    that needs an embedding besides."""
-    encoder = text.read_beside(given.folders)
-    if encoder is not None:
-        encoder.check(run_config.read_text_encoder(pipeline.run), "this run")
-    if pipeline.config.encodes_blank_text and pipeline.config.cond_drop_prob > 0:
-        raise UserError(
-            f"{source.name} holds embeddings: this cascade needs that of the empty text too. "
-            "Measure on captions."
-        )
 
 
 def losses(

@@ -123,7 +123,6 @@ def test_the_library_holds_one_encoder_of_the_networks_dtype(run, embeddings):
 @pytest.mark.parametrize("mesh", [None, "2x1"])
 def test_streamed_weights_are_on_the_device_while_their_network_runs(run, mesh):
     """At every step only one network's weights are there, and the images are the same."""
-    gc.freeze()  # what is there already is not looked through at every step
     drawn, there, sizes = {}, {}, {}
     for way in ("resident", "streamed"):
         gc.collect()

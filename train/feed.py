@@ -89,12 +89,7 @@ class Feed:
                     f"{source.name} holds embeddings: --embeddings {settings.embeddings} has no "
                     "use. Leave it out, or move the .npy files."
                 )
-            if config.encodes_blank_text and config.cond_drop_prob > 0:
-                raise UserError(
-                    f"{source.name} holds embeddings: dropping text (cond_drop_prob) needs that of "
-                    "the empty text for this cascade. Train on captions, or without dropping."
-                )
-            text_encoder = text.read_beside(settings.folders)
+            text_encoder = text.stored_encoder(config, source.name, settings.folders)
         elif config.condition_on_text and settings.embeddings is not None:
             embeddings, text_encoder = _stored(config, stage, settings.embeddings)
         elif config.condition_on_text:

@@ -351,7 +351,8 @@ def changes(saved: Record, record: Record, more: Sequence[str] = ()) -> list[str
     that must not in a run that is resumed, `more`."""
     unsaid = {*PASSING, *SAME, *MEASURED} - set(more)
     return [
-        f"{commands.flag(name)} was {spelled(saved[name])} and is {spelled(now)}"
+        f"{MEASURED.get(name) or commands.flag(name)} was {spelled(saved[name])} "
+        f"and is {spelled(now)}"
         for name, now in record.items()
         if name in saved and name not in unsaid and saved[name] != now
     ]

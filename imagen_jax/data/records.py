@@ -242,7 +242,7 @@ def _is_turned(picture: PIL.Image.Image) -> bool:
         return False
     # A PNG's own way decodes it, to find what may come after the pixels.
     exif = PIL.Image.Image.getexif if picture.format == "PNG" else type(picture).getexif
-    return exif(picture).get(ExifTags.Base.Orientation, 1) >= 5
+    return exif(picture).get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
 
 
 def key_hashes(keys: Iterable[str]) -> UInt32[np.ndarray, "n"]:

@@ -16,6 +16,7 @@ from imagen_jax.text.encoder import (
     encode_or_absent,
     load_encoder,
     save_encoder,
+    stored_encoder,
     with_params,
 )
 from imagen_jax.text.identity import Identity, read_beside
@@ -36,6 +37,7 @@ __all__ = [
     "load_tokenizer",
     "read_beside",
     "save_encoder",
+    "stored_encoder",
     "tokenize",
     "trim",
     "valid",

@@ -7,7 +7,8 @@ always the same, which is enough for a network to learn what each caption it was
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import jax
@@ -24,7 +25,7 @@ from imagen_jax.config import T5_WIDTHS, ImagenConfig
 from imagen_jax.errors import UserError
 from imagen_jax.sharding import Layout
 from imagen_jax.text import cleaning, identity, loading, tokenizer
-from imagen_jax.text.identity import Identity
+from imagen_jax.text.identity import Identity, read_beside
 from imagen_jax.text.t5 import T5Config, abstract_encoder, encode
 from imagen_jax.types import AnyArray, Params, TextEmbeds, TextMask
 from imagen_jax.unet_config import TEXT_LENGTH
@@ -211,6 +212,22 @@ def cascade_encoder(
         )
     encoder.identity.check(recorded, "this cascade")
     return encoder
+
+
+def stored_encoder(
+    config: ImagenConfig, source: str, folders: Iterable[str | os.PathLike]
+) -> Identity | None:
+    """Whose embeddings a set stores (`read_beside`), for a cascade to read in place of captions.
+
+    Raises UserError if the cascade drops text in favour of the empty text's embedding, which no
+    such set has.
+    """
+    if config.encodes_blank_text and config.cond_drop_prob > 0:
+        raise UserError(
+            f"{source} holds embeddings: dropping text (cond_drop_prob) needs that of the empty "
+            "text for this cascade. Take captions, or a cascade without dropping."
+        )
+    return read_beside(folders)
 
 
 def load_encoder(

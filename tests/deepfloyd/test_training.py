@@ -1,5 +1,6 @@
 """Training DeepFloyd IF's U-Net: its loss, text that is dropped, and a small one that learns."""
 
+import dataclasses
 import json
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 from imagen_jax import DiscreteConfig, Draws, Imagen, ImagenConfig, nn, run_config, text
 from imagen_jax.diffusion.discrete import Discrete
 from imagen_jax.diffusion.process import Level, q_sample
+from imagen_jax.errors import UserError
 from imagen_jax.if_config import IFUnetConfig
 from tests.train.support import metrics
 from train import base
@@ -120,3 +122,14 @@ def test_a_small_one_learns(tmp_path, monkeypatch):
     assert lines[-1]["loss"] < 0.5 * lines[0]["loss"]
     assert len([*(run / "samples").iterdir()]) == 1
     assert run_config.read(run).unets[0].null_text == "encoded"
+
+
+def test_a_set_of_embeddings_lacks_that_of_the_empty_text(tmp_path):
+    """A cascade that drops text in favour of it is refused; one that never drops reads the set."""
+    recorded = text.Identity(name="t5", sha256="a" * 64)
+    recorded.write(tmp_path)
+    drops = cascade(null_text="encoded")
+    with pytest.raises(UserError, match="a set holds embeddings: dropping text .* empty text"):
+        text.stored_encoder(drops, "a set", [tmp_path])
+    never = dataclasses.replace(drops, cond_drop_prob=0.0)
+    assert text.stored_encoder(never, "a set", [tmp_path]) == recorded

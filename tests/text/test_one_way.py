@@ -16,6 +16,7 @@ from PIL import Image
 from imagen_jax import Imagen, UnetConfig, nn, presets, run_config, sharding, text
 from imagen_jax.config import ImagenConfig, NullUnetConfig
 from imagen_jax.data import Opening
+from imagen_jax.errors import UserError
 from imagen_jax.interop.reference import import_imagen_pytorch
 from imagen_jax.pipeline import Pipeline
 from imagen_jax.text import Identity, read_beside, tokenizer
@@ -81,8 +82,12 @@ def pictures(tmp_path) -> Path:
     return path
 
 
-def open_feed(config: ImagenConfig, data: Path, recorded: Identity | None = None) -> Feed:
-    settings = Settings(data=(str(data),), batch_size=2, heldout_fraction=0.0, dtype="float32")
+def open_feed(
+    config: ImagenConfig, data: Path, recorded: Identity | None = None, **changes
+) -> Feed:
+    settings = Settings(
+        data=(str(data),), batch_size=2, heldout_fraction=0.0, dtype="float32", **changes
+    )
     sections = (settings.section(Data), settings.section(Optimization))
     layout = sharding.make_layout("2x1")
     return Feed.open(config, config.stage(1), *sections, layout, seed=0, recorded=recorded)
@@ -153,6 +158,8 @@ def test_stored_embeddings_of_another_encoder_are_refused(pictures):
     with pytest.raises(ValueError, match="'google/t5-v1_1-base' .sha256 b{12}. is not") as caught:
         open_feed(config, pictures, recorded)
     assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="holds embeddings: --embeddings elsewhere has no use"):
+        open_feed(config, pictures, embeddings=Path("elsewhere"))
 
 
 def test_stored_embeddings_that_are_not_finite_are_left_out(pictures):

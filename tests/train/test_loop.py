@@ -516,7 +516,7 @@ def test_another_run_goes_on_with_more_pictures_and_a_larger_batch(tmp_path, cap
     said = capsys.readouterr().out
     assert f"going on from step 2 of {first.run}/unet1" in said
     for line in ("--batch-size was 4 and is 8", "--lr was 0.0001 and is 0.0002",
-                 "--limit was 8 and is 16", "--pictures was 8 and is 16"):  # fmt: skip
+                 "--limit was 8 and is 16", "the number of pictures was 8 and is 16"):  # fmt: skip
         assert f"changed: {line}" in said, said
     assert [line["step"] for line in support.metrics(settings.run)] == [3, 4]
     count = support.saved(settings.run, 4, "opt_state")
