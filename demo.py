@@ -49,8 +49,7 @@ from train.settings import Settings
 SEED = 0
 COND_SCALE = {"bundled": (2.0, 1.0), "scenes": (2.0, 3.0, 1.0)}  # guidance, by U-Net
 PRESET = {"bundled": "demo", "scenes": "scenes"}
-LONG = (4, 4.5, 5)  # times the steps of the demo, by U-Net of scenes
-LONG_ENCODER = dict(steps=5000, sizes=True)  # of `train.text_encoder`
+LONG = (4.5, 5.5, 5)  # times the steps of the demo, by U-Net
 LONGEST_FIRST = (2, 1, 3)  # stages of scenes, in the order in which they are started
 BATCH_SIZE = 35  # images drawn at once
 COLUMNS = 8
@@ -61,8 +60,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", choices=PRESET, default="scenes", help="default: scenes")
-    parser.add_argument("--workdir", type=Path, help="default: runs/demo, or runs/emoji")
-    parser.add_argument("--long", action="store_true", help="an hour: 4 to 5 times the steps")
+    parser.add_argument("--workdir", type=Path, help="default: runs/demo, demo-long or emoji")
+    parser.add_argument(
+        "--long", action="store_true", help="an hour of scenes: 4 to 5 times the steps"
+    )
     parser.add_argument("--steps", type=int, nargs="+", help="of each U-Net")
     parser.add_argument(
         "--num-images", type=int, default=100, help="judged of each kind of caption"
@@ -70,10 +71,13 @@ def main() -> None:
     for name in ("--only", "--core"):  # a stage of scenes, and where its process runs
         parser.add_argument(name, type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    workdir = args.workdir or Path("runs", "demo" if args.data == "scenes" else "emoji")
+    if args.long and args.data != "scenes":
+        parser.error("--long is of --data scenes")
+    name = "emoji" if args.data == "bundled" else "demo-long" if args.long else "demo"
+    workdir = args.workdir or Path("runs", name)
     recipes = RECIPES[PRESET[args.data]]
     longer = LONG if args.long else (1,) * len(recipes)
-    steps = args.steps or [int(x.steps * times) for x, times in zip(recipes, longer, strict=False)]
+    steps = args.steps or [int(x.steps * times) for x, times in zip(recipes, longer, strict=True)]
 
     if args.core is not None:
         os.sched_setaffinity(0, {args.core})
@@ -81,7 +85,7 @@ def main() -> None:
         parser.error(f"--steps has {len(steps)} values for {len(recipes)} U-Nets")
     began = time.monotonic()
     if args.data == "scenes":
-        t5 = encoder_folder(workdir, long=args.long)
+        t5 = encoder_folder(workdir)
         if args.only is not None:
             sys.exit(not train_scenes(workdir, t5, args.only, steps))
         finished = side_by_side(workdir, steps)
@@ -192,12 +196,11 @@ def settings(workdir: Path, preset: str, number: int, steps: int, **more: Any) -
     )
 
 
-def encoder_folder(workdir: Path, *, long: bool) -> Path:
+def encoder_folder(workdir: Path) -> Path:
     """The encoder of captions, trained if none is there: a cascade is tied to the one it has."""
     folder = workdir / "t5"
     if not (folder / "config.json").is_file():
-        more = LONG_ENCODER if long else {}
-        encoder, _ = text_encoder.train(text_encoder.Settings(out=folder, seed=SEED, **more))
+        encoder, _ = text_encoder.train(text_encoder.Settings(out=folder, seed=SEED))
         text.save_encoder(encoder, folder)
     return folder
 

@@ -76,10 +76,8 @@ def test_the_encoder_is_trained_once(tmp_path, monkeypatch):
         return text.load_encoder("demo"), {}
 
     monkeypatch.setattr(demo.text_encoder, "train", train)
-    folder = demo.encoder_folder(tmp_path, long=False)
-    assert demo.encoder_folder(tmp_path, long=False) == folder and len(made) == 1
-    demo.encoder_folder(tmp_path / "long", long=True)
-    assert made[0].sizes is False and made[1].sizes is True
+    folder = demo.encoder_folder(tmp_path)
+    assert demo.encoder_folder(tmp_path) == folder and len(made) == 1
     assert text.load_encoder(folder).sha256 == text.load_encoder("demo").sha256
 
 

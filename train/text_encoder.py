@@ -7,11 +7,11 @@ A cascade would have to learn the grammar from images, at a hundred times the co
 
 Here the encoder learns it from captions of `data.scenes`, without an image: for each thing that a
 caption can say (colour, shape and size of either object, their relation, number and place; of each
-colour, which shape has it and where that is, or with --sizes how large it is too) a linear read-out
-of the mean of its tokens is trained with the encoder to name it, and thrown away after. What a
-colour has is what a network asks where it sees that colour: a base binds 70 % of relations with
-these, 61 % without (docs/quality.md). Two wordings of one content say the same. What is held out of
-the scenes is held out here too.
+colour, which shape has it, where that is and how large) a linear read-out of the mean of its tokens
+is trained with the encoder to name it, and thrown away after. What a colour has is what a network
+asks where it sees that colour: a base binds 70 % of relations with these, 61 % without
+(docs/quality.md). Two wordings of one content say the same. What is held out of the scenes is held
+out here too.
 
 The folder has the layout of a Hugging Face T5: `--t5 FOLDER` takes it, and transformers reads it.
 """
@@ -52,7 +52,9 @@ SAID = {
     **{f"role of {colour}": ROLES for colour in scenes.COLOURS},
 }
 """What a caption can say, and the answers."""
-SIZED = 0.7  # with `Settings.sizes`: of captions of two objects, those that name a size
+WEIGHT_DECAY = 0.3
+"""Keeps what one word says apart from the others beside it: without, pairs of words are learned."""
+SIZED = 0.7  # of captions of two objects, those that name a size
 
 Reading = dict[str, Float[Array, "d _"]]
 
@@ -67,9 +69,6 @@ class Settings:
     batch_size: int = 64
     """Captions of a step."""
     lr: float = 2e-3
-    sizes: bool = False
-    """Also learn how large what has each colour is, from captions that name sizes more often. In
-    1,500 steps it costs other things (docs/quality.md); give it 5,000."""
     seed: int = 0
 
     def __post_init__(self):
@@ -93,15 +92,14 @@ def train(given: Settings) -> tuple[text.TextEncoder, Reading]:
     reading = {
         name: jnp.asarray(0.1 * rng.normal(size=(encoder.width, len(answers))), jnp.float32)
         for name, answers in SAID.items()
-        if given.sizes or not name.startswith("size of")
     }
-    sized = SIZED if given.sizes else scenes.SIZED
-    optimizer = optax.adam(optax.cosine_decay_schedule(given.lr, given.steps))
+    schedule = optax.cosine_decay_schedule(given.lr, given.steps)
+    optimizer = optax.adamw(schedule, weight_decay=WEIGHT_DECAY)
 
     @jax.jit
     def step(weights, state, ids, answers):
         loss, grads = jax.value_and_grad(reading_loss)(weights, encoder.config, ids, answers)
-        updates, state = optimizer.update(grads, state)
+        updates, state = optimizer.update(grads, state, weights)
         return optax.apply_updates(weights, updates), state, loss
 
     weights = encoder.params, reading
@@ -109,7 +107,7 @@ def train(given: Settings) -> tuple[text.TextEncoder, Reading]:
     bar = trange(given.steps, desc="text encoder", unit="step", mininterval=commands.bar_interval())
     for _ in bar:
         contents = [
-            scenes.training_content(int(seed), sized)
+            scenes.training_content(int(seed), SIZED)
             for seed in rng.integers(scene_source.TRAINING, size=given.batch_size)
         ]
         ids = tokens(encoder, contents, rng)
