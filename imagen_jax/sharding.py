@@ -279,11 +279,20 @@ def per_device(
     fn: Callable[..., Array], *arrays: Array, axes: Sequence[str], h: int | None = None
 ) -> Array:
     """Computes fn(*arrays), each device on its part, for kernels that the compiler cannot split.
-    `axes` are those of each array, as in `constrain`; the result is split like the first."""
-    specs = tuple(_spec(names, x.shape, h) for names, x in zip(axes, arrays, strict=True))
-    if specs[0] is None:
+
+    `axes` are those of each array, as in `constrain`; the result is split like the first. A name
+    that splits no axis of the first array splits none of the others: where queries are split by
+    rows, each device needs the keys of all heads.
+    """
+    first = _spec(axes[0], arrays[0].shape, h)
+    if first is None:
         return fn(*arrays)
-    return jax.shard_map(fn, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)
+    intact = {name for name, axis in zip(axes[0].split(), first, strict=True) if axis is None}
+    specs = tuple(
+        _spec(" ".join("_" if name in intact else name for name in names.split()), x.shape, h)
+        for names, x in zip(axes, arrays, strict=True)
+    )
+    return jax.shard_map(fn, in_specs=specs, out_specs=first, check_vma=False)(*arrays)
 
 
 def _spec(axes: str, shape: tuple[int, ...], h: int | None) -> jax.P | None:

@@ -1,4 +1,4 @@
-"""The scenes as a source of records: `--data scenes`, a million names that nobody needs to keep."""
+"""The scenes as a source of records: `--data scenes`, millions of names that nobody needs to keep."""
 
 from collections.abc import Iterator, Sequence
 from typing import SupportsIndex
@@ -11,31 +11,44 @@ from imagen_jax.data.scenes import LEVELS
 from imagen_jax.errors import UserError
 
 TRAINING, HELDOUT = 1_000_000, 1_000  # scenes to train on, and of each held-out level
+ALL = TRAINING + len(LEVELS) * HELDOUT
+RELATED = {relation.replace(" ", "-"): relation for relation in scenes.RELATIONS}
 
 
 def scene(number: int) -> scenes.Scene:
-    """The scene of a record: to train on, and after these held out, the levels in turn."""
+    """The scene of a record: to train on, after these held out, the levels in turn, and after these
+    to train on with two objects, the relations in turn."""
     if number < TRAINING:
         return scenes.training_scene(number)
-    seed, level = divmod(number - TRAINING, len(LEVELS))
-    return scenes.heldout_scene(LEVELS[level], seed)
+    if number < ALL:
+        seed, level = divmod(number - TRAINING, len(LEVELS))
+        return scenes.heldout_scene(LEVELS[level], seed)
+    seed, relation = divmod(number - ALL, len(RELATED))
+    return scenes.related_scene(tuple(RELATED.values())[relation], seed)
 
 
 def open_scenes(part: str | None = None) -> Source:
-    """The scenes as a source: `TRAINING` to train on, and `HELDOUT` of each level; or a part."""
-    rows, numbers = np.arange(TRAINING + len(LEVELS) * HELDOUT), None
+    """The scenes as a source: `TRAINING` to train on, and `HELDOUT` of each level; or a part.
+
+    The parts of a relation, such as `inside`, are `TRAINING` scenes of their own: a mixture of
+    `scenes` and one of them shows more of what is hard to learn.
+    """
+    count = ALL + len(RELATED) * TRAINING if part in RELATED else ALL
+    rows, numbers = np.arange(count), None
     if part in LEVELS:
         numbers = rows[TRAINING + LEVELS.index(part) :: len(LEVELS)]
+    elif part in RELATED:
+        numbers = rows[ALL + tuple(RELATED).index(part) :: len(RELATED)]
     elif part is not None:
         if part not in ("train", "heldout"):
-            known = ", ".join(("train", "heldout", *LEVELS))
+            known = ", ".join(("train", "heldout", *LEVELS, *RELATED))
             raise UserError(f"scenes:{part}: the parts are {known}")
         numbers = rows[:TRAINING] if part == "train" else rows[TRAINING:]
     return Source(
         name="scenes" if part is None else f"scenes:{part}",
-        keys=_Keys(len(rows)),
+        keys=_Keys(count),
         read=_Reader(),
-        heldout=rows >= TRAINING,
+        heldout=(rows >= TRAINING) & (rows < ALL),
         rows=rows if numbers is None else numbers,
         hashes=rows.astype(np.uint32),
     )

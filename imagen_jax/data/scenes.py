@@ -248,6 +248,13 @@ def _training_content(rng: np.random.Generator, sized: float = SIZED) -> Content
     return _with_sizes(form[rng.integers(len(form))], rng, sized)
 
 
+def related_scene(relation: Relation, seed: int) -> Scene:
+    """A scene to train on with two objects in this relation; itself it is none of the records."""
+    rng = np.random.default_rng((2 + len(LEVELS), tuple(RELATIONS).index(relation), seed))
+    form = _related(relation)
+    return compose(_with_sizes(form[rng.integers(len(form))], rng), rng)
+
+
 def heldout_scene(level: str, seed: int) -> Scene:
     """A scene of a held-out level, whose contents take turns; those of pairs are single objects."""
     rng = np.random.default_rng((1 + LEVELS.index(level), seed))

@@ -82,6 +82,19 @@ def test_splash_attention_on_a_mesh(h):
     assert_close(got, jax.jit(outcome)(*inputs))
 
 
+@pytest.mark.parametrize("h", [32, 16], ids=["rows split", "heads split"])
+@pytest.mark.parametrize("heads", [1, 4], ids=["one key head", "a key head each"])
+def test_cudnns_attention_on_a_mesh(heads, h):
+    """A stand-in that, like cuDNN's, lets several query heads share a key head without a word."""
+    inputs = arrays(p=16 * h, n=4, heads=heads)
+    layout = make_layout("4x2", min_size=0)
+    inputs = [jnp.concatenate([x, x[:, ::-1]]) for x in inputs]
+    run = jax.jit(layout.on_mesh(functools.partial(outcome, h=h)), in_shardings=layout.batch)
+    with mock.patch.object(module, "_fused", lambda q, k: jax.nn.dot_product_attention):
+        got = run(*inputs)
+    assert_close(got, jax.jit(outcome)(*inputs))
+
+
 @pytest.mark.parametrize(
     "platform, dtype, changes, form",
     [
