@@ -5,7 +5,8 @@
 Prompt number i gives DIR/00000i.png and, beside it, its text in DIR/00000i.txt, from a seed of its
 own. What is there is not drawn again, so the same command resumes after any interruption.
 An image depends on its prompt, the settings and its seed alone, not on the batch or the mesh (to
-rounding: one level of 255). DIR/generate.json has the settings; others are refused.
+rounding: one level of 255). DIR/generate.json has the settings and a hash of the cascade; others
+are refused.
 """
 
 import dataclasses
@@ -97,6 +98,7 @@ def record(
     """What decides the images, as JSON holds it."""
     text = "\n".join(prompts).encode("utf-8", "surrogateescape")
     values = {
+        "model_hash": pipeline.model_hash,
         "checkpoint_steps": {f"unet{n}": read.step for n, read in pipeline.choices.items()},
         "weights": {f"unet{n}": read.weights for n, read in pipeline.choices.items()},
         "prompts": hashlib.sha256(text).hexdigest(),

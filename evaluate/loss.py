@@ -112,14 +112,15 @@ def losses(
     params = nn.params_of(pipeline.imagen.unets[number - 1])
     evaluate = make_eval_step(stage, pipeline.dtype, layout)
     size = layout.split_rows(given.batch_size)
-    encoder = pipeline.encoder if config.condition_on_text and not source.has_embeds else None
+    needed = not source.has_embeds or config.encodes_blank_text
+    encoder = pipeline.encoder if config.condition_on_text and needed else None
     sums = counts = np.zeros(len(LOG_SNR_EDGES) + 1)
     batches = make_batches(
         source,
         image_size=stage.size,
         batch_size=size,
         seed=given.seed,
-        tokenize=None if encoder is None else encoder.tokenize,
+        tokenize=None if encoder is None or source.has_embeds else encoder.tokenize,
         channels=config.channels,
         shuffle=False,
         text_len=stage.network.text_len,
@@ -133,13 +134,16 @@ def losses(
             leave=False,
             mininterval=commands.bar_interval(),
         ):
-            batch = layout.to_batch(next(batches), size)
-            if encoder is not None:
+            host = next(batches)
+            if not config.condition_on_text:
+                host = {"images": host["images"]}
+            batch = layout.to_batch(host, size)
+            if "tokens" in batch:
                 embeds, masks = encoder.embed(batch.pop("tokens"), length=stage.network.text_len)
                 batch |= {"text_embeds": embeds, "text_masks": masks}
-                if config.encodes_blank_text:
-                    shape = embeds.shape[:2]
-                    batch["null_text_embeds"] = text.empty_text(encoder, *shape, layout)
+            if config.encodes_blank_text:
+                shape = batch["text_embeds"].shape[:2]
+                batch["null_text_embeds"] = text.empty_text(encoder, *shape, layout)
             key = stream(layout.key(given.seed), "evaluation", number, i)
             more = evaluate(params, batch, key)
             sums, counts = sums + np.asarray(more[0]), counts + np.asarray(more[1])

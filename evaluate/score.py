@@ -13,7 +13,7 @@ import functools
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal, TypeVar
 
 import jax
@@ -23,7 +23,7 @@ from flax import nnx
 from tqdm import tqdm, trange
 
 import commands
-from imagen_jax.data import Source, decode, open_source, read
+from imagen_jax.data import Record, Source, decode, open_source, read
 from imagen_jax.errors import UserError
 from imagen_jax.metrics import fid
 from imagen_jax.metrics.clip import load_clip, r_precision, score
@@ -156,27 +156,59 @@ def by_clip(given: Settings) -> dict[str, float]:
 def by_lpips(given: Settings) -> dict[str, float]:
     """The mean LPIPS of the samples from references of the same names and sizes."""
     distance = load_lpips()
-    sets = []
-    for spec in (given.samples, given.reference):
-        source, left_out = open_set(spec, given)
-        keys = (source.key(i).rpartition(".")[0] or source.key(i) for i in range(len(source)))
-        names = [key.rpartition("/")[2] for key in keys]
-        sets.append((source, dict(zip(names, range(len(source)), strict=True))))
-    (samples, own), (reference, others) = sets
+    (samples, own, left_out), (reference, others, missing) = (
+        named(spec, given) for spec in (given.samples, given.reference)
+    )
     found = []
     for name in tqdm(sorted(own.keys() & others.keys()), "LPIPS", unit="image"):
-        pair = []
-        for source, i in ((samples, own[name]), (reference, others[name])):
-            size = given.image_size
-            image = source[i].image
-            pair.append(read(image) if size is None else decode(image, image_size=size))
-        if pair[0].shape != pair[1].shape:
-            shapes = " and ".join(f"{x.shape[0]}x{x.shape[1]}" for x in pair)
+        one = one_image(samples, own[name], given, left_out)
+        two = one_image(reference, others[name], given, missing)
+        if one is None or two is None:
+            continue
+        if one.shape != two.shape:
+            shapes = " and ".join(f"{x.shape[0]}x{x.shape[1]}" for x in (one, two))
             raise UserError(f"{name}: {shapes} pixels; --image-size scales both sets.")
-        found.append(float(distance(*(x[None] for x in pair))[0]))
+        found.append(float(distance(one[None], two[None])[0]))
+    for spec, reasons in ((given.samples, left_out), (given.reference, missing)):
+        report(spec, reasons)
     if not found:
         raise UserError(f"{given.samples} and {given.reference} have no image of one name.")
     return {"pairs": len(found), "lpips": float(np.mean(found))}
+
+
+def named(spec: str, given: Settings) -> tuple[Source, dict[str, int], dict[str, str]]:
+    """A set of images, the place of each by its file's name without folder and suffix, and what is
+    left out. Raises UserError for two of one name."""
+    source, left_out = open_set(spec, given)
+    places: dict[str, int] = {}
+    for i in range(len(source)):
+        name = PurePosixPath(source.key(i)).stem
+        if name in places:
+            raise UserError(
+                f"{spec}: {source.key(places[name])} and {source.key(i)} have one name: LPIPS "
+                "cannot tell which is compared."
+            )
+        places[name] = i
+    return source, places, left_out
+
+
+def one_image(
+    source: Source, i: int, given: Settings, left_out: dict[str, str]
+) -> np.ndarray | None:
+    """An image as uint8 (h, w, 3); None, with the reason in `left_out`, if it cannot be read."""
+    try:
+        return pixels(source[i], given)
+    except UserError as error:
+        left_out[source.key(i)] = str(error)
+        return None
+
+
+def pixels(record: Record, given: Settings) -> np.ndarray:
+    """The image of a record, at its own size or scaled to `--image-size`."""
+    image, size = record.image, given.image_size
+    if size is None and isinstance(image, bytes):
+        return read(image)
+    return decode(image, image_size=size or image.shape[:2])
 
 
 def features(spec: str, given: Settings, network: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
@@ -217,7 +249,6 @@ def tracked(
 ) -> Iterator[tuple[np.ndarray, str | None]]:
     """Images as uint8 (h, w, 3), at their own size or scaled, with their captions; fills
     `left_out`."""
-    size = given.image_size
     for i in trange(
         len(source), desc=source.name, unit="image", mininterval=commands.bar_interval()
     ):
@@ -225,21 +256,17 @@ def tracked(
             record = source[i]
             if captions:
                 _ = record.captions  # raises for a record without one
-            image = record.image
-            if size is None and isinstance(image, bytes):
-                yield read(image), record.caption
-            else:
-                yield decode(image, image_size=size or image.shape[:2]), record.caption
+            yield pixels(record, given), record.caption
         except UserError as error:
             left_out[source.key(i)] = str(error)
 
 
-def report(spec: str, left_out: dict[str, str], *, found: int) -> None:
+def report(spec: str, left_out: dict[str, str], *, found: int | None = None) -> None:
     """Counts what was left out, and names the first. Raises UserError if nothing was found."""
     if left_out:
         key, reason = next(iter(left_out.items()))
         print(f"note: {spec}: {len(left_out)} left out; the first: {key}: {reason}")
-    if not found:
+    if found == 0:
         raise UserError(f"{spec} holds no usable image.")
 
 

@@ -183,16 +183,14 @@ class Request:
             )
         return list(range(first, last + 1))
 
-    def rows(self) -> int:
+    def rows(self, config: ImagenConfig) -> int:
         """The batch size: that of the arrays, which must agree, or the one asked for, or 1."""
-        counts = {
-            name: len(value)
-            for name in (
-                *("text_embeds", "inpaint_images", "inpaint_masks", "start_image_or_video"),
-                "mix",
-            )
-            if (value := getattr(self, name)) is not None
+        arrays = {
+            name: getattr(self, name) for name in ("text_embeds", *_IMAGES, "inpaint_masks", "mix")
         }
+        for number, images in enumerate(self.per_unet(config, "init_images"), 1):
+            arrays[f"init_images of U-Net {number}"] = images
+        counts = {name: len(array) for name, array in arrays.items() if array is not None}
         if self.batch_size is not None:
             counts["batch_size"] = self.batch_size
         if len(set(counts.values())) > 1:
@@ -290,7 +288,7 @@ def sample_cascade(
     computes in. Raises ValueError for unfit input.
     """
     request.check(config)
-    b, outputs = request.rows(), []
+    b, outputs = request.rows(config), []
     keys = None if request.key is None else row_keys(request.key, b)
     images = None
     if request.start_at_unet_number > 1:

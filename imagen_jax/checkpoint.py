@@ -267,9 +267,7 @@ def restore(
             args = ocp.args.PyTreeRestore(item=target, restore_args=arrays)
             return checkpointer.restore(path, args=args)
         except (ValueError, KeyError, OSError) as error:
-            raise Damaged(
-                f"{path} is damaged, or of another architecture: {first_line(error)}"
-            ) from error
+            raise _failure(path, error, "is damaged, or of another architecture") from error
 
 
 def stored_shapes(run: str | os.PathLike, unet_number: int, step: int, item: str) -> Any:
@@ -279,7 +277,7 @@ def stored_shapes(run: str | os.PathLike, unet_number: int, step: int, item: str
         try:
             return checkpointer.metadata(path).item_metadata.tree
         except (ValueError, KeyError, OSError) as error:
-            raise Damaged(f"{path} is damaged: {first_line(error)}") from error
+            raise _failure(path, error) from error
 
 
 def _item_path(run: str | os.PathLike, unet_number: int, step: int, item: str) -> epath.Path:
@@ -300,7 +298,14 @@ def read_meta(run: str | os.PathLike, unet_number: int, step: int) -> dict[str, 
         try:
             return checkpointer.restore(path)
         except (ValueError, OSError) as error:
-            raise Damaged(f"{path} is damaged: {first_line(error)}") from error
+            raise _failure(path, error) from error
+
+
+def _failure(path: epath.Path, error: Exception, what: str = "is damaged") -> UserError:
+    """`Damaged`; or, for a disk or store that fails, an error for which no step is passed over."""
+    if storage.is_passing(error):
+        return UserError(f"{path} cannot be read now; start again: {first_line(error)}")
+    return Damaged(f"{path} {what}: {first_line(error)}")
 
 
 def load_params(

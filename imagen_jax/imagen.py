@@ -28,6 +28,9 @@ from imagen_jax.types import AnyArray, Image, PRNGKey, TextEmbeds, TextMask
 __all__ = ["Draws", "Imagen"]
 
 
+BLANK = "in this cascade no text is the empty text"
+
+
 class Imagen(nnx.Module):
     """A cascade of U-Nets.
 
@@ -73,22 +76,26 @@ class Imagen(nnx.Module):
         texts: Sequence[str] | None = None,
         text_embeds: TextEmbeds | None = None,
         text_masks: TextMask | None = None,
+        null_text_embeds: TextEmbeds | None = None,
         cond_images: AnyArray | None = None,
     ) -> Float[Array, ""]:
         """The training loss of one U-Net (reference `Imagen.forward`).
 
         `images` are (b, h, w, c) of the cascade's aspect ratio, in [0, 1] or uint8, not smaller
-        than the stage. What `draws` leaves open is drawn from `key`. Raises ValueError for unfit
-        input.
+        than the stage. What `draws` leaves open is drawn from `key`. Where an absent text is the
+        empty one (`config.encodes_blank_text`), its embeddings come with those of the captions, as
+        `null_text_embeds`. Raises ValueError for unfit input.
         """
-        config, null = self.config, None
+        config, null = self.config, null_text_embeds
         unet_number = _training_number(config, unet_number)
         if texts is not None and text_embeds is None and config.condition_on_text:
             if len(texts) != len(images):
                 raise UserError(f"{len(texts)} texts for {len(images)} images.")
             text_embeds, text_masks = self.encode_text(texts)
-            if config.encodes_blank_text:
+            if config.encodes_blank_text and null is None:
                 null = self.encode_text([""] * len(texts))[0]
+        if config.encodes_blank_text and text_embeds is not None and null is None:
+            raise UserError(f"{BLANK}: give its embeddings too, as null_text_embeds.")
         check_text(config, text_embeds, len(images))
         losses, _ = stage_losses(
             config.stage(unet_number),
@@ -201,6 +208,9 @@ class Imagen(nnx.Module):
         guided = np.any(np.asarray(arguments["cond_scale"]) != 1)
         if blank and guided and texts is not None and negative_texts is None:
             negative_texts = [""] * len(texts)
+        absent = negative_texts is None and arguments["negative_text_embeds"] is None
+        if blank and guided and absent and arguments["text_embeds"] is not None:
+            raise UserError(f"{BLANK}: give its embeddings too, as negative_text_embeds.")
         if texts is not None and arguments["text_embeds"] is None:
             arguments["text_embeds"], arguments["text_masks"] = self.encode_text(texts)
         if negative_texts is not None and arguments["negative_text_embeds"] is None:

@@ -10,6 +10,8 @@ Commands are thin over it. What is expensive is read at its first use.
 import contextlib
 import dataclasses
 import functools
+import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -137,6 +139,22 @@ class Pipeline:
         if streams(self.memory, nbytes(encoder.params) + self._unet_bytes(), self.layout):
             encoder = dataclasses.replace(encoder, params=to_host(encoder.params))
         return encoder
+
+    @property
+    def model_hash(self) -> str:
+        """Ten digits that differ from cascade to cascade and from step to step.
+
+        A hash of the configuration and of which saved steps are read, not of the weights: those
+        take seconds to hash.
+        """
+        read = {number: dataclasses.astuple(choice)[:2] for number, choice in self.choices.items()}
+        found = hashlib.sha256(json.dumps([self.config.to_dict(), read]).encode())
+        for number, choice in self.choices.items():
+            step = checkpoint.stage_path(self.run, number) / str(choice.step)
+            written = step / "_CHECKPOINT_METADATA"  # Orbax's: when it was written, in nanoseconds
+            if written.exists():
+                found.update(written.read_bytes())
+        return found.hexdigest()[:10]
 
     def _unet_bytes(self) -> int:
         """Of the parameters of the U-Nets to load."""

@@ -8,6 +8,7 @@
 All but the first are there if they are known. `checkpoint` reads and writes the weights beside it.
 """
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping
@@ -73,9 +74,17 @@ def write(
 
 
 def check(run: str | os.PathLike, config: ImagenConfig) -> None:
-    """Raises UserError if the run directory exists and holds another cascade."""
+    """Raises UserError if the run directory exists and holds another cascade.
+
+    Where the identity of the text encoder is recorded, that decides, and not where its files are.
+    """
     path = storage.folder(run) / "config.json"
-    difference = first_difference(read(run), config) if path.exists() else None
+    if not path.exists():
+        return
+    there = read(run)
+    if read_text_encoder(run) is not None:
+        there = dataclasses.replace(there, text_encoder_name=config.text_encoder_name)
+    difference = first_difference(there, config)
     if difference:
         raise UserError(f"{path} describes another cascade: {difference}.")
 

@@ -24,6 +24,12 @@ except ImportError:  # Windows
 
 STORES = ("gs://", "s3://", "az://")  # those that epath reaches
 
+# How TensorStore begins its messages of a disk or store that fails.
+_PASSING = re.compile(
+    r"\b(UNKNOWN|CANCELLED|DEADLINE_EXCEEDED|PERMISSION_DENIED|RESOURCE_EXHAUSTED|ABORTED|"
+    r"UNAVAILABLE|UNAUTHENTICATED): "
+)
+
 
 def folder(path: str | os.PathLike) -> epath.Path:
     """The path, local or remote. A `pathlib.Path` of `gs://bucket/run` has lost a slash, which is
@@ -78,6 +84,14 @@ def write_bytes(path: epath.Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())  # or a power cut may leave the new name with nothing in it
     partial.replace(path)
+
+
+def is_passing(error: Exception) -> bool:
+    """Whether an error of reading is of the disk or the store, and says nothing of what is stored:
+    another attempt may succeed. TensorStore raises ValueError for these too."""
+    if isinstance(error, OSError):
+        return not isinstance(error, (FileNotFoundError, IsADirectoryError, NotADirectoryError))
+    return bool(_PASSING.search(str(error)))
 
 
 @contextlib.contextmanager

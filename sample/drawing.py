@@ -5,7 +5,6 @@ settings -> Drawing.open -> encode -> draw(jobs) -> files with their recipes
 
 import dataclasses
 import functools
-import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -237,28 +236,12 @@ class Drawing:
             "command": self.command,
             "version": outputs.version(),
             "checkpoint": checkpoint.stage_path(self.given.run, 1).parent.name,
-            "model_hash": model_hash(self.pipeline),
+            "model_hash": self.pipeline.model_hash,
             "checkpoint_steps": {f"unet{n}": read.step for n, read in choices.items()},
             "weights": {f"unet{n}": read.weights for n, read in choices.items()},
             "text_encoder_name": self.pipeline.text_encoder_name if texts else None,
             "dtype": str(self.pipeline.dtype),
         } | dict(options)
-
-
-def model_hash(pipeline: Pipeline) -> str:
-    """Ten digits that differ from cascade to cascade and from step to step.
-
-    A hash of the configuration and of which saved steps are read, not of the weights: those take
-    seconds to hash.
-    """
-    read = {number: dataclasses.astuple(choice)[:2] for number, choice in pipeline.choices.items()}
-    found = hashlib.sha256(json.dumps([pipeline.config.to_dict(), read]).encode())
-    for number, choice in pipeline.choices.items():
-        step = checkpoint.stage_path(pipeline.run, number) / str(choice.step)
-        written = step / "_CHECKPOINT_METADATA"  # Orbax's: when it was written, to the nanosecond
-        if written.exists():
-            found.update(written.read_bytes())
-    return found.hexdigest()[:10]
 
 
 def read_prompts(given: Any, config: ImagenConfig) -> list[str] | None:

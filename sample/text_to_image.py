@@ -24,7 +24,7 @@ from imagen_jax import run_config, storage
 from imagen_jax.errors import UserError
 from imagen_jax.pipeline import own_spacing
 from sample import outputs, settings
-from sample.drawing import Drawing, Job, model_hash, read_prompts
+from sample.drawing import Drawing, Job, read_prompts
 
 REPEATED = (
     *("cond_scale", "sampler", "spacing", "eta", "lowres_sample_noise_level", "dtype"),
@@ -88,7 +88,7 @@ def draw_again(given: Settings) -> None:
     if recipe["spacing"] is None:  # as it was written before spacings of a process had names
         recipe["spacing"] = own_spacing(config)
     drawing = Drawing.open("text_to_image", with_recipe(given, recipe))
-    found = model_hash(drawing.pipeline)
+    found = drawing.pipeline.model_hash
     if recipe["model_hash"] != found:
         raise UserError(
             f"{given.from_image} was drawn by {recipe['checkpoint']}, model hash "

@@ -414,6 +414,8 @@ def test_raising_in_progress_stops():
         (dict(sampler="DDIM"), "sampler 'DDIM' is not one of .*; did you mean 'ddim'"),
         (dict(sampler="euler"), "sampler 'euler' is not one of"),
         (dict(batch_size=3), "batch sizes differ: text_embeds 2, batch_size 3"),
+        (dict(init_images=PICTURES[:1]), "text_embeds 2, init_images of U-Net 1 1"),
+        (dict(init_images=(None, PICTURES[:1])), "text_embeds 2, init_images of U-Net 2 1"),
         (dict(sigma_min=0.1), "sigma_min and sigma_max are for elucidated cascades"),
         (
             dict(init_images=PICTURES[:, :5]),

@@ -20,7 +20,7 @@ from etils import epath
 from imagen_jax import distributed, nn, storage, text
 from imagen_jax.data import shown
 from imagen_jax.errors import UserError
-from imagen_jax.stage import show
+from imagen_jax.stage import Stage, show
 from train.feed import Feed
 from train.optimizer import learning_rate
 from train.settings import Optimization
@@ -32,6 +32,13 @@ UPLOAD_EVERY = 30.0  # seconds between uploads of metrics to an object store
 WARM_UP = 3  # steps before a profile: the first compiles, and its leftovers are done by then
 
 
+def drifts(stage: Stage) -> bool:
+    """Whether it is memory-efficient super-resolution that predicts noise."""
+    predicts_noise = getattr(stage.process, "objective", None) == "noise"
+    efficient = getattr(stage.network, "memory_efficient", False)
+    return stage.lowres is not None and predicts_noise and efficient
+
+
 def announce(feed: Feed, run: epath.Path, settings: str, *, resumed: bool) -> None:
     """Prints what is about to be trained, on what, where and how (`Settings.describe`); whether a
     run is resumed."""
@@ -40,7 +47,7 @@ def announce(feed: Feed, run: epath.Path, settings: str, *, resumed: bool) -> No
     size = f"{show(stage.size)} pixels"
     if stage.lowres is not None:
         size = f"{show(stage.lowres.size)} -> {size}"
-        if getattr(stage.process, "objective", None) == "noise" and stage.network.memory_efficient:
+        if drifts(stage):
             print(
                 "note: memory-efficient super-resolution drifts in colour when it predicts noise; "
                 "pred_objectives 'v' does not."

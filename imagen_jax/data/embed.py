@@ -141,13 +141,14 @@ def _encoder(given: Settings) -> tuple[text.TextEncoder, int]:
 
 def _begin(folder: epath.Path, form: Form, encoder: text.TextEncoder) -> None:
     """Writes what the folder holds, or compares it with what it says."""
-    there = embeddings.read_form(folder)
-    if there is None:
-        folder.mkdir(parents=True, exist_ok=True)
-        encoder.identity.write(folder)
-        storage.write_text(folder / embeddings.FORM, json.dumps(form.to_dict()) + "\n")
-    elif there != form:
-        raise UserError(f"{folder} holds embeddings in another form: {there}, not {form}.")
+    folder.mkdir(parents=True, exist_ok=True)
+    with storage.alone(folder):  # all parts begin alike
+        there = embeddings.read_form(folder)
+        if there is None:
+            encoder.identity.write(folder)
+            storage.write_text(folder / embeddings.FORM, json.dumps(form.to_dict()) + "\n")
+        elif there != form:
+            raise UserError(f"{folder} holds embeddings in another form: {there}, not {form}.")
     encoder.identity.check(text.read_beside([folder]), f"{folder}")
 
 

@@ -1,4 +1,4 @@
-"""The scenes as a source of records: `--data scenes`, millions of names that nobody needs to keep."""
+"""The scenes as a source of records: `--data scenes`, whose many names nobody needs to keep."""
 
 from collections.abc import Iterator, Sequence
 from typing import SupportsIndex

@@ -16,6 +16,7 @@ from typing import Any
 from imagen_jax.data import files, kinds
 from imagen_jax.data.readers import found_captions, make_source, read_beside
 from imagen_jax.data.records import Record, Source, Strings, required
+from imagen_jax.data.written import captions
 from imagen_jax.errors import UserError, first_line
 
 TABLES = ("csv", "tsv", "jsonl", "parquet")
@@ -99,7 +100,7 @@ class _TableReader:
 
     def _captions(self, i: int) -> tuple[str, ...]:
         found = [found_captions(row, self.caption_key) for row in self.rows[i]]
-        return tuple(one for captions in found for one in captions)
+        return captions([one for row in found for one in row])
 
 
 def _name(image: Any, number: int) -> str | None:

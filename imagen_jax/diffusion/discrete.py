@@ -73,6 +73,7 @@ class Discrete:
     loss_type: losses.Loss = "l2"
 
     sampler: ClassVar[str] = "ancestral"
+    objective: ClassVar[str] = "noise"
 
     def draw(self, key: PRNGKey, count: int) -> PerSample:
         """Times, uniform in [0, 1)."""

@@ -58,7 +58,7 @@ class FromTorch:
         kept: list[Weights] = [self.weights] if self.weights else source.held
         numbers = range(1, len(source.config.unets) + 1)
         trees: dict[Weights, list[Params]] = {which: source.trees(which) for which in kept}
-        with replacing(self.out, overwrite=self.overwrite, source=self.checkpoint) as partial:
+        with replacing(self.out, overwrite=self.overwrite, sources=[self.checkpoint]) as partial:
             checkpoint.write(
                 partial,
                 source.config,
@@ -99,7 +99,7 @@ class ToTorch:
     def run(self) -> None:
         run = opened(self.checkpoint)
         kept = chosen(run, self.weights)
-        with replacing(self.out, overwrite=self.overwrite, source=self.checkpoint) as partial:
+        with replacing(self.out, overwrite=self.overwrite, sources=[self.checkpoint]) as partial:
             write_torch(partial, run, kept)
             if self.verify:
                 source = imagen_pytorch.read(partial)
@@ -131,7 +131,7 @@ class ToSafetensors:
         run = opened(self.checkpoint)
         which = chosen(run, self.weights)[0]
         params = {number: run.params(number, which) for number in run.steps}
-        with replacing(self.out, overwrite=self.overwrite, source=self.checkpoint) as partial:
+        with replacing(self.out, overwrite=self.overwrite, sources=[self.checkpoint]) as partial:
             contents = safetensors_file.Contents(
                 config=run.config,
                 params=params,
@@ -160,7 +160,7 @@ class FromSafetensors:
         for number, params in contents.params.items():
             checkpoint.check_finite(params, f"{self.file}, U-Net {number}")
         trees = {n: {contents.weights: params} for n, params in contents.params.items()}
-        with replacing(self.out, overwrite=self.overwrite, source=self.file) as partial:
+        with replacing(self.out, overwrite=self.overwrite, sources=[self.file]) as partial:
             checkpoint.write(
                 partial,
                 contents.config,
@@ -195,7 +195,7 @@ class FromDiffusers:
         config = deepfloyd.cascade(stages)
         first = 1 + len(config.unets) - len(stages)
         trees = {n: {"ema": stage.params} for n, stage in enumerate(stages, first)}
-        with replacing(out, overwrite=self.overwrite, source=sources[0]) as partial:
+        with replacing(out, overwrite=self.overwrite, sources=sources) as partial:
             checkpoint.write(partial, config, trees, dict.fromkeys(trees, 0))
             if self.verify:
                 for source in sources:
@@ -228,7 +228,7 @@ class ToDiffusers:
         if not 1 <= self.unet_number <= len(run.config.unets):
             raise UserError(f"--unet-number {self.unet_number}: 1 .. {len(run.config.unets)}.")
         unet = run.config.unets[self.unet_number - 1]
-        with replacing(self.out, overwrite=self.overwrite, source=self.checkpoint) as partial:
+        with replacing(self.out, overwrite=self.overwrite, sources=[self.checkpoint]) as partial:
             deepfloyd.write(partial, run, self.unet_number, which, self.variant)
         print(f"{self.out}: U-Net {self.unet_number}, weights {which}")
         if unet.max_text_len != IF_TEXT_LENGTH:

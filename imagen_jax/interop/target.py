@@ -3,7 +3,7 @@
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from imagen_jax import storage
@@ -12,14 +12,14 @@ from imagen_jax.errors import UserError
 
 @contextlib.contextmanager
 def replacing(
-    path: str | os.PathLike, *, overwrite: bool, source: Path | None = None
+    path: str | os.PathLike, *, overwrite: bool, sources: Sequence[Path] = ()
 ) -> Iterator[Path]:
     """A path beside `path` to write a file or a run directory to; at the end it takes its place.
 
-    What was there stays whole until then, and for good if the body raises. Raises ValueError if
+    What was there stays complete until then, and for good if the body raises. Raises ValueError if
     `path` exists and `overwrite` is not set, if it is a symbolic link (what it points to is never
-    touched), a directory that holds no run, or one that holds `source`, what is being converted;
-    and at the end, if a file would replace a directory, or a directory a file.
+    touched), a directory that holds no run, or one that holds any of `sources`, what is being
+    converted; and at the end, if a file would replace a directory, or a directory a file.
     """
     if storage.is_remote(storage.folder(path)):
         raise UserError(f"{path}: conversions are written to a disk; copy the result to the store.")
@@ -31,7 +31,8 @@ def replacing(
     marks = ("config.json", "model_index.json")  # a run's, and a folder of diffusers
     if path.is_dir() and not any((path / name).is_file() for name in marks):
         raise UserError(f"{path} is a directory without a config.json: it is not replaced.")
-    if source is not None and path.resolve() in (source.resolve(), *source.resolve().parents):
+    converted = [source.resolve() for source in sources]
+    if any(path.resolve() in (source, *source.parents) for source in converted):
         raise UserError(f"{path} holds what is to be converted: choose another place.")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial, old = (

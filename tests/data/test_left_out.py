@@ -335,3 +335,21 @@ def test_metadata_is_read_as_it_was_written(tmp_path):
     members = {"1.jpg": jpeg(), "1.json": json.dumps({"caption": "x", "n": 3}).encode()}
     source = open_source(write(tmp_path / "x.tar", members))
     assert source.columns(0) == {"caption": "x", "n": 3}
+
+
+def test_rows_of_one_image_without_a_caption(tmp_path):
+    """An empty caption beside others is left out, in whichever row it is; alone it leaves out the
+    image."""
+    write(tmp_path, {f"{name}.jpg": jpeg() for name in "abc"})
+    rows = [
+        "file_name,caption",
+        "a.jpg,a cat",
+        "a.jpg,",
+        "b.jpg,",
+        "b.jpg,a dog",
+        "c.jpg,",
+        "c.jpg,",
+    ]
+    (tmp_path / "metadata.csv").write_text("\n".join(rows))
+    good, bad = usable(tmp_path)
+    assert good == {"a": "a cat", "b": "a dog"} and bad == {"c": "empty caption"}

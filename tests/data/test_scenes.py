@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 
-from imagen_jax.data import decode, make_batches, open_source, scenes
+from imagen_jax.data import decode, make_batches, open_source, scene_source, scenes
 from imagen_jax.data.scenes import COLOURS, LEVELS, SHAPES, Content, Kind
 from imagen_jax.errors import UserError
 
@@ -92,6 +92,20 @@ def test_the_source_draws_at_the_size_asked_for():
     assert source.fingerprint() != counts.fingerprint()
     with make_batches(counts, image_size=16, batch_size=4, seed=0) as batches:
         assert next(batches)["images"].shape == (4, 16, 16, 3)
+
+
+def test_a_relation_is_a_part():
+    """More scenes with it than the training set has, none of which is held out."""
+    source = open_source("scenes:left-of")
+    assert len(source) == len(source.split("train")) == 1_000_000
+    assert len({source.key(i) for i in range(9)} | {open_source("scenes:inside").key(0)}) == 10
+    for i in range(50):
+        scene = scene_source.scene(int(source.rows[i]))
+        assert scene.content.relation == "left of" and scene.content.level is None
+    mixed = open_source(("scenes=0.5", "scenes:inside=0.5"), split="train")
+    with make_batches(mixed, image_size=8, batch_size=4, seed=0, tokenize=None) as batches:
+        assert next(batches)["images"].shape == (4, 8, 8, 3)
+    assert len(open_source(("scenes", "scenes:inside"), split="heldout")) == 3000
 
 
 def test_unknown_parts_are_refused():

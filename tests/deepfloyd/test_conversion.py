@@ -177,6 +177,11 @@ def test_mistakes(folders, tmp_path, command):
     with pytest.raises(UserError, match="only the first folder can be a base"):
         command("from-diffusers", folders[1], folders[0], tmp_path / "run")
     assert not (tmp_path / "run").exists()
+    command("from-diffusers", folders[0], tmp_path / "run")
+    shutil.copytree(folders[1], tmp_path / "run" / "second")
+    with pytest.raises(UserError, match="run holds what is to be converted"):
+        second = tmp_path / "run" / "second"
+        command("from-diffusers", folders[0], second, tmp_path / "run", "--overwrite")
     folder = tmp_path / "other"
     shutil.copytree(folders[0], folder)
     networks.scheduler(0, variance_type="fixed_small").save_pretrained(folder / "scheduler")

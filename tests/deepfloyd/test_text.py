@@ -11,6 +11,7 @@ from tests.deepfloyd import networks  # isort: skip  # it mends torchvision
 from transformers import PreTrainedTokenizerFast, T5EncoderModel
 
 from imagen_jax import Imagen, checkpoint, nn, text
+from imagen_jax.errors import UserError
 from imagen_jax.if_config import IFUnetConfig
 from imagen_jax.pipeline import Pipeline
 
@@ -75,3 +76,11 @@ def test_no_text_is_the_empty_text(tmp_path):
     plain = imagen.sample(texts=["a red apple"], **given)
     same = imagen.sample(texts=["a red apple"], negative_texts=[" "[:0]], **given)
     np.testing.assert_array_equal(plain, same)
+    # Embeddings alone do not say what it is.
+    (embeds, masks), (none, of_none) = map(imagen.encode_text, (["a red apple"], [""]))
+    stored = dict(text_embeds=embeds, text_masks=masks)
+    with pytest.raises(UserError, match="no text is the empty text: .* negative_text_embeds"):
+        imagen.sample(**stored, **given)
+    absent = dict(negative_text_embeds=none, negative_text_masks=of_none)
+    np.testing.assert_array_equal(plain, imagen.sample(**stored, **absent, **given))
+    assert imagen.sample(**stored, **given | dict(cond_scale=1.0)).shape == plain.shape

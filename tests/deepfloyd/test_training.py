@@ -102,7 +102,14 @@ def test_dropped_text(null):
         embeds = np.repeat(text.cascade_encoder(config)([""], length=12)[0], 2, axis=0)
     kept = Draws(keep_mask=np.array([True, True]))
     given = dict(text_embeds=embeds, text_masks=np.ones((2, 12), bool))
-    np.testing.assert_allclose(imagen.loss(images, key=key, draws=kept, **given), lost, rtol=1e-5)
+    absent = dict(null_text_embeds=embeds if null == "encoded" else None)
+    again = imagen.loss(images, key=key, draws=kept, **given, **absent)
+    np.testing.assert_allclose(again, lost, rtol=1e-5)
+    again = imagen.loss(images, key=key, draws=dropped, **given, **absent)
+    np.testing.assert_allclose(again, lost, rtol=1e-5)
+    if null == "encoded":
+        with pytest.raises(UserError, match="no text is the empty text: .* null_text_embeds"):
+            imagen.loss(images, key=key, draws=dropped, **given)
 
 
 @pytest.mark.long

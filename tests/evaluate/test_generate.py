@@ -88,6 +88,14 @@ def test_deaths_change_no_byte(command, tmp_path, monkeypatch):
     assert written(tmp_path / "killed") == written(tmp_path / "straight")
 
 
+def test_images_of_another_cascade_are_refused(command, tmp_path, run):
+    """Of equal settings and steps, from another run."""
+    command(tmp_path / "out")
+    other = save_run(tmp_path / "other", cascade())
+    with pytest.raises(UserError, match="holds images of other settings .model_hash: "):
+        command(tmp_path / "out", "--checkpoint", other)
+
+
 @pytest.mark.long
 def test_thirty_kills_change_no_byte(run, prompts, tmp_path):
     """The same with kill -9 of a process of its own, at random moments."""

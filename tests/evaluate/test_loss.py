@@ -1,13 +1,16 @@
 """`python -m evaluate.loss`: the loss that training evaluates, from a run directory."""
 
+import dataclasses
 import json
 import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from evaluate import loss
 from imagen_jax.errors import UserError
+from tests.sample.conftest import cascade, save_run
 from tests.train import support
 from train import loop
 
@@ -63,3 +66,19 @@ def test_a_mesh_changes_nothing(command):
 def test_a_set_without_held_out_images_is_refused(command):
     with pytest.raises(UserError, match="no image is held out"):
         command(data=("scenes:train",))
+
+
+def test_stored_embeddings_have_no_use_without_captions(monkeypatch, tmp_path):
+    run = save_run(tmp_path / "run", dataclasses.replace(cascade(), condition_on_text=False), (1,))
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        Image.fromarray(rng.integers(256, size=(8, 8, 3), dtype=np.uint8)).save(
+            tmp_path / f"{i}.png"
+        )
+        np.save(tmp_path / f"{i}.npy", np.ones((3, 4), np.float32))
+    words = ["", "--checkpoint", run, "--data", tmp_path, "--heldout-fraction", "0.5",
+             "--num-images", "4", "--batch-size", "4"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", list(map(str, words)))
+    loss.main()
+    found = json.loads((run / "evaluation" / "loss.json").read_text())["loss"]
+    assert found["unet1"]["all"] > 0

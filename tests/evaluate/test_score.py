@@ -123,7 +123,7 @@ def test_clip_scores_images_with_their_captions(command, tmp_path, monkeypatch, 
     assert "--metrics fid kid pr needs --reference." in capsys.readouterr().err
 
 
-def test_lpips_compares_images_of_one_name(command, tmp_path):
+def test_lpips_compares_images_of_one_name(command, tmp_path, capsys):
     """By the package's own weights: equal images are at 0, noisy ones farther the more noise."""
     rng = np.random.default_rng(0)
     folder_of(tmp_path / "true", range(3), size=64)
@@ -145,6 +145,13 @@ def test_lpips_compares_images_of_one_name(command, tmp_path):
     with pytest.raises(UserError, match="48x48 and 64x64 pixels; --image-size scales both"):
         command(*words, "--metrics", "lpips")
     assert command(*words, "--metrics", "lpips", "--image-size", "48")["pairs"] == 3
+    (tmp_path / "small" / "1.png").write_bytes(b"not a picture")
+    scaled = (*words, "--metrics", "lpips", "--image-size", "48")
+    assert command(*scaled)["pairs"] == 2
+    assert "small: 1 left out; the first: 1.png: " in capsys.readouterr().out
+    folder_of(tmp_path / "small" / "more", range(1))
+    with pytest.raises(UserError, match="small: 0.png and more/0.png have one name"):
+        command(*scaled)
     folder_of(tmp_path / "others", range(5, 7))
     with pytest.raises(UserError, match="have no image of one name"):
         command("--samples", tmp_path / "others", *words[2:], "--metrics", "lpips")

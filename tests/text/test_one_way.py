@@ -145,6 +145,21 @@ def test_the_length_of_a_cascade():
         assert config.text_len == length
 
 
+def test_an_encoder_may_move(folder, tmp_path):
+    """A run knows it by its weights, not by the folder that they were in."""
+    config, encoder = cascade(folder, 8), text.load_encoder(folder)
+    moved = dataclasses.replace(config, text_encoder_name="elsewhere")
+    run_config.write(tmp_path / "unknown", config)
+    with pytest.raises(UserError, match="another cascade: text_encoder_name"):
+        run_config.check(tmp_path / "unknown", moved)
+    run_config.write(tmp_path / "run", config, text_encoder=encoder.identity)
+    run_config.write(tmp_path / "run", moved, text_encoder=encoder.identity)
+    assert run_config.read(tmp_path / "run") == moved
+    other = dataclasses.replace(encoder.identity, sha256="b" * 64)
+    with pytest.raises(UserError, match="is not"):
+        run_config.write(tmp_path / "run", config, text_encoder=other)
+
+
 def test_stored_embeddings_of_another_encoder_are_refused(pictures):
     """By the file beside them; without it nothing can be known."""
     config = dataclasses.replace(cascade(pictures, 8), text_encoder_name="absent")

@@ -1,26 +1,30 @@
 """Runs of a few steps in this process: what they leave, and that resuming changes nothing."""
 
 import dataclasses
+import errno
 import importlib
 import io
 import json
+import shutil
 import signal
 import tarfile
 from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
-from imagen_jax import checkpoint, flops, nn, run_config
+from imagen_jax import checkpoint, flops, nn, presets, run_config
 from imagen_jax.data import open_source, scenes
 from imagen_jax.data.records import hashed_heldout, key_hashes
 from imagen_jax.errors import UserError
 from imagen_jax.evaluation import bin_labels
 from imagen_jax.imagen import Imagen
 from tests.train import support
-from train import loop
+from train import log, loop
 from train.feed import Feed
 from train.log import Metrics, Window
 from train.previews import Previews
@@ -194,6 +198,33 @@ def test_a_damaged_step_is_set_aside(straight, tmp_path, damage, capsys):
     with pytest.raises(ValueError, match="damaged.* No older step .* can be read"):
         loop.run(dataclasses.replace(on, steps=5), 1)
     assert checkpoint.steps(settings.run, 1) == [4, 3, 2, 1]
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [OSError(errno.ESTALE, "Stale file handle"), ValueError("UNAVAILABLE: Error opening ...")],
+    ids=["disk", "store"],
+)
+def test_a_step_that_cannot_be_read_now_is_not_set_aside(straight, tmp_path, failure):
+    """A disk or a store that fails says nothing of what is saved: no older step takes its place."""
+    shutil.copytree(straight.run, tmp_path / "run")
+    on = dataclasses.replace(straight, workdir=tmp_path / "run", resume=True, steps=5)
+    saved = checkpoint.steps(on.run, 1)
+    with (
+        mock.patch.object(ocp.StandardCheckpointer, "restore", side_effect=failure),
+        pytest.raises(UserError, match=r"cannot be read now; start again: .*(Stale|UNAVAILABLE)"),
+    ):
+        loop.run(on, 1)
+    assert checkpoint.steps(on.run, 1) == saved
+
+
+def test_who_is_warned_of_drifting_colours():
+    """Memory-efficient super-resolution that predicts noise, learned variance or not."""
+    paper, imagen, scenes_ = (presets.PRESETS[name]() for name in ("paper", "imagen", "scenes"))
+    assert [log.drifts(paper.stage(number)) for number in (1, 2, 3)] == [False, True, True]
+    assert not any(log.drifts(scenes_.stage(number)) for number in (1, 2, 3))
+    noise = dataclasses.replace(imagen, pred_objectives="noise")
+    assert log.drifts(noise.stage(2)) and not log.drifts(imagen.stage(2))
 
 
 def test_mistakes(straight, tmp_path):
