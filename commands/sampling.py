@@ -211,7 +211,7 @@ class Sampling:
 
 def _untrained(run: epath.Path, number: int, first: int) -> str:
     command = "train.base" if number == 1 else f"train.super_res --unet-number {number}"
-    advice = f"train it: python -m {command} --workdir {run} --config {run / 'config.json'}"
+    advice = f"train it: python -m {command} --workdir {run}"
     if number > first:
         advice += f"; or stop before it: --stop-at-unet-number {number - 1}"
     return f"U-Net {number} of {run} has no weights; {advice}"

@@ -109,6 +109,11 @@ def _spell(hint: Any) -> str:
     return _PLAIN.get(hint) or f"a {hint.__name__}"
 
 
+def _named(value: Any) -> str:
+    """A value, or the name of its class where it has fields of its own."""
+    return type(value).__name__ if dataclasses.is_dataclass(value) else repr(value)
+
+
 def first_difference(there: Any, here: Any, name: str = "") -> str | None:
     """The first field in which two configurations differ, as `unets.0.dim is 64 there, 32 here`."""
     if dataclasses.is_dataclass(there) and type(there) is type(here):
@@ -118,8 +123,10 @@ def first_difference(there: Any, here: Any, name: str = "") -> str | None:
         ]
     elif isinstance(there, tuple) and isinstance(here, tuple) and len(there) == len(here):
         pairs = [(str(i), *pair) for i, pair in enumerate(zip(there, here, strict=True))]
+    elif isinstance(there, tuple) and isinstance(here, tuple):
+        return f"{name} has {len(there)} entries there, {len(here)} here"
     else:
-        return None if there == here else f"{name} is {there!r} there, {here!r} here"
+        return None if there == here else f"{name} is {_named(there)} there, {_named(here)} here"
     for part, a, b in pairs:
         found = first_difference(a, b, f"{name}.{part}".lstrip("."))
         if found:

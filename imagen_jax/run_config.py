@@ -46,6 +46,12 @@ def read_training(run: str | os.PathLike, unet_number: int) -> dict[str, Any] | 
     return _read_json(run).get("training", {}).get(f"unet{unet_number}")
 
 
+def read_any_training(run: str | os.PathLike) -> dict[str, Any]:
+    """The settings that the first of a run's U-Nets was trained with; {} if none was."""
+    found = _read_json(run).get("training", {})
+    return found[min(found)] if found else {}
+
+
 def write(
     run: str | os.PathLike,
     config: ImagenConfig,

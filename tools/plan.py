@@ -25,7 +25,8 @@ from imagen_jax.config import NullUnetConfig
 from imagen_jax.errors import UserError, first_line
 from imagen_jax.sharding import Layout, make_layout
 from tools import chips, hlo, programs, report
-from train.settings import Optimization, Settings, parse
+from train.command_line import parse
+from train.settings import Optimization, Settings
 
 LARGEST = 5  # arrays that are named where nothing compiles
 
@@ -49,9 +50,7 @@ class Plan:
 
 
 def main() -> None:
-    plan, settings = parse(
-        __doc__, Plan, unet_number=lambda plan: commands.stage_number(plan.unet_number)
-    )
+    plan, settings = parse(__doc__, Plan)
     if plan.sample and plan.text:
         raise UserError("--sample and --text: one of them.")
     devices = chips.devices(plan.topology)

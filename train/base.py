@@ -11,7 +11,7 @@ The super-resolution stages are trained by `python -m train.super_res`, in any o
 import commands
 from commands import processes
 from train import loop
-from train.settings import parse
+from train.command_line import parse
 
 
 def main() -> None:

@@ -6,9 +6,7 @@ Five sections, which are the sections of `--help`; `Settings` is all of them in 
 import dataclasses
 import json
 import re
-import sys
 import textwrap
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,28 +14,29 @@ import tyro
 from etils import epath
 
 import commands
-from imagen_jax import nn, run_config, sharding, storage
+from imagen_jax import nn, sharding, storage
 from imagen_jax.config import ImagenConfig
 from imagen_jax.data import Opening
-from imagen_jax.data.sources import gathered
 from imagen_jax.errors import UserError
-from imagen_jax.presets import PRESETS, RECIPES
+from imagen_jax.presets import PRESETS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
     """Which cascade, from where to where."""
 
-    preset: Literal["demo", "scenes", "imagen", "paper", "tiny"] = "demo"
+    preset: Literal["demo", "scenes", "imagen", "paper", "tiny"] | None = None
     """Named cascade: `demo` and `scenes` learn on a laptop, `imagen` is the reference's of the
     paper's size, `paper` has the paper's own base, `tiny` is for tests. Its recipe, where it has
-    one, gives steps, batch size, optimiser, rate, warm-up and average."""
+    one, gives the defaults of steps, batch size, optimiser, learning rate, warm-up and average.
+    Default: the cascade of the run directory, or of the run whose weights are taken; else demo."""
     config: Path | None = None
     """JSON file of a cascade, instead of a preset; `--print-config` shows what one looks like."""
     print_config: bool = False
     """Print the cascade as JSON and exit."""
     workdir: Path | None = None
-    """Run directory of checkpoints, metrics and samples. Default: runs/PRESET."""
+    """Run directory of checkpoints, metrics and samples. Default: runs/PRESET. Its cascade, and the
+    pictures that its stages were trained on, are the defaults for another stage."""
     resume: bool = False
     """Continue the run in workdir exactly where it stopped, with its recorded settings; flags that
     are given change them, and each change is printed. Starts the run if there is none."""
@@ -194,8 +193,6 @@ BETWEEN_0_AND_1 = (
     "ema_decay",
 )  # 1 is not among them
 POSITIVE = ("lr", "eps", "max_grad_norm")
-PATHS = {"captions_from", "init_from", "continue_from", "embeddings"}
-ONE_START = ("resume", "print_config", "profile", "coordinator", "process_id", "num_processes")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -241,13 +238,16 @@ class Settings(Watching, Devices, Optimization, Data, Run):
     @property
     def run(self) -> epath.Path:
         """The run directory."""
-        name = self.preset if self.config is None else self.config.stem
+        name = self.preset or "demo"
+        if self.config is not None:  # a run's own file says its name by its folder
+            own = self.config.name == "config.json"
+            name = self.config.parent.name if own else self.config.stem
         return storage.folder(self.workdir or Path("runs") / name)
 
     def cascade(self) -> ImagenConfig:
         """The cascade to train. Raises ValueError for an unreadable or mistaken file."""
         if self.config is None:
-            config = PRESETS[self.preset]()
+            config = PRESETS[self.preset or "demo"]()
         else:
             data = storage.read_object(storage.folder(self.config))
             # A run's own config.json serves as well.
@@ -288,82 +288,6 @@ class Settings(Watching, Devices, Optimization, Data, Run):
 def spelled(value: Any) -> str:
     """A value as it is given on the command line."""
     return " ".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
-
-
-def parse(
-    description: str | None, *more: type, unet_number: Callable[..., int] = lambda *_: 1
-) -> tuple[Any, ...]:
-    """The command line as Settings, after one object per dataclass in `more`.
-
-    What is not given is as in the preset's recipe for the U-Net, where it has one.
-    With --resume, what is not given is as the run directory has recorded it for the U-Net
-    `unet_number(*more)`.
-    """
-    *others, settings = _parse(description, more, Settings())
-    number = unet_number(*others)
-    recipes = () if settings.config is not None else RECIPES.get(settings.preset, ())
-    if number <= len(recipes):
-        defaults = dataclasses.replace(Settings(), **dataclasses.asdict(recipes[number - 1]))
-        *others, settings = _parse(description, more, defaults)
-    saved = recorded(settings, number) if settings.resume else None
-    if saved is not None:
-        was = settings
-        *others, settings = _parse(description, more, saved)
-        if was.config is None and settings.preset != saved.preset:  # --preset was given
-            return *others, dataclasses.replace(settings, config=None)
-    return *others, dataclasses.replace(settings)  # checked now that all is known
-
-
-def recorded(given: Settings, unet_number: int) -> Settings | None:
-    """The settings that a run directory has recorded for a U-Net, its own cascade among them; None
-    if it has none. What is of one start alone (`ONE_START`) is as given."""
-    found = run_config.read_training(given.run, unet_number)
-    if found is None:
-        return None
-    fields = {field.name: field for field in dataclasses.fields(Settings)}
-    values = {name: value for name, value in found.items() if name in fields}
-    if isinstance(values.get("data"), str):  # of an older run
-        values["data"] = (values["data"],)
-    values |= {name: tuple(values[name]) for name in ("data", "where", "buckets") if name in values}
-    for name in PATHS & values.keys():
-        values[name] = values[name] and Path(values[name])
-    values |= {name: getattr(given, name) for name in ONE_START}
-    values |= dict(workdir=Path(given.run), config=Path(given.run / "config.json"))
-    return dataclasses.replace(given, **values)
-
-
-def _parse(description: str | None, more: Sequence[type], defaults: Settings) -> tuple[Any, ...]:
-    """As `parse`, with these defaults. The settings are not checked: what is not given may be
-    another value in the end."""
-    again = "--resume" in sys.argv  # a switch that was on can be given again, or turned off
-    sections = [
-        *((kind.__name__.lower(), _shown(kind), kind()) for kind in more),
-        *(
-            (kind.__name__.lower(), _shown(kind, again), defaults.section(kind))
-            for kind in SECTIONS
-        ),
-    ]
-    command = dataclasses.make_dataclass("command", sections)
-    script = Path(sys.argv[0])
-    program = f"python -m {script.parent.name}.{script.stem}"
-    found = tyro.cli(command, prog=program, description=description, args=gathered(sys.argv[1:]))
-    parts = list(vars(found).values())
-    others, parts = parts[: -len(SECTIONS)], parts[-len(SECTIONS) :]
-    settings = object.__new__(Settings)
-    for part in parts:
-        vars(settings).update(vars(part))
-    return *others, settings
-
-
-def _shown(kind: type, again: bool = False) -> Any:
-    """A section as tyro shows it: flat names, switches without a `--no-` twin, no word `None`
-    where leaving the flag out says it. `again`: a recorded value can be taken back by both."""
-    marks = [tyro.conf.OmitArgPrefixes]
-    if not again:
-        marks.append(tyro.conf.FlagCreatePairsOff)
-    if kind in (Run, Data, Devices) and not again:
-        marks.append(tyro.conf.DisallowNone)
-    return Annotated[(kind, *marks)]
 
 
 def _width(name: str) -> int:

@@ -12,7 +12,7 @@ import commands
 from commands import processes
 from imagen_jax.errors import UserError
 from train import loop
-from train.settings import parse
+from train.command_line import parse
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class Stage:
 
 
 def main() -> None:
-    stage, settings = parse(__doc__, Stage, unet_number=lambda stage: stage.number)
+    stage, settings = parse(__doc__, Stage, unet_number="2")
     processes.start(settings.coordinator, settings.process_id, settings.num_processes)
     commands.errors_go_to(settings.run)
     commands.use_precision(settings.compute_dtype)

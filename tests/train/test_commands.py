@@ -17,7 +17,7 @@ import pytest
 
 import commands
 import imagen_jax
-from imagen_jax import checkpoint, presets
+from imagen_jax import checkpoint, presets, run_config
 from imagen_jax.config import ImagenConfig
 from imagen_jax.errors import UserError
 from tests.train import support
@@ -55,7 +55,66 @@ def test_help_teaches(monkeypatch, capsys):
         assert commands.flag(field) in text
 
 
-def test_flags_become_settings(monkeypatch, capsys):
+def test_help_shows_the_defaults_of_the_recipe(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for arguments, number in (((), 1), (("--preset=scenes", "--unet_number", "2"), 2)):
+        main = base.main if number == 1 else super_res.main
+        with pytest.raises(SystemExit, match="0"):
+            run_main(monkeypatch, main, *arguments, "--help")
+        recipe = presets.RECIPES["scenes" if arguments else "demo"][number - 1]
+        text = " ".join(capsys.readouterr().out.split())
+        for value in (recipe.steps, recipe.batch_size, recipe.optimizer, recipe.lr):
+            assert f"(default: {value})" in text
+
+
+@pytest.fixture
+def parsed(monkeypatch, tmp_path):
+    """Settings and number of the U-Net that a command line says, in an empty folder."""
+    found = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(loop, "run", lambda *given: found.append(given))
+
+    def parse(main, *arguments):
+        run_main(monkeypatch, main, *arguments)
+        return found[-1]
+
+    return parse
+
+
+def test_a_run_says_what_its_other_stages_are(parsed, tmp_path):
+    """Cascade, pictures and recipe of another stage; a flag changes each."""
+    run = tmp_path / "runs" / "demo"
+    first = Settings(preset="scenes", data=("scenes",), flip=True, steps=9, workdir=run)
+    run_config.write(run, first.cascade(), {"unet1": first.record()})
+    recipe = dataclasses.asdict(presets.RECIPES["scenes"][1])
+    place = dict(config=run / "config.json", workdir=run)
+    wanted = Settings(preset="scenes", data=("scenes",), flip=True, **place, **recipe)
+    said, number = parsed(super_res.main, "--workdir", run)
+    assert said.cascade() == first.cascade() and number == 2
+    assert said == wanted and parsed(super_res.main)[0].cascade() == wanted.cascade()
+    said, _ = parsed(super_res.main, "--workdir", run, "--data", "bundled", "--steps", "3")
+    assert said == dataclasses.replace(wanted, data=("bundled",), steps=3)
+    said, _ = parsed(super_res.main, "--workdir", run, "--resume")  # nothing of it is there yet
+    assert said == dataclasses.replace(wanted, resume=True)
+    said, _ = parsed(super_res.main, "--workdir", run, "--preset", "tiny")
+    assert said.cascade() == presets.tiny() and said.data == ("bundled",)
+
+
+@pytest.mark.parametrize("flag", ["--init-from", "--continue-from"])
+def test_weights_bring_their_cascade(parsed, tmp_path, flag):
+    """That of a converted model; a folder without one is refused at once."""
+    there, cascade = tmp_path / "converted", presets.tiny()
+    run_config.write(there, cascade)
+    said, _ = parsed(base.main, flag, there, "--workdir", tmp_path / "mine")
+    assert (said.cascade(), said.run.name, said.data) == (cascade, "mine", ("bundled",))
+    assert parsed(base.main, f"{flag}={there}", "--preset", "demo")[0].cascade() == presets.demo()
+    with pytest.raises(SystemExit, match="absent is not a run directory"):
+        parsed(base.main, flag, "absent", "--workdir", tmp_path / "mine")
+    assert not (tmp_path / "mine").exists()
+
+
+def test_flags_become_settings(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
     run_main(monkeypatch, base.main, "--preset", "tiny", "--print-config")
     assert ImagenConfig.from_dict(json.loads(capsys.readouterr().out)).image_sizes == (8, 16)
     told = {}
@@ -66,7 +125,13 @@ def test_flags_become_settings(monkeypatch, capsys):
     )  # fmt: skip
     recipe = dataclasses.asdict(presets.RECIPES["demo"][1]) | dict(steps=7)
     wanted = Settings(
-        no_captions=True, keep=None, max_grad_norm=None, flip=True, log_every=3, **recipe
+        preset="demo",
+        no_captions=True,
+        keep=None,
+        max_grad_norm=None,
+        flip=True,
+        log_every=3,
+        **recipe,
     )
     assert told["given"] == (wanted, 2)
 
