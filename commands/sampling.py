@@ -50,13 +50,17 @@ class Sampling:
     seed: int = 0
     """Seed of the first image. The others' are derived from it and their places; the one in an
     image's file repeats it alone."""
-    cond_scale: tuple[float, ...] | None = None
+    cond_scale: Annotated[tuple[float, ...] | None, tyro.conf.arg(aliases=["--guidance-scale"])] = (
+        None
+    )
     """Guidance weight, one or one per U-Net; 1 is unguided. Default: 3 for the base, 1 for the
     others; 7 and 4 for cascades in discrete steps, such as DeepFloyd IF; 1 for all in a cascade
     that was trained with cond_drop_prob 0."""
     negative_prompt: str = ""
-    """What guidance leads away from, in place of no text."""
-    steps: tuple[int, ...] | None = None
+    """Text that guidance steers away from, in place of no text."""
+    steps: Annotated[tuple[int, ...] | None, tyro.conf.arg(aliases=["--num-inference-steps"])] = (
+        None
+    )
     """Denoising steps, one or one per U-Net. Default: 20 15 10."""
     sampler: Literal["cascade", *SAMPLERS] | None = None
     """`dpm++2m`, `dpm++3m` and `heun` (two evaluations a step) need few steps; `ancestral` and
@@ -81,7 +85,7 @@ class Sampling:
     """Noise put on an image before it is upsampled, 0 to 1; more invents more detail. Default: the
     cascade's."""
     batch_size: int = 8
-    """Images drawn at once. They do not depend on it: each has its own seed."""
+    """Images drawn at once. It does not change them: each has its own seed."""
     mesh: str | None = None
     """DATAxMODEL devices, as 8x1, or `auto` for all: images are split over the first, channels over
     the second, weights over both. Default: one device."""

@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
-import tyro
 from etils import epath
 
 import commands
 from commands.sampling import Sampling, open_pipeline, progress_bars
 from imagen_jax import run_config, storage
 from imagen_jax.data import labelled_grid, scenes
-from imagen_jax.errors import UserError
+from imagen_jax.errors import UserError, parse
 from imagen_jax.metrics import composition
 from imagen_jax.pipeline import Pipeline, repeated
 from imagen_jax.streams import image_seeds
@@ -75,7 +74,7 @@ class Measured(NamedTuple):
 
 
 def main() -> None:
-    measure(tyro.cli(Settings, prog="python -m evaluate.composition"))
+    measure(parse(Settings, prog="python -m evaluate.composition", description=__doc__))
 
 
 def measure(given: Settings) -> dict[str, Measured]:

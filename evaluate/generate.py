@@ -15,7 +15,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import tyro
 from etils import epath
 from tqdm import tqdm
 
@@ -23,7 +22,7 @@ import commands
 from commands.sampling import Sampling, open_pipeline
 from imagen_jax import run_config, storage
 from imagen_jax.data import open_source, read_lines
-from imagen_jax.errors import UserError
+from imagen_jax.errors import UserError, parse
 from imagen_jax.pipeline import Pipeline, repeated
 from imagen_jax.pixels import png
 from imagen_jax.streams import image_seeds
@@ -39,7 +38,7 @@ class Settings(Sampling):
     """A text file, one prompt a line; captions of COCO as .json; or `scenes:PART`, such as
     scenes:heldout."""
     num_images: int | None = None
-    """Only the first so many prompts."""
+    """Only the first N prompts."""
     out: Path
     """Folder of the images."""
     batch_size: int = 64
@@ -51,7 +50,7 @@ class Settings(Sampling):
 
 
 def main() -> None:
-    given = tyro.cli(Settings, prog="python -m evaluate.generate")
+    given = parse(Settings, prog="python -m evaluate.generate", description=__doc__)
     config = run_config.read(given.run)
     if not config.condition_on_text:
         raise UserError(f"{given.run}: the cascade was trained without captions.")

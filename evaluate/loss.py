@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import tyro
 from tqdm import trange
 
 import commands
@@ -23,7 +22,7 @@ from imagen_jax import checkpoint, nn, run_config, storage, text
 from imagen_jax.config import NullUnetConfig
 from imagen_jax.data import Opening, Source, make_batches
 from imagen_jax.data.sources import gathered
-from imagen_jax.errors import UserError
+from imagen_jax.errors import UserError, parse
 from imagen_jax.evaluation import LOG_SNR_EDGES, bin_labels, make_eval_step
 from imagen_jax.pipeline import Pipeline
 from imagen_jax.sharding import make_layout
@@ -62,7 +61,9 @@ class Settings(Opening):
 
 
 def main() -> None:
-    given = tyro.cli(Settings, prog="python -m evaluate.loss", args=gathered(sys.argv[1:]))
+    given = parse(
+        Settings, prog="python -m evaluate.loss", description=__doc__, args=gathered(sys.argv[1:])
+    )
     run = storage.folder(given.checkpoint)
     folder = storage.folder(given.out or run / "evaluation")
     storage.check_writable(folder)

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import tyro
 
 import commands
 from commands.sampling import NotAFlag, open_pipeline
@@ -28,7 +27,7 @@ from evaluate import composition, score
 from imagen_jax import run_config, storage
 from imagen_jax.data import labelled_grid
 from imagen_jax.diffusion.samplers import SAMPLERS
-from imagen_jax.errors import UserError
+from imagen_jax.errors import UserError, parse
 from imagen_jax.metrics import fid
 from imagen_jax.metrics.composition import Share
 from imagen_jax.pixels import to_uint8
@@ -64,7 +63,7 @@ class Settings(composition.Settings):
 
 
 def main() -> None:
-    given = tyro.cli(Settings, prog="python -m evaluate.report", description=__doc__)
+    given = parse(Settings, prog="python -m evaluate.report", description=__doc__)
     config = run_config.read(given.run)
     if not config.condition_on_text or config.channels != 3:
         raise UserError(f"{given.run}: the cascade must draw captions, in three channels.")

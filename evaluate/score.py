@@ -18,13 +18,12 @@ from typing import Literal, TypeVar
 
 import jax
 import numpy as np
-import tyro
 from flax import nnx
 from tqdm import tqdm, trange
 
 import commands
 from imagen_jax.data import Record, Source, decode, open_source, read
-from imagen_jax.errors import UserError
+from imagen_jax.errors import UserError, parse
 from imagen_jax.metrics import fid
 from imagen_jax.metrics.clip import load_clip, r_precision, score
 from imagen_jax.metrics.inception import FEATURES, Resizing, load_inception, prepare
@@ -56,7 +55,7 @@ class Settings:
     image_size: int | None = None
     """Scale and crop both sets to squares of this size first; needed for sources that draw."""
     limit: int | None = None
-    """Only the first so many images of each set."""
+    """Only the first N images of each set."""
     batch_size: int = 32
     """Images at once."""
     write_statistics: Path | None = None
@@ -80,7 +79,7 @@ class Settings:
 
 
 def main() -> None:
-    given = tyro.cli(Settings, prog="python -m evaluate.score")
+    given = parse(Settings, prog="python -m evaluate.score", description=__doc__)
     scores: dict[str, float] = {}
     if set(given.metrics) & set(BY_FEATURES):
         scores |= by_features(given)

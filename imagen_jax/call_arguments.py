@@ -26,9 +26,11 @@ INSTEAD = {
         "give negative_prompt, or embeddings to `generate`",
     ),
     "progress": "give callback_on_step_end",
+    "generator": "give seed or seeds",
+    **dict.fromkeys(("height", "width"), "the cascade has its own sizes"),
     "return_pil_images": "give output_type",
 }
-"""Arguments of `Imagen.sample` that a call of a pipeline has in another form."""
+"""Arguments of `Imagen.sample` and of diffusers that a call of a pipeline has in another form."""
 
 
 def renamed(arguments: dict[str, Any], **ours: Any) -> dict[str, Any]:

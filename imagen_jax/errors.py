@@ -1,8 +1,12 @@
-"""The one exception class for a user's mistake, and what a message quotes of another error."""
+"""The one exception class for a user's mistake, what a message quotes of another error, and how the
+library's commands are parsed and run."""
 
 import logging
 import sys
 from collections.abc import Callable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 class UserError(ValueError):
@@ -25,6 +29,19 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted")
+
+
+def parse(kind: type[T], **told: Any) -> T:
+    """The command line as `kind`, by `tyro.cli`, which is told the rest.
+
+    What `kind` refuses in its `__post_init__` is raised as it is. Within tyro it would be shown in
+    a frame, under the name of the class.
+    """
+    import tyro
+
+    unchecked = type(kind.__name__, (kind,), {"__post_init__": lambda self: None})
+    unchecked.__doc__ = kind.__doc__
+    return kind(**vars(tyro.cli(unchecked, config=(tyro.conf.DisallowNone,), **told)))
 
 
 def first_line(error: BaseException) -> str:

@@ -189,6 +189,8 @@ class Pipeline:
         With `return_all_unet_outputs` an entry of `images` is a list, of every stage that ran.
         Raises UserError for unfit input.
         """
+        if output_type not in ("pil", "np"):
+            raise UserError(f"output_type {output_type!r} is not one of 'pil', 'np'.")
         arguments = renamed(
             arguments,
             prompt=prompt,

@@ -52,6 +52,8 @@ class ParamKeys(nnx.Rngs):
 
 def row_keys(key: PRNGKey | RowKeys, count: int) -> RowKeys:
     """A key for each of `count` rows: those given, or derived from one key and the row's place."""
+    if not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
+        raise UserError(f"key must be one of jax.random.key(seed), not {key!r:.40}.")
     if not key.ndim:
         return jax.vmap(lambda place: stream(key, "row", place))(jnp.arange(count))
     if len(key) != count:

@@ -251,6 +251,8 @@ def check_aspect(stage: Stage, shape: tuple[int, ...], name: str, *, ndim: int =
     if len(shape) != ndim:
         raise UserError(f"{name} must be {wanted}; got {shape}.")
     h, w = stage.size
+    if ndim == 4 and shape[1] in (1, 3, 4) and shape[2] * w == shape[3] * h:
+        raise UserError(f"{name} must be {wanted}; got {shape}: move the channels to the end.")
     if shape[1] * w != shape[2] * h:
         kind = "square" if h == w else f"of the aspect ratio of {show(stage.size)}"
         raise UserError(f"{name} must be {kind}, {wanted}; got {shape}.")

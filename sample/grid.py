@@ -20,7 +20,7 @@ import commands
 from commands.sampling import NotAFlag, progress_bars
 from imagen_jax.data import labelled_grid
 from imagen_jax.diffusion.samplers import SAMPLERS
-from imagen_jax.errors import UserError
+from imagen_jax.errors import UserError, parse
 from sample import outputs, settings
 from sample.drawing import Drawing, Job, read_prompts
 
@@ -31,7 +31,7 @@ AXES = ("sampler", "cond_scale", "steps")
 class Settings(settings.Settings):
     """Draws one prompt under several settings, on one labelled sheet."""
 
-    prompt: tuple[str, ...] = ()
+    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """What to draw, one text."""
     sampler: tuple[Literal["cascade", *SAMPLERS], ...] = ()
     """Samplers to compare, or the one to use. Default: that of sample.text_to_image."""
@@ -49,7 +49,7 @@ class Settings(settings.Settings):
 
 
 def main() -> None:
-    given = tyro.cli(Settings, prog="python -m sample.grid", description=__doc__)
+    given = parse(Settings, prog="python -m sample.grid", description=__doc__)
     rows, columns = axes(given)
     chosen = [[cell(given, row | column) for column in columns] for row in rows]
     drawing = Drawing.open("grid", chosen[0][0])

@@ -17,7 +17,7 @@ import tyro
 
 import commands
 from imagen_jax.data import TooSmall, decode
-from imagen_jax.errors import UserError
+from imagen_jax.errors import UserError, parse
 from sample import outputs, settings
 from sample.drawing import Drawing, read_prompts
 
@@ -46,7 +46,7 @@ class Settings(settings.Settings):
 
 
 def main() -> None:
-    given = tyro.cli(Settings, prog="python -m sample.image_to_image", description=__doc__)
+    given = parse(Settings, prog="python -m sample.image_to_image", description=__doc__)
     drawing = Drawing.open("image_to_image", given)
     prompts = read_prompts(given, drawing.config)
     each = given.num_images_per_prompt

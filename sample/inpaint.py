@@ -18,7 +18,7 @@ from PIL import Image
 
 import commands
 from imagen_jax import data
-from imagen_jax.errors import UserError
+from imagen_jax.errors import UserError, parse
 from imagen_jax.pixels import to_pil, to_uint8
 from imagen_jax.types import Size
 from sample import outputs, settings
@@ -59,7 +59,7 @@ class Box(NamedTuple):
 
 
 def main() -> None:
-    given = tyro.cli(Settings, prog="python -m sample.inpaint", description=__doc__)
+    given = parse(Settings, prog="python -m sample.inpaint", description=__doc__)
     drawing = Drawing.open("inpaint", given)
     stage = drawing.config.stage(drawing.options["stop_at_unet_number"])
     image, again = read_image_and_mask(given.image, given.mask, stage.channels)

@@ -20,7 +20,7 @@ import tyro
 
 import commands
 from commands.sampling import NotAFlag, progress_bars
-from imagen_jax.errors import UserError
+from imagen_jax.errors import UserError, parse
 from imagen_jax.pipeline import Embeddings
 from imagen_jax.pixels import to_pil
 from imagen_jax.streams import image_seeds, seed_keys
@@ -55,7 +55,7 @@ class Settings(settings.Settings):
 
 
 def main() -> None:
-    given = tyro.cli(Settings, prog="python -m sample.interpolate", description=__doc__)
+    given = parse(Settings, prog="python -m sample.interpolate", description=__doc__)
     drawing = Drawing.open("interpolate", given)
     prompts = read_prompts(given, drawing.config)
     if prompts is not None and len(prompts) < 2:

@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Any, no_type_check
 
 import numpy as np
-import tyro
 
 import commands
 from imagen_jax.data.images import MODES
 from imagen_jax.diffusion.samplers import SAMPLERS
-from imagen_jax.errors import UserError
+from imagen_jax.errors import UserError, parse
 from imagen_jax.pixels import to_pil
 from sample import asking, serving, settings
 from sample.asking import MOST_GUIDANCE, MOST_IMAGES, MOST_STEPS, Ask
@@ -54,13 +53,18 @@ class Settings(settings.Settings):
     num_images: int = 1
     """Number of images that the page starts with."""
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.port is not None and not 1 <= self.port < 2**16:
+            raise UserError(f"--port {self.port} must lie in 1 .. {2**16 - 1}.")
+
     @property
     def counts(self) -> tuple[str, ...]:
         return (*super().counts, "num_images")
 
 
 def main() -> None:
-    given = tyro.cli(Settings, prog="python -m sample.serve", description=__doc__)
+    given = parse(Settings, prog="python -m sample.serve", description=__doc__)
     if gr is None:
         raise UserError("the page needs gradio: pip install -e '.[ui]'")
     launch(given, open_drawing(given))
@@ -95,7 +99,10 @@ def launch(given: Settings, drawing: Served, *, block: bool = True) -> "gr.Block
             ssr_mode=False,
         )
     except OSError as error:
-        raise UserError(f"--host {given.host} --port {given.port}: {error}") from error
+        raise UserError(
+            f"cannot listen at --host {given.host} --port {given.port}, which another program may "
+            "have. Without --port the page takes the first free one."
+        ) from error
     print(f"the page is at {page.local_url} (Ctrl-C ends it)", flush=True)
     if block:
         page.block_thread()

@@ -18,7 +18,7 @@ class Settings(Sampling):
     """Folder to write to; no file in it is replaced. Default: samples/COMMAND in the run
     directory."""
     format: Literal["png", "jpeg", "webp"] = "png"
-    """Of the image files. JPEG is lossy, the others are not."""
+    """Image file format. JPEG is lossy, the others are not."""
     json: bool = False
     """Prints one line of JSON an image, with its file and its recipe, and nothing else on standard
     output."""

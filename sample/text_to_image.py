@@ -21,7 +21,7 @@ import tyro
 
 import commands
 from imagen_jax import run_config, storage
-from imagen_jax.errors import UserError
+from imagen_jax.errors import UserError, parse
 from imagen_jax.pipeline import own_spacing
 from sample import outputs, settings
 from sample.drawing import Drawing, Job, read_prompts
@@ -63,7 +63,7 @@ class Settings(settings.Settings):
 
 
 def main() -> None:
-    given = tyro.cli(Settings, prog="python -m sample.text_to_image", description=__doc__)
+    given = parse(Settings, prog="python -m sample.text_to_image", description=__doc__)
     if given.from_image is not None:
         draw_again(given)
         return

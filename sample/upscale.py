@@ -19,7 +19,7 @@ import commands
 from imagen_jax import run_config, tiling
 from imagen_jax.config import ImagenConfig
 from imagen_jax.data import read
-from imagen_jax.errors import UserError
+from imagen_jax.errors import UserError, parse
 from imagen_jax.stage import Stage
 from sample import outputs, settings
 from sample.drawing import Drawing, Job, read_prompts
@@ -31,7 +31,7 @@ class Settings(settings.Settings):
 
     image: Path
     """The image to upsample."""
-    prompt: tuple[str, ...] = ()
+    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """What the image shows, one text. Default: no text."""
     stage: str | None = None
     """The U-Net that upsamples: 2, 3 or sr256, sr1024. Default: the cascade's last."""
@@ -55,7 +55,7 @@ class Settings(settings.Settings):
 
 
 def main() -> None:
-    given = tyro.cli(Settings, prog="python -m sample.upscale", description=__doc__)
+    given = parse(Settings, prog="python -m sample.upscale", description=__doc__)
     config = run_config.read(given.run)
     number = stage_number(given, config)
     given = dataclasses.replace(given, stage=None, stop_at_unet_number=str(number))

@@ -328,6 +328,8 @@ def test_errors_of_other_cascades():
               **given, **TEXT)  # fmt: skip
     only = cascades.ours(cascade(only_train_unet_number=1))
     complains("only_train_unet_number = 1, not 2", only.loss, IMAGES, **given, **TEXT)
+    complains("move the channels to the end", cascades.ours(cascade()).loss,
+              np.moveaxis(IMAGES, -1, 1), **given, **TEXT)  # fmt: skip
     config = cascade(unet=dict(cond_images_channels=2))
     complains("cond_images are missing", cascades.ours(config).loss, IMAGES, **given, **TEXT)
     complains("cond_images must be square", cascades.ours(config).loss, IMAGES,

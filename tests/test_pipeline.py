@@ -226,6 +226,9 @@ def test_a_call(run):
         (dict(negative_prompt=["x", "y"]), "2 negative prompts for 1 prompts"),
         (dict(num_images_per_prompt=0), "nothing to draw"),
         (dict(key=jax.random.key(0)), "key is not an argument of a pipeline: give seed"),
+        (dict(generator=None), "generator is not an argument of a pipeline: give seed"),
+        (dict(width=64), "width is not an argument of a pipeline: the cascade has its own"),
+        (dict(output_type="latent"), "output_type 'latent' is not one of 'pil', 'np'"),
         (dict(inpaint_images=np.zeros((2, 16, 16, 3))), "inpaint_images has 2 rows for 1 images"),
     ):
         with pytest.raises(UserError, match=message):

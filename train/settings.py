@@ -48,7 +48,7 @@ class Run:
     steps: int = 100_000
     """Steps in all, those before a resume included."""
     seed: int = 0
-    """Of the weights, the order of the pictures and the noise."""
+    """Random seed for the initial weights, the order of the pictures and the noise."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,15 +58,15 @@ class Data(Opening):
     captions_from: Path | None = None
     """Text file, one caption a line: train on the pictures with these captions only."""
     limit: int | None = None
-    """Train on the first so many pictures only."""
+    """Train on the first N pictures only."""
     no_captions: bool = False
     """Train an unconditional cascade, captions unread."""
     flip: bool = False
     """Mirror half of the pictures; wrong where captions speak of left and right."""
     crop: Literal["center", "random"] = "center"
-    """Which part of a picture is seen that is longer than the stage's."""
+    """Which part of a picture to keep where its aspect ratio is not the stage's."""
     small: Literal["skip", "upsample"] = "skip"
-    """What is done with pictures that are smaller than the stage's."""
+    """What to do with pictures that are smaller than the stage's size."""
     buckets: tuple[str, ...] = ()
     """Sizes HEIGHTxWIDTH of batches, as 64x64 48x80 80x48: each picture is seen at that of the
     nearest aspect ratio, and cut less. Default: the stage's size alone."""
@@ -75,7 +75,7 @@ class Data(Opening):
     workers: int = 0
     """Processes that decode pictures instead, where threads are not enough."""
     cache_mb: int = 512
-    """Decoded pictures are kept in memory if all of them fit in so many megabytes."""
+    """Keep decoded pictures in memory if all of them fit in this many megabytes."""
     max_damaged: float = 0.05
     """Share of damaged pictures that ends the run. Fewer are replaced, counted and listed."""
     t5: str | None = None
@@ -99,7 +99,7 @@ class Optimization:
     lr: float = 1e-4
     """Peak learning rate."""
     moments: Literal["float32", "bfloat16"] = "float32"
-    """What the optimiser's averages are kept in; `bfloat16`, rounded at random, takes half."""
+    """Type of the optimiser's averages; `bfloat16`, with stochastic rounding, halves them."""
     beta1: float = 0.9
     """Decay of the average of gradients."""
     beta2: float = 0.99
@@ -111,7 +111,7 @@ class Optimization:
     cosine_decay_max_steps: int | None = None
     """Step at which a cosine has taken the learning rate to 0. Default: constant."""
     max_grad_norm: float | None = 1.0
-    """Gradients are scaled down to this norm. None: never."""
+    """Clip gradients to this norm. None: never."""
     ema: Literal["reference", "plain"] = "reference"
     """Schedule of the average: ema-pytorch's (every 10 steps) or a plain one (every step)."""
     ema_decay: float = 0.9999
@@ -170,7 +170,7 @@ class Watching:
     keep: int | None = 3
     """Newest checkpoints to keep. None: all."""
     profile: int | None = None
-    """Write a trace of so many steps to RUN/profile, for xprof."""
+    """Write a trace of this many steps to RUN/profile, for xprof."""
     tensorboard: bool = False
     """Write RUN/tensorboard too (needs tensorboardX)."""
     wandb: str | None = None

@@ -23,7 +23,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from jaxtyping import Array, Bool, Float, Int
 from tqdm import trange
 
@@ -31,7 +30,7 @@ import commands
 from imagen_jax import text
 from imagen_jax.data import scene_source, scenes
 from imagen_jax.data.scenes import Content
-from imagen_jax.errors import UserError
+from imagen_jax.errors import UserError, parse
 from imagen_jax.types import AnyArray, Params
 
 LENGTH = 16  # tokens of the longest caption, with the end token, and one more
@@ -65,11 +64,16 @@ class Settings:
 
     out: Path
     """Folder to write it to, for --t5."""
+    overwrite: bool = False
+    """Replace the encoder that is there. Cascades trained with it then refuse the new one."""
     steps: int = 1500
+    """Training steps."""
     batch_size: int = 64
     """Captions of a step."""
     lr: float = 2e-3
+    """Peak learning rate, down a cosine."""
     seed: int = 0
+    """Random seed for the order of the captions and the read-outs."""
 
     def __post_init__(self):
         for name in ("steps", "batch_size"):
@@ -78,7 +82,9 @@ class Settings:
 
 
 def main() -> None:
-    given = tyro.cli(Settings, prog="python -m train.text_encoder")
+    given = parse(Settings, prog="python -m train.text_encoder", description=__doc__)
+    if (given.out / "config.json").exists() and not given.overwrite:
+        raise UserError(f"{given.out} holds an encoder: choose another --out, or --overwrite it.")
     encoder, reading = train(given)
     text.save_encoder(encoder, given.out)
     share = accuracy(encoder, reading, scenes.contents("combinations"))

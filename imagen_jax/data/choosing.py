@@ -18,7 +18,7 @@ OPERATORS = {
     ">=": operator.ge, "<=": operator.le, "==": operator.eq,
     "!=": operator.ne, ">": operator.gt, "<": operator.lt,
 }  # fmt: skip
-_CONDITION = re.compile(r"\s*([\w./ -]+?)\s*(>=|<=|==|!=|>|<)\s*(.+?)\s*")
+_CONDITION = re.compile(r"\s*([\w./ -]+?)\s*(>=|<=|==|!=|>|<)\s*(\S.*?)\s*")
 MEASURED = ("width", "height", "caption_length")
 
 
@@ -82,6 +82,13 @@ class Condition:
             raise UserError(f"--where {text!r}: write COLUMN >= VALUE (or <=, ==, !=, >, <)")
         column, sign, value = match.groups()
         number = _number(value)
+        if re.search("[<>=]", value):
+            raise UserError(
+                f"--where {text!r}: each condition is an argument of its own, as in --where "
+                "'width >= 256' 'height >= 256'"
+            )
+        if number is None and column in MEASURED:
+            raise UserError(f"--where {text!r}: {value!r} is not a number")
         return cls(column, sign, value if number is None else number)
 
     def holds(self, value: Any) -> bool:

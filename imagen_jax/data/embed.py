@@ -20,7 +20,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import tyro
 from etils import epath
 from tqdm import tqdm
 
@@ -29,7 +28,7 @@ from imagen_jax.config import ImagenConfig
 from imagen_jax.data import embeddings
 from imagen_jax.data.embeddings import Embeddings, Form, Stored
 from imagen_jax.data.sources import Opening, gathered
-from imagen_jax.errors import UserError, run
+from imagen_jax.errors import UserError, parse, run
 from imagen_jax.sharding import make_layout
 from imagen_jax.unet_config import TEXT_LENGTH
 
@@ -55,7 +54,7 @@ class Settings(Opening):
     """What embeddings are stored in. `int8`, with a scale for each token, takes half of bfloat16;
     the command says how far it is off."""
     limit: int | None = None
-    """Encode the captions of the first so many images to train on only, as training's --limit
+    """Encode the captions of the first N images to train on only, as training's --limit
     takes them, and of those that are held out."""
     batch_size: int = 64
     """Captions at once."""
@@ -82,7 +81,7 @@ class Settings(Opening):
 def main() -> None:
     arguments = gathered(sys.argv[1:])
     program = "python -m imagen_jax.data.embed"
-    given = tyro.cli(Settings, prog=program, description=__doc__, args=arguments)
+    given = parse(Settings, prog=program, description=__doc__, args=arguments)
     embed(given)
 
 

@@ -24,7 +24,7 @@ from imagen_jax.data.images import decode
 from imagen_jax.data.records import Record, Source
 from imagen_jax.data.sources import Opening
 from imagen_jax.data.written import shown
-from imagen_jax.errors import UserError, run
+from imagen_jax.errors import UserError, parse, run
 from imagen_jax.text.tokenizer import load_tokenizer
 
 RATIOS = (1 / 2, 2 / 3, 3 / 4, 1, 4 / 3, 3 / 2, 2)  # height to width
@@ -74,7 +74,7 @@ class Found:
 
 
 def main() -> None:
-    given = tyro.cli(Settings, prog="python -m imagen_jax.data.inspect", description=__doc__)
+    given = parse(Settings, prog="python -m imagen_jax.data.inspect", description=__doc__)
     source = dataclasses.replace(given, data=given.source).open()
     numbers = np.arange(len(source))
     if given.limit and len(source) > given.limit:

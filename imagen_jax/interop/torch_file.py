@@ -1,6 +1,7 @@
 """A file of `torch.save` as numpy arrays, and back. The only place of the library for either."""
 
 import os
+import re
 import warnings
 import zipfile
 from pathlib import Path
@@ -42,9 +43,11 @@ def read_torch_file(path: str | os.PathLike) -> Any:
         # Files from before torch 1.6 are not zip archives and cannot be mapped.
         data = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # pickle, zip and torch raise a dozen kinds for a bad file
+        # Torch's advice to read the file in another way is not for a file that is not trusted.
+        own = re.search("WeightsUnpickler error: (.+)", str(error))
         raise UserError(
             f"{path} could not be read as weights alone (damaged, or it holds Python objects, "
-            f"which are never executed): {first_line(error)}"
+            f"which are never executed): {own[1] if own else first_line(error)}"
         ) from error
     try:
         return _to_numpy(data, torch, path)

@@ -266,7 +266,7 @@ def _folded(name: str, tensors: Mapping[str, np.ndarray]) -> tuple[np.ndarray, n
 
 def _read(path: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
-        raise UserError(f"{path} is not a file of Inception's weights.")
+        raise UserError(f"{path}: no such file. docs/quality.md says where the weights are.")
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, "np") as tensors:

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from imagen_jax.data import inspect
+from imagen_jax.errors import UserError
 
 
 def run(monkeypatch, *arguments: object) -> None:
@@ -57,7 +58,6 @@ def test_what_is_in_a_folder(tmp_path, monkeypatch, capsys):
         (("bundled", "--out", "nowhere/sheet.png"), "there is no such folder"),
     ],
 )
-def test_mistakes(monkeypatch, capsys, arguments, message):
-    with pytest.raises(SystemExit):
+def test_mistakes(monkeypatch, arguments, message):
+    with pytest.raises(UserError, match=message):
         run(monkeypatch, *arguments)
-    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())

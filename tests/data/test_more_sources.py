@@ -609,6 +609,21 @@ def test_an_image_is_too_small_for_one_bucket_alone(tmp_path):
     assert images.shape == (6, 8, 16, 3) and len(np.unique(images)) == 6 and not left_out
 
 
+@pytest.mark.parametrize(
+    ("condition", "message"),
+    [
+        ("width > 100 and height > 100", "each condition is an argument of its own"),
+        ("caption_length > 3, width > 2", "each condition is an argument of its own"),
+        ("width >  ", "write COLUMN >= VALUE"),
+        ("width > wide", "'wide' is not a number"),
+    ],
+)
+def test_conditions_that_would_keep_everything(tmp_path, condition, message):
+    Image.new("RGB", (50, 40)).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match=message):
+        open_source(tmp_path, where=[condition])
+
+
 def test_several_data_on_a_command_line():
     assert sources.gathered(["--data", "A=1", "B", "--x", "1", "--data=C"]) == [
         *("--x", "1", "--data", "A=1", "B", "C")

@@ -98,7 +98,11 @@ def test_a_sheet_of_settings(run, command, tmp_path, caplog):
         ("interpolate", (*PROMPTS, "--frames", 1), "--frames 1: at least 2"),
         ("interpolate", (*PROMPTS, "--c2pa", "a", "b"), "--c2pa a: No such file"),
         ("grid", ("--prompt", "a"), "one or two of --sampler, --cond-scale, --steps must have"),
-        ("grid", ("--prompt", "a", "b", "--steps", 1, 2), "one text for all cells, not 2"),
+        (
+            "grid",
+            ("--prompt", "a", "--prompt", "b", "--steps", 1, 2),
+            "one text for all cells, not 2",
+        ),
     ],
 )
 def test_mistakes(run, command, tmp_path, name, arguments, message):

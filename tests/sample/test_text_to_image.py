@@ -252,10 +252,16 @@ def test_a_folder_that_cannot_be_is_named_before_anything_is_drawn(
         (("--eta", "0.5"), "--eta 0.5 belongs to --sampler ddim"),
     ],
 )
-def test_a_number_out_of_range(arguments, message, run, command, capsys):
-    with pytest.raises(SystemExit) as caught:
+def test_a_number_out_of_range(arguments, message, run, command):
+    with pytest.raises(UserError, match=message):
         command(run, "--prompt", "a", *arguments)
-    assert caught.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_names_of_diffusers(run, command, tmp_path):
+    names = ("--guidance-scale", 2, 1, "--num-inference-steps", 2, 1)
+    command(run, "--prompt", "a", *names, "--out", tmp_path)
+    recipe = recorded(tmp_path / "a-0.png")
+    assert recipe["cond_scale"] == [2, 1] and recipe["timesteps"] == [2, 1]
 
 
 def test_an_untrained_stage(run, command, tmp_path):

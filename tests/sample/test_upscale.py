@@ -112,6 +112,7 @@ def test_mistakes(run, command, tmp_path):
     assert "--stage base: U-Net 1 of" in message(good, "--stage", "base")
     assert "--stage 3: the cascade of" in message(good, "--stage", 3)
     assert "is empty" in message(good, "--prompt", " ")
+    assert "one text for the image, not 2" in message(good, "--prompt", "a", "--prompt", "b")
 
 
 def test_kinds_of_files(run, command, tmp_path, monkeypatch):

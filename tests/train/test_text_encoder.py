@@ -11,6 +11,7 @@ import pytest
 from imagen_jax import text
 from imagen_jax.data import scenes
 from imagen_jax.data.scenes import Content, Kind
+from imagen_jax.errors import UserError
 from train import text_encoder
 
 WORDS = ["a red circle above a blue square", "three small green crosses", "a star"]
@@ -99,6 +100,9 @@ def test_the_command_writes_what_t5_takes(tmp_path, monkeypatch, capsys):
     text_encoder.main()
     assert "% are read completely right." in capsys.readouterr().out
     first = text.load_encoder(out)
+    with pytest.raises(UserError, match="t5 holds an encoder: choose another --out"):
+        text_encoder.main()
+    words.append("--overwrite")
     text_encoder.main()
     assert text.load_encoder(out).sha256 == first.sha256  # a function of its settings
     assert not jax.tree.all(
