@@ -45,6 +45,11 @@ def renamed(arguments: dict[str, Any], **ours: Any) -> dict[str, Any]:
     return arguments
 
 
+def check_output(output_type: str) -> None:
+    if output_type not in ("pil", "np"):
+        raise UserError(f"output_type {output_type!r} is not one of 'pil', 'np'.")
+
+
 def one_each(negative: str | Sequence[str], count: int) -> list[str]:
     """A negative prompt for each of `count` prompts."""
     every = [negative] * count if isinstance(negative, str) else list(negative)

@@ -23,7 +23,14 @@ from jaxtyping import Bool, Float
 from PIL import Image as PILImage
 
 from imagen_jax import checkpoint, nn, run_config, text
-from imagen_jax.call_arguments import PER_IMAGE, one_each, one_seed_each, renamed, rows_of
+from imagen_jax.call_arguments import (
+    PER_IMAGE,
+    check_output,
+    one_each,
+    one_seed_each,
+    renamed,
+    rows_of,
+)
 from imagen_jax.checkpoint import Choice, Weights
 from imagen_jax.config import ImagenConfig
 from imagen_jax.imagen import Imagen
@@ -189,8 +196,7 @@ class Pipeline:
         With `return_all_unet_outputs` an entry of `images` is a list, of every stage that ran.
         Raises UserError for unfit input.
         """
-        if output_type not in ("pil", "np"):
-            raise UserError(f"output_type {output_type!r} is not one of 'pil', 'np'.")
+        check_output(output_type)
         arguments = renamed(
             arguments,
             prompt=prompt,

@@ -15,9 +15,10 @@ from etils import epath
 
 import commands
 from imagen_jax import nn, sharding, storage
-from imagen_jax.config import ImagenConfig
+from imagen_jax.config import ImagenConfig, UnetConfig
 from imagen_jax.data import Opening
 from imagen_jax.errors import UserError
+from imagen_jax.interop import configuration
 from imagen_jax.presets import PRESETS
 
 
@@ -31,7 +32,9 @@ class Run:
     one, gives the defaults of steps, batch size, optimiser, learning rate, warm-up and average.
     Default: the cascade of the run directory, or of the run whose weights are taken; else demo."""
     config: Path | None = None
-    """JSON file of a cascade, instead of a preset; `--print-config` shows what one looks like."""
+    """JSON file of a cascade, instead of a preset: the fields that are not the defaults, as
+    `--print-config` prints them all; a run's config.json; or the `imagen` part of imagen-pytorch's
+    imagen_config.json."""
     print_config: bool = False
     """Print the cascade as JSON and exit."""
     workdir: Path | None = None
@@ -249,9 +252,7 @@ class Settings(Watching, Devices, Optimization, Data, Run):
         if self.config is None:
             config = PRESETS[self.preset or "demo"]()
         else:
-            data = storage.read_object(storage.folder(self.config))
-            # A run's own config.json serves as well.
-            config = ImagenConfig.from_dict(data.get("imagen", data))
+            config = _read_config(self.config)
         changes = {}
         if self.no_captions:
             changes["condition_on_text"] = False
@@ -288,6 +289,19 @@ class Settings(Watching, Devices, Optimization, Data, Run):
 def spelled(value: Any) -> str:
     """A value as it is given on the command line."""
     return " ".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
+
+
+def _read_config(path: Path) -> ImagenConfig:
+    data = storage.read_object(storage.folder(path))
+    fields = data.get("imagen", data)  # a run's own config.json, or the CLI's
+    try:
+        if "type" in data or "video" in fields:  # imagen-pytorch's
+            theirs = configuration.read_json(path)
+            norms = [UnetConfig.norm] * len(theirs["imagen"].get("unets", ()))
+            return configuration.to_ours(theirs["imagen"], theirs["type"] or "original", norms)
+        return ImagenConfig.from_dict(fields)
+    except (KeyError, UserError) as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def _width(name: str) -> int:

@@ -186,6 +186,22 @@ def test_mistaken_files(monkeypatch, tmp_path, written, message):
         run_main(monkeypatch, base.main, "--config", file)
 
 
+def test_the_file_of_the_references_cli(monkeypatch, tmp_path, capsys):
+    """Of its imagen_config.json the cascade; what trains it are flags here."""
+    unet = dict(dim=8, dim_mults=[1, 2], cond_dim=8)
+    imagen = dict(video=False, image_sizes=[8, 16], timesteps=[10, 20], unets=[unet, unet])
+    written = {"type": "original", "imagen": imagen, "trainer": {"lr": 1e-4}}
+    file = tmp_path / "imagen_config.json"
+    file.write_text(json.dumps(written))
+    run_main(monkeypatch, base.main, "--config", file, "--print-config")
+    found = ImagenConfig.from_dict(json.loads(capsys.readouterr().out))
+    assert (found.image_sizes, found.timesteps, found.unets[1].dim) == ((8, 16), (10, 20), 8)
+    assert found.unets[1].lowres_cond
+    file.write_text(json.dumps(written | {"imagen": imagen | {"video": True}}))
+    with pytest.raises(SystemExit, match="imagen_config.json: this is a video cascade"):
+        run_main(monkeypatch, base.main, "--config", file)
+
+
 def test_a_full_device_is_one_line(monkeypatch):
     def full():
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to")
