@@ -148,7 +148,7 @@ def summary(source: Source, found: Found, looked_at: int) -> dict[str, Any]:
 
 
 def spread(values: Sequence[int]) -> dict[str, int]:
-    names = ("least", "5 %", "median", "95 %", "most")
+    names = ("min", "5 %", "median", "95 %", "max")
     return {
         name: int(value)
         for name, value in zip(names, np.percentile(values, (0, 5, 50, 95, 100)), strict=True)
@@ -175,8 +175,8 @@ def lines(report: dict[str, Any]) -> Iterator[str]:
         more = f"; {cut:,} captions are cut at 256" if cut else ""
         yield f"tokens          {_row(report['tokens'])}{more}"
     yield f"without caption {report['without_caption']:,}"
-    yield f"duplicates      {report['duplicate_images']:,} images, byte for byte"
-    yield f"captions again  {report['repeated_captions']:,}"
+    images, captions = report["duplicate_images"], report["repeated_captions"]
+    yield f"duplicates      {images:,} images, byte for byte; {captions:,} captions"
     yield f"unreadable      {len(report['unreadable']):,}"
     for key, why in list(report["unreadable"].items())[:NAMED]:
         yield f"    {key}: {why}"

@@ -37,8 +37,7 @@ def test_what_is_in_a_folder(tmp_path, monkeypatch, capsys):
         "left out: 1 a .svg file, which is not read",
         "smaller than 16: 1",
         "without caption 1",
-        "duplicates      1 images",
-        "captions again  1",
+        "duplicates      1 images, byte for byte; 1 captions",
         "unreadable      1",
         "cut.png: corrupt picture",
     ):
