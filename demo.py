@@ -50,9 +50,6 @@ SEED = 0
 COND_SCALE = {"bundled": (2.0, 1.0), "scenes": (2.0, 3.0, 1.0)}  # guidance, by U-Net
 PRESET = {"bundled": "demo", "scenes": "scenes"}
 LONG = (4.5, 5.5, 5)  # times the steps of the demo, by U-Net
-# What the upper stages of the long one are shown. The shape of an object inside another one is
-# learned late, after 40,000 to 80,000 such images (docs/quality.md).
-MORE_INSIDE = ("scenes=0.7", "scenes:inside=0.3")
 LONGEST_FIRST = (2, 1, 3)  # stages of scenes, in the order in which they are started
 BATCH_SIZE = 35  # images drawn at once
 COLUMNS = 8
@@ -90,8 +87,8 @@ def main() -> None:
     if args.data == "scenes":
         t5 = encoder_folder(workdir)
         if args.only is not None:
-            sys.exit(not train_scenes(workdir, t5, args.only, steps, args.long))
-        finished = side_by_side(workdir, steps, args.long)
+            sys.exit(not train_scenes(workdir, t5, args.only, steps))
+        finished = side_by_side(workdir, steps)
     else:
         finished = train_bundled(workdir, steps)
     if not finished:
@@ -115,13 +112,12 @@ def train_bundled(workdir: Path, steps: Sequence[int]) -> bool:
     )
 
 
-def train_scenes(workdir: Path, t5: Path, number: int, steps: Sequence[int], long: bool) -> bool:
-    data = MORE_INSIDE if long and number > 1 else ("scenes",)
-    more = dict(data=data, t5=str(t5))
+def train_scenes(workdir: Path, t5: Path, number: int, steps: Sequence[int]) -> bool:
+    more = dict(data=("scenes",), t5=str(t5))
     return loop.run(settings(workdir, "scenes", number, steps[number - 1], **more), number)
 
 
-def side_by_side(workdir: Path, steps: Sequence[int], long: bool) -> bool:
+def side_by_side(workdir: Path, steps: Sequence[int]) -> bool:
     """Trains the stages in processes of their own, as many at once as there are cores, each on one;
     what a process prints is in RUN/unetN.log. Whether they are finished.
 
@@ -137,7 +133,7 @@ def side_by_side(workdir: Path, steps: Sequence[int], long: bool) -> bool:
         while waiting or running:
             while waiting and len(running) < len(cores):
                 core = next(core for core in cores if core not in running)
-                running[core] = start_stage(workdir, waiting.pop(0), steps, long, core)
+                running[core] = start_stage(workdir, waiting.pop(0), steps, core)
             time.sleep(2)
             for number, done in steps_done(workdir).items():
                 bars[number].update(done - bars[number].n)
@@ -161,12 +157,12 @@ def side_by_side(workdir: Path, steps: Sequence[int], long: bool) -> bool:
 
 
 def start_stage(
-    workdir: Path, number: int, steps: Sequence[int], long: bool, core: int | None
+    workdir: Path, number: int, steps: Sequence[int], core: int | None
 ) -> tuple[int, subprocess.Popen]:
     """The number of a stage, and its process, on one core."""
     counts = [str(count) for count in steps]
     command = [sys.executable, __file__, "--data", "scenes", "--workdir", str(workdir)]
-    command += ["--only", str(number), "--steps", *counts, *(["--long"] if long else [])]
+    command += ["--only", str(number), "--steps", *counts]
     command += [] if core is None else ["--core", str(core)]
     with (workdir / f"unet{number}.log").open("ab") as said:
         # In a session of its own: Ctrl-C reaches it through us.
