@@ -223,7 +223,7 @@ def test_a_command_says_it_in_one_line(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.startswith(
-        "error: ImagenConfig.noise_schedules must be one of 'cosine', 'linear'"
+        f"error: {file}: ImagenConfig.noise_schedules must be one of 'cosine', 'linear'"
     )
     assert len(done.stderr.splitlines()) == 1
 

@@ -13,6 +13,7 @@ import pytest
 import imagen_jax
 from commands.sampling import Sampling
 from imagen_jax import ElucidatedConfig, memory, nn, presets, run_config, sampling
+from imagen_jax.call_arguments import check_output
 from imagen_jax.errors import UserError
 from imagen_jax.imagen import Imagen
 from imagen_jax.pipeline import Embeddings, Pipeline, padded, sampling_defaults
@@ -228,11 +229,12 @@ def test_a_call(run):
         (dict(key=jax.random.key(0)), "key is not an argument of a pipeline: give seed"),
         (dict(generator=None), "generator is not an argument of a pipeline: give seed"),
         (dict(width=64), "width is not an argument of a pipeline: the cascade has its own"),
-        (dict(output_type="latent"), "output_type 'latent' is not one of 'pil', 'np'"),
         (dict(inpaint_images=np.zeros((2, 16, 16, 3))), "inpaint_images has 2 rows for 1 images"),
     ):
         with pytest.raises(UserError, match=message):
             pipeline("a pear", **mistake)
+    with pytest.raises(UserError, match="output_type 'latent' is not one of 'pil', 'np'"):
+        check_output("latent")
 
 
 def test_arrays_have_a_row_an_image_or_a_prompt(run, monkeypatch):

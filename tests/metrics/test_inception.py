@@ -173,7 +173,7 @@ def test_other_files_are_refused(case, tmp_path):
     (tmp_path / "b.pt").write_text("nothing")
     with pytest.raises(UserError, match="is not a TorchScript file"):
         load_inception(tmp_path / "b.pt")
-    with pytest.raises(UserError, match="is not a file"):
+    with pytest.raises(UserError, match="c.pt: no such file"):
         load_inception(tmp_path / "c.pt")
 
 
