@@ -292,15 +292,16 @@ def spelled(value: Any) -> str:
 
 
 def _read_config(path: Path) -> ImagenConfig:
+    """Ours, or that of a complete file of imagen-pytorch's command."""
     data = storage.read_object(storage.folder(path))
-    fields = data.get("imagen", data)  # a run's own config.json, or the CLI's
+    fields = configuration.read_json(path)["imagen"]  # of a run's own config.json too
     try:
-        if "type" in data or "video" in fields:  # imagen-pytorch's
-            theirs = configuration.read_json(path)
-            norms = [UnetConfig.norm] * len(theirs["imagen"].get("unets", ()))
-            return configuration.to_ours(theirs["imagen"], theirs["type"] or "original", norms)
+        if ("type" in data or "video" in fields) and configuration.is_complete(fields):
+            unets = fields["unets"]
+            norms = [UnetConfig.norm] * (1 if isinstance(unets, dict) else len(unets))
+            return configuration.to_ours(fields, data.get("type", "original"), norms)
         return ImagenConfig.from_dict(fields)
-    except (KeyError, UserError) as error:
+    except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
 

@@ -251,8 +251,7 @@ def _training_content(rng: np.random.Generator, sized: float = SIZED) -> Content
 def related_scene(relation: Relation, seed: int) -> Scene:
     """A scene to train on with two objects in this relation; itself it is none of the records."""
     rng = np.random.default_rng((2 + len(LEVELS), tuple(RELATIONS).index(relation), seed))
-    form = _related(relation)
-    return compose(_with_sizes(form[rng.integers(len(form))], rng), rng)
+    return _scene_of(_related(relation), rng)
 
 
 def heldout_scene(level: str, seed: int) -> Scene:
@@ -273,7 +272,11 @@ def seen_scene(seed: int) -> Scene:
     """A scene with two objects of a combination that is trained on, to compare the held-out ones
     with; itself it is none of the records."""
     rng = np.random.default_rng((1 + len(LEVELS), seed))
-    form = _by_form(None)[2]
+    return _scene_of(_by_form(None)[2], rng)
+
+
+def _scene_of(form: Sequence[Content], rng: np.random.Generator) -> Scene:
+    """A scene of one of these contents."""
     return compose(_with_sizes(form[rng.integers(len(form))], rng), rng)
 
 

@@ -176,6 +176,8 @@ def test_mistaken_flags(monkeypatch, main, arguments, message):
         ('{"image_size": 8}', "no field 'image_size'; did you mean 'image_sizes'?"),
         ('{"unets": [{}], "image_sizes": 8}', "UnetConfig needs the field 'dim'"),
         ("[1, 2]", "holds list, not a JSON object"),
+        ('{"imagen": 3}', "'imagen' is not a JSON object"),
+        ('{"type": "original", "imagen": {"image_sizes": 8}}', "cascade.json: .*'unets'"),
         ("{", "is not JSON"),
     ],
 )
@@ -197,6 +199,11 @@ def test_the_file_of_the_references_cli(monkeypatch, tmp_path, capsys):
     found = ImagenConfig.from_dict(json.loads(capsys.readouterr().out))
     assert (found.image_sizes, found.timesteps, found.unets[1].dim) == ((8, 16), (10, 20), 8)
     assert found.unets[1].lowres_cond
+    file.write_text(
+        json.dumps(written | {"imagen": imagen | dict(image_sizes=[8], timesteps=10, unets=unet)})
+    )
+    run_main(monkeypatch, base.main, "--config", file, "--print-config")
+    assert len(json.loads(capsys.readouterr().out)["unets"]) == 1
     file.write_text(json.dumps(written | {"imagen": imagen | {"video": True}}))
     with pytest.raises(SystemExit, match="imagen_config.json: this is a video cascade"):
         run_main(monkeypatch, base.main, "--config", file)
