@@ -4,6 +4,8 @@
 to draw them, side by side, each on a core of its own: networks this small are slower on two. They
 never see a red triangle, a tenth of all combinations of two objects, or some numbers of some
 objects (imagen_jax/data/scenes.py), are asked for these at the end, and judged (docs/quality.md).
+With --long the second stage first learns from objects inside others alone, in RUN/inside: what is
+hardest to see takes the most steps, and among all scenes it is learned too late.
 
 `bundled`: two stages, 16 -> 32 pixels, learn 64 captioned emoji by heart. Every caption is drawn,
 and in a separate row a few new combinations, beside the real pictures.
@@ -20,6 +22,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -49,7 +52,9 @@ from train.settings import Settings
 SEED = 0
 COND_SCALE = {"bundled": (2.0, 1.0), "scenes": (2.0, 3.0, 1.0)}  # guidance, by U-Net
 PRESET = {"bundled": "demo", "scenes": "scenes"}
-LONG = (4.5, 5.5, 5)  # times the steps of the demo, by U-Net
+LONG = (4.5, 5.6, 5)  # times the steps of the demo, by U-Net
+INSIDE = 2  # the stage that learns "inside" first when it has long, with a third of its steps
+INSIDE_LR = 3e-3  # of both parts
 LONGEST_FIRST = (2, 1, 3)  # stages of scenes, in the order in which they are started
 BATCH_SIZE = 35  # images drawn at once
 COLUMNS = 8
@@ -87,8 +92,8 @@ def main() -> None:
     if args.data == "scenes":
         t5 = encoder_folder(workdir)
         if args.only is not None:
-            sys.exit(not train_scenes(workdir, t5, args.only, steps))
-        finished = side_by_side(workdir, steps)
+            sys.exit(not train_scenes(workdir, t5, args.only, steps, long=args.long))
+        finished = side_by_side(workdir, steps, long=args.long)
     else:
         finished = train_bundled(workdir, steps)
     if not finished:
@@ -112,12 +117,24 @@ def train_bundled(workdir: Path, steps: Sequence[int]) -> bool:
     )
 
 
-def train_scenes(workdir: Path, t5: Path, number: int, steps: Sequence[int]) -> bool:
-    more = dict(data=("scenes",), t5=str(t5))
-    return loop.run(settings(workdir, "scenes", number, steps[number - 1], **more), number)
+def train_scenes(workdir: Path, t5: Path, number: int, steps: Sequence[int], *, long: bool) -> bool:
+    """Trains one stage, given long the second one on "inside" first; whether it is finished."""
+
+    def train(folder: Path, count: int, data: str, **more: Any) -> bool:
+        return loop.run(
+            settings(folder, "scenes", number, count, data=(data,), t5=str(t5), **more), number
+        )
+
+    count = steps[number - 1]
+    if not (long and number == INSIDE):
+        return train(workdir, count, "scenes")
+    first, inside = count // 3, workdir / "inside"
+    return train(inside, first, "scenes:inside", lr=INSIDE_LR) and train(
+        workdir, count - first, "scenes", lr=INSIDE_LR, init_from=inside
+    )
 
 
-def side_by_side(workdir: Path, steps: Sequence[int]) -> bool:
+def side_by_side(workdir: Path, steps: Sequence[int], *, long: bool) -> bool:
     """Trains the stages in processes of their own, as many at once as there are cores, each on one;
     what a process prints is in RUN/unetN.log. Whether they are finished.
 
@@ -133,7 +150,7 @@ def side_by_side(workdir: Path, steps: Sequence[int]) -> bool:
         while waiting or running:
             while waiting and len(running) < len(cores):
                 core = next(core for core in cores if core not in running)
-                running[core] = start_stage(workdir, waiting.pop(0), steps, core)
+                running[core] = start_stage(workdir, waiting.pop(0), steps, core, long=long)
             time.sleep(2)
             for number, done in steps_done(workdir).items():
                 bars[number].update(done - bars[number].n)
@@ -157,34 +174,38 @@ def side_by_side(workdir: Path, steps: Sequence[int]) -> bool:
 
 
 def start_stage(
-    workdir: Path, number: int, steps: Sequence[int], core: int | None
+    workdir: Path, number: int, steps: Sequence[int], core: int | None, *, long: bool
 ) -> tuple[int, subprocess.Popen]:
     """The number of a stage, and its process, on one core."""
     counts = [str(count) for count in steps]
     command = [sys.executable, __file__, "--data", "scenes", "--workdir", str(workdir)]
     command += ["--only", str(number), "--steps", *counts]
     command += [] if core is None else ["--core", str(core)]
+    command += ["--long"] if long else []
     with (workdir / f"unet{number}.log").open("ab") as said:
         # In a session of its own: Ctrl-C reaches it through us.
         return number, subprocess.Popen(command, stdout=said, stderr=said, start_new_session=True)
 
 
 def steps_done(workdir: Path) -> dict[int, int]:
-    """The last step that each U-Net wrote down."""
-    found: dict[int, int] = {}
-    for line in log.read(workdir):
-        if line.get("kind") == "train":
-            found[line["unet"]] = max(found.get(line["unet"], 0), line["step"])
-    return found
+    """The steps of each U-Net that are written down, those on "inside" too."""
+    done: Counter[int] = Counter()
+    for folder in (workdir, workdir / "inside"):
+        last: dict[int, int] = {}
+        for line in log.read(folder):
+            if line.get("kind") == "train":
+                last[line["unet"]] = max(last.get(line["unet"], 0), line["step"])
+        done.update(last)
+    return dict(done)
 
 
 def settings(workdir: Path, preset: str, number: int, steps: int, **more: Any) -> Settings:
-    """The recipe of the preset, down a cosine."""
+    """The recipe of the preset, down a cosine, and what else is given."""
     return Settings(
         preset=preset,
         workdir=workdir,
         resume=True,
-        **dataclasses.asdict(RECIPES[preset][number - 1]) | dict(steps=steps),
+        **dataclasses.asdict(RECIPES[preset][number - 1]) | dict(steps=steps) | more,
         cosine_decay_max_steps=steps,
         seed=SEED,
         log_every=100,
@@ -192,7 +213,6 @@ def settings(workdir: Path, preset: str, number: int, steps: int, **more: Any) -
         save_every=1000,
         sample_every=0,
         keep=1,
-        **more,
     )
 
 

@@ -93,7 +93,7 @@ def test_stages_train_side_by_side_and_one_that_fails_ends_all(tmp_path, monkeyp
     """In processes of their own: two steps that are counted, then a process that fails."""
 
     def stage(code: str):
-        def start(workdir, number, steps, core):
+        def start(workdir, number, steps, core, *, long):
             return number, subprocess.Popen([sys.executable, "-c", code.format(number=number)])
 
         return start
@@ -101,9 +101,9 @@ def test_stages_train_side_by_side_and_one_that_fails_ends_all(tmp_path, monkeyp
     line = '{{"unet": {number}, "step": 2, "kind": "train"}}'
     code = f"open(r'{tmp_path}/metrics{{number}}.jsonl', 'w').write('{line}')"
     monkeypatch.setattr(demo, "start_stage", stage(code))
-    assert demo.side_by_side(tmp_path, (2, 2, 2))
+    assert demo.side_by_side(tmp_path, (2, 2, 2), long=False)
     assert demo.steps_done(tmp_path) == {1: 2, 2: 2, 3: 2}
     (tmp_path / "unet2.log").write_text("lines\nerror: no room\n")
     monkeypatch.setattr(demo, "start_stage", stage("raise SystemExit({number} == 2)"))
     with pytest.raises(UserError, match="U-Net 2: error: no room"):
-        demo.side_by_side(tmp_path, (2, 2, 2))
+        demo.side_by_side(tmp_path, (2, 2, 2), long=False)
