@@ -1,10 +1,13 @@
 """The one exception class for a user's mistake, what a message quotes of another error, and how the
 library's commands are parsed and run."""
 
+import dataclasses
+import inspect
 import logging
 import sys
+import typing
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 T = TypeVar("T")
 
@@ -31,17 +34,47 @@ def run(main: Callable[[], None]) -> None:
         sys.exit("interrupted")
 
 
-def parse(kind: type[T], **told: Any) -> T:
-    """The command line as `kind`, by `tyro.cli`, which is told the rest.
-
-    What `kind` refuses in its `__post_init__` is raised as it is. Within tyro it would be shown in
-    a frame, under the name of the class.
-    """
+def parse(kind: type[T], **given: Any) -> T:
+    """The command line as `kind`, by `tyro.cli`, which is given the rest."""
     import tyro
 
-    unchecked = type(kind.__name__, (kind,), {"__post_init__": lambda self: None})
-    unchecked.__doc__ = kind.__doc__
-    return kind(**vars(tyro.cli(unchecked, config=(tyro.conf.DisallowNone,), **told)))
+    form = flags(kind, own_first=True)
+    return kind(**vars(tyro.cli(form, config=(tyro.conf.DisallowNone,), **given)))
+
+
+def flags(kind: type, defaults: Any = None, own_first: bool = False) -> type:
+    """A dataclass for tyro with the fields of the dataclass `kind`, without its checks: what they
+    refuse within tyro is shown in a frame, under the name of the class.
+
+    In --help each is explained by its docstring, filled to the width of the terminal, and a default
+    that is nothing is not shown. Required ones come first; with `own_first` then those that a class
+    does not inherit. `defaults` is an object of `kind` that has other defaults.
+    """
+    import docstring_parser
+    import tyro
+
+    explained: dict[str, str] = {}
+    for owner in filter(dataclasses.is_dataclass, kind.__mro__):
+        said = {p.arg_name: p.description for p in docstring_parser.parse_from_object(owner).params}
+        for name in inspect.get_annotations(owner):
+            explained.setdefault(name, " ".join((said.get(name) or "").split()))
+
+    types, made = typing.get_type_hints(kind, include_extras=True), []
+    for field in dataclasses.fields(kind):
+        value = field.default if defaults is None else getattr(defaults, field.name)
+        shown = tyro.conf.arg(help=explained[field.name], help_behavior_hint=_shown)
+        typed = Annotated[types[field.name], shown]
+        made.append((field.name, typed, dataclasses.field(default=value)))
+    if own_first:
+        made.sort(key=lambda x: list(explained).index(x[0]))
+    made.sort(key=lambda x: x[2].default is not dataclasses.MISSING)
+    form = dataclasses.make_dataclass(kind.__name__, made, kw_only=True)
+    form.__doc__ = kind.__doc__
+    return form
+
+
+def _shown(default: str) -> str:
+    return "" if default in ("", "''", "None", "False") else f"(default: {default})"
 
 
 def first_line(error: BaseException) -> str:

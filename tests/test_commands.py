@@ -1,14 +1,18 @@
 """What every command sets up for its process, seen from a process of its own."""
 
+import dataclasses
 import logging
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Annotated
 
 import pytest
+import tyro
 
 from imagen_jax import errors
+from imagen_jax.errors import UserError, flags, parse
 
 STEPS = """
 import resource
@@ -71,3 +75,49 @@ def test_commands_of_the_library_do_not_repeat_what_orbax_warns_of(caplog):
     assert not caplog.records
     logger.warning("another program's")
     assert len(caplog.records) == 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inherited:
+    folder: Path
+    """Where to read
+    from."""
+    seed: int = 3
+    """Seed."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OfCommand(Inherited):
+    """A command."""
+
+    note: Annotated[str | None, tyro.conf.arg(aliases=["--remark"])] = None
+    """What to say. Default:
+    `nothing` at all."""
+    parts: tuple[int, ...] = ()
+    """Parts."""
+
+    def __post_init__(self):
+        if self.seed < 0:
+            raise UserError(f"--seed {self.seed}: at least 0.")
+
+
+def test_help_fills_its_lines_and_begins_with_a_commands_own_flags(capsys):
+    """Its paragraphs are not cut where the docstring's lines end, and None is no default."""
+    with pytest.raises(SystemExit, match="0"):
+        parse(OfCommand, prog="p", description="d", args=["--help"])
+    text = capsys.readouterr().out
+    flat = " ".join(text.replace("│", " ").split())
+    assert "Where to read from. (required)" in text
+    assert "What to say. Default: `nothing` at all. --parts" in flat
+    assert "Seed. (default: 3)" in flat and "None" not in flat and "--remark" in flat
+    places = [flat.index(said) for said in ("Where to", "What to", "Parts.", "Seed.")]
+    assert places == sorted(places)
+
+
+def test_flags_are_checked_after_they_are_parsed():
+    given = parse(OfCommand, prog="p", description="d", args=["--folder", "x", "--remark", "y"])
+    assert given == OfCommand(folder=Path("x"), note="y")
+    with pytest.raises(UserError, match="--seed -1: at least 0"):
+        parse(OfCommand, prog="p", description="d", args=["--folder", "x", "--seed", "-1"])
+    form = flags(OfCommand, defaults=OfCommand(folder=Path("a"), seed=7))
+    assert form() == form(folder=Path("a"), seed=7)

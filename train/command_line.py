@@ -19,6 +19,7 @@ import commands
 from imagen_jax import run_config, storage
 from imagen_jax.data import Opening
 from imagen_jax.data.sources import gathered
+from imagen_jax.errors import flags
 from imagen_jax.presets import PRESETS, RECIPES
 from train.settings import SECTIONS, Data, Devices, Run, Settings
 
@@ -43,9 +44,9 @@ def parse(description: str | None, *more: type, unet_number: str = "1") -> tuple
     first = _first(words, unet_number)
     defaults = _defaults(first, commands.stage_number(first.unet_number))
     sections = [
-        *((kind.__name__.lower(), _shown(kind), kind()) for kind in more),
+        *((kind.__name__.lower(), _shown(kind, kind())) for kind in more),
         *(
-            (kind.__name__.lower(), _shown(kind, first.resume), defaults.section(kind))
+            (kind.__name__.lower(), _shown(kind, defaults.section(kind), again=first.resume))
             for kind in SECTIONS
         ),
     ]
@@ -53,9 +54,9 @@ def parse(description: str | None, *more: type, unet_number: str = "1") -> tuple
     script = Path(sys.argv[0])
     program = f"python -m {script.parent.name}.{script.stem}"
     found = tyro.cli(command, prog=program, description=description, args=words)
-    parts = list(vars(found).values())
-    others, parts = parts[: -len(SECTIONS)], parts[-len(SECTIONS) :]
-    values = {name: value for part in parts for name, value in vars(part).items()}
+    parts = [vars(part) for part in vars(found).values()]
+    others = [kind(**part) for kind, part in zip(more, parts, strict=False)]
+    values = {name: value for part in parts[len(more) :] for name, value in part.items()}
     return *others, Settings(**values)
 
 
@@ -135,7 +136,7 @@ def _values(found: Mapping[str, Any]) -> dict[str, Any]:
     return values | {name: values[name] and Path(values[name]) for name in PATHS & values.keys()}
 
 
-def _shown(kind: type, again: bool = False) -> Any:
+def _shown(kind: type, defaults: Any, again: bool = False) -> Any:
     """A section as tyro shows it: flat names, switches without a `--no-` twin, no word `None`
     where leaving the flag out says it. `again`: a recorded value can be taken back by both."""
     marks = [tyro.conf.OmitArgPrefixes]
@@ -143,4 +144,4 @@ def _shown(kind: type, again: bool = False) -> Any:
         marks.append(tyro.conf.FlagCreatePairsOff)
     if kind in (Run, Data, Devices) and not again:
         marks.append(tyro.conf.DisallowNone)
-    return Annotated[(kind, *marks)]
+    return Annotated[(flags(kind, defaults), *marks)]

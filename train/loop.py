@@ -46,6 +46,8 @@ def run(settings: Settings, unet_number: int, layout: Layout | None = None) -> b
     stage = _trained_stage(config, unet_number)
     data, optimization, watching = map(settings.section, (Data, Optimization, Watching))
     run_dir = RunDir.open(settings.run, config, stage, resume=settings.resume)
+    if settings.resume and run_dir.newest is None:
+        print(f"note: {run_dir.path} holds no step of U-Net {unet_number}: it begins at step 0.")
     layout = layout or make_layout(settings.mesh, rows=settings.rows)
     if _finished(run_dir, watching, settings.steps):
         print(f"U-Net {unet_number} in {run_dir.path} has all of its {run_dir.complete} steps.")

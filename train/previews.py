@@ -35,7 +35,7 @@ SHOWN = 8
 def due(settings: Watching, step: int, *, last: bool) -> set[str]:
     """What is to be looked at after a step: "evaluation", "samples", "composition"."""
     found = set()
-    if last or step % settings.eval_every == 0:
+    if settings.eval_every and (last or step % settings.eval_every == 0):
         found.add("evaluation")
     for name, every in dict(
         samples=settings.sample_every, composition=settings.compose_every

@@ -152,7 +152,8 @@ class Watching:
     log_every: int = 50
     """Steps between lines of metrics.jsonl."""
     eval_every: int = 1000
-    """Steps between evaluations: loss per log-SNR bin on held-out and on training pictures."""
+    """Steps between evaluations: loss per log-SNR bin on held-out and on training pictures.
+    0: none."""
     eval_batches: int = 4
     """Batches of an evaluation."""
     sample_every: int = 1000
@@ -184,7 +185,7 @@ SECTIONS = (Run, Data, Optimization, Devices, Watching)
 
 AT_LEAST = dict(
     steps=1, seed=0, limit=1, threads=1, workers=0, cache_mb=0, batch_size=1, accumulate=1,
-    warmup_steps=0, cosine_decay_max_steps=1, log_every=1, eval_every=1, eval_batches=1,
+    warmup_steps=0, cosine_decay_max_steps=1, log_every=1, eval_every=0, eval_batches=1,
     sample_every=0, sample_steps=1, compose_every=0, compose_images=1,
     save_every=1, keep=1, profile=1, process_id=0, num_processes=1,
 )  # fmt: skip

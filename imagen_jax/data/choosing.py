@@ -55,7 +55,8 @@ class _Templated:
         for name in self.names:
             text = "" if columns.get(name) is None else _text(columns[name])
             if not text:
-                raise NoCaption(f"no {name!r} for its caption")
+                has = "" if name in columns else f", only {', '.join(columns) or 'no columns'}"
+                raise NoCaption(f"no {name!r} for its caption{has}")
             values[name] = text.replace("_", " ")
         return (self.template.format_map(values),)
 

@@ -259,7 +259,9 @@ class _Pictures:
         if self.cache is not None and (i, size) in self.cache:
             return self.cache[i, size]
         record = self.source[i]
-        captions = record.captions if self.wants_caption else ()
+        captions = ()
+        if self.wants_caption:  # the source says why a record has none
+            captions = record.captions if record.caption else self.source.captions(i)
         if self.embeddings is not None:
             self.embeddings.check(captions)
         image = decode(

@@ -10,6 +10,8 @@ A run directory made this way is sampled from like any other (`python -m sample.
 """
 
 import dataclasses
+import functools
+import operator
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,7 +20,7 @@ from tyro.conf import Positional, arg, subcommand
 
 from imagen_jax import checkpoint, run_config
 from imagen_jax.checkpoint import Weights
-from imagen_jax.errors import UserError, run
+from imagen_jax.errors import UserError, flags, run
 from imagen_jax.if_config import IF_TEXT_LENGTH
 from imagen_jax.interop import (
     deepfloyd,
@@ -355,25 +357,31 @@ def write_torch(path: Path, run: RunDir, kept: list[Weights]) -> None:
     imagen_pytorch.write(path, run.config, online, ema, origin)
 
 
-Command = (
-    Annotated[FromTorch, subcommand("from-torch")]
-    | Annotated[ToTorch, subcommand("to-torch")]
-    | Annotated[ToSafetensors, subcommand("to-safetensors")]
-    | Annotated[FromSafetensors, subcommand("from-safetensors")]
-    | Annotated[FromDiffusers, subcommand("from-diffusers")]
-    | Annotated[ToDiffusers, subcommand("to-diffusers")]
-    | Annotated[VerifyIf, subcommand("verify-if")]
-    | Annotated[Inspect, subcommand("inspect")]
-    | Annotated[Verify, subcommand("verify")]
-)
+COMMANDS = {
+    "from-torch": FromTorch,
+    "to-torch": ToTorch,
+    "to-safetensors": ToSafetensors,
+    "from-safetensors": FromSafetensors,
+    "from-diffusers": FromDiffusers,
+    "to-diffusers": ToDiffusers,
+    "verify-if": VerifyIf,
+    "inspect": Inspect,
+    "verify": Verify,
+}
 
 
 def main() -> None:
+    forms = {flags(kind): (name, kind) for name, kind in COMMANDS.items()}
+    choices = [Annotated[form, subcommand(name)] for form, (name, _) in forms.items()]
     config = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)
-    command = tyro.cli(
-        Command, prog="python -m imagen_jax.interop", description=__doc__, config=config
+    found = tyro.cli(
+        functools.reduce(operator.or_, choices),
+        prog="python -m imagen_jax.interop",
+        description=__doc__,
+        config=config,
     )
-    command.run()
+    _, kind = forms[type(found)]
+    kind(**vars(found)).run()
 
 
 if __name__ == "__main__":

@@ -90,6 +90,11 @@ def read(path: str | os.PathLike, config: str | os.PathLike | None = None) -> Ch
     `config` is a JSON file, for a checkpoint without configuration. Raises ValueError for a file
     that is not one of those above, or that needs code to be executed, and if fields are left open.
     """
+    if Path(path).suffix == ".safetensors":
+        raise UserError(
+            f"{path} is safetensors: take from-safetensors for a file of to-safetensors, and "
+            "from-diffusers for the folder of a U-Net of DeepFloyd IF."
+        )
     data = read_torch_file(path)
     if not isinstance(data, dict) or not data:
         raise UserError(f"{path} is not a checkpoint of imagen-pytorch: it holds no dictionary.")

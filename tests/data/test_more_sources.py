@@ -340,6 +340,14 @@ def test_captions_of_class_folders(tmp_path):
     assert captions == {"0.png": None, "red_fox/1.png": "a red fox", "owl/1.png": "a owl"}
     with pytest.raises(UserError, match="no 'label' for its caption"):
         source.captions(0)
+    other = open_source(tmp_path, template="a {lable}")
+    with (
+        pytest.raises(UserError, match="no 'lable' for its caption, only label"),
+        make_batches(
+            other.take(1), batch_size=1, image_size=16, seed=0, tokenize=lambda captions: captions
+        ) as batches,
+    ):
+        next(batches)
     for template, message in (("a photo", "must name a column"), ("a {", "--template 'a {'")):
         with pytest.raises(UserError, match=message):
             open_source(tmp_path, template=template)

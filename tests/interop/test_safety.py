@@ -166,6 +166,10 @@ def test_a_file_that_is_no_checkpoint_is_refused(make, reason, tmp_path):
     assert contents(tmp_path) == before
 
 
+def test_safetensors_are_sent_to_their_own_commands(tmp_path):
+    refused("take from-safetensors", "from-torch", tmp_path / "x.safetensors", tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     "tensor",
     [

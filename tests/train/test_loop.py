@@ -58,13 +58,16 @@ def assert_same_run(settings, straight, again=()):
     assert sorted(got) == sorted(want + [want[step - 1] for step in again])
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(straight, tmp_path):
+def test_a_resumed_run_is_the_uninterrupted_one(straight, tmp_path, capsys):
     programs = make_train_step(
         support.CASCADE.stage(1), straight.section(Optimization)
     )._cache_size()
-    first = support.settings(tmp_path, steps=2)
+    first = support.settings(tmp_path, steps=2, resume=True)
     assert loop.run(first, 1)
+    began = "holds no step of U-Net 1: it begins at step 0"
+    assert began in capsys.readouterr().out
     assert loop.run(dataclasses.replace(first, steps=4, resume=True), 1)
+    assert began not in capsys.readouterr().out
     assert_same_run(first, straight)
     assert (
         make_train_step(support.CASCADE.stage(1), straight.section(Optimization))._cache_size()
