@@ -21,7 +21,7 @@ from imagen_jax.data import Opening
 from imagen_jax.data.sources import gathered
 from imagen_jax.errors import flags
 from imagen_jax.presets import PRESETS, RECIPES
-from train.settings import SECTIONS, Data, Devices, Run, Settings
+from train.settings import SECTIONS, Optimization, Settings, Watching
 
 CONFIG = "config.json"
 PATHS = {"captions_from", "init_from", "continue_from", "embeddings"}
@@ -142,6 +142,6 @@ def _shown(kind: type, defaults: Any, again: bool = False) -> Any:
     marks = [tyro.conf.OmitArgPrefixes]
     if not again:
         marks.append(tyro.conf.FlagCreatePairsOff)
-    if kind in (Run, Data, Devices) and not again:
+    if kind not in (Optimization, Watching) and not again:
         marks.append(tyro.conf.DisallowNone)
     return Annotated[(flags(kind, defaults), *marks)]
