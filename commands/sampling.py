@@ -40,62 +40,62 @@ class Sampling:
     checkpoint: Path
     """Run directory of the cascade: what training calls --workdir."""
     weights: checkpoint.Weights = "ema"
-    """The running average of the parameters, or the parameters themselves."""
+    """`ema`: the running average of the parameters; `online`: the parameters themselves."""
     t5: str | None = None
-    """Where the text encoder is: folder or name of a T5, or `demo`. Default: the cascade's
-    text_encoder_name. One of other weights than in training is refused."""
+    """Text encoder: folder or name of a T5, or `demo`. Default: the cascade's text_encoder_name.
+    An encoder whose weights differ from those used in training is refused."""
     stop_at_unet_number: str | None = None
     """Last U-Net to run: 1, 2, 3 or base, sr256, sr1024. Default: the cascade's last."""
 
     seed: int = 0
-    """Seed of the first image. The others' are derived from it and their places; the one in an
-    image's file repeats it alone."""
+    """Seed of the first image. The seeds of the others are derived from it and their positions; the
+    seed recorded in an image's file draws that image again on its own."""
     cond_scale: Annotated[tuple[float, ...] | None, tyro.conf.arg(aliases=["--guidance-scale"])] = (
         None
     )
-    """Guidance weight, one or one per U-Net; 1 is unguided. Default: 3 for the base, 1 for the
-    others; 7 and 4 for cascades in discrete steps, such as DeepFloyd IF; 1 for all in a cascade
-    that was trained with cond_drop_prob 0."""
+    """Guidance weight: one for all U-Nets, or one per U-Net; 1 is unguided. Default: 3 for the
+    base, 1 for the others; 7 and 4 for discrete-time cascades, such as DeepFloyd IF; 1 for all in a
+    cascade that was trained with cond_drop_prob 0."""
     negative_prompt: str = ""
-    """Text that guidance steers away from, in place of no text."""
+    """Text to steer away from: guidance uses it in place of no text."""
     steps: Annotated[tuple[int, ...] | None, tyro.conf.arg(aliases=["--num-inference-steps"])] = (
         None
     )
-    """Denoising steps, one or one per U-Net. Default: 20 15 10."""
+    """Denoising steps: one number for all U-Nets, or one per U-Net. Default: 20 15 10."""
     sampler: Literal["cascade", *SAMPLERS] | None = None
-    """`dpm++2m`, `dpm++3m` and `heun` (two evaluations a step) need few steps; `ancestral` and
+    """`dpm++2m`, `dpm++3m` and `heun` (two evaluations per step) need few steps; `ancestral` and
     `dpm++2m-sde` draw noise at every step, `ddim` only at the start (more with --eta). `cascade` is
-    the reference's, `ancestral` or (elucidated) `heun`, with the cascade's timesteps. Default:
-    dpm++2m, or dpm++2m-sde for cascades in discrete steps."""
+    the reference's sampler, `ancestral` or (if elucidated) `heun`, with the cascade's `timesteps`.
+    Default: dpm++2m, or dpm++2m-sde for discrete-time cascades."""
     spacing: Literal[*SPACINGS, *discrete.SPACINGS] | None = None
-    """Noise levels of the steps: `t`, equal steps of time, `log_snr` or `karras`. Default: log_snr,
-    or karras for elucidated cascades; t with `--sampler cascade`. Of a cascade in discrete steps,
-    such as DeepFloyd IF, also `leading`, `trailing` and its presets, which have as many steps as
-    their names say."""
+    """Spacing of the noise levels: `t` (equal steps of time), `log_snr` or `karras`. Default:
+    log_snr, or karras for elucidated cascades; t with `--sampler cascade`. Discrete-time cascades,
+    such as DeepFloyd IF, also have `leading`, `trailing` and IF's presets, whose names give their
+    number of steps."""
     eta: float = 0.0
     """Noise of ddim, from 0 (none) to 1 (as much as the ancestral sampler's)."""
     guidance_interval: tuple[float, float] | None = None
-    """Lowest and highest noise level, sigma / alpha, that is guided; the others cost half. Default:
-    all."""
+    """Lowest and highest noise level (sigma / alpha) at which to guide; steps outside cost half.
+    Default: guide at all levels."""
     guidance_schedule: Literal[tuple(SCHEDULES)] | None = None
     """How the guidance weight grows from noise to image. Default: it is constant."""
     guidance_rescale: float = 0.0
-    """0 to 1: keeps the contrast of the unguided image (0.7 is usual)."""
+    """How far to restore the contrast of the unguided image, 0 to 1 (0.7 is usual)."""
     lowres_sample_noise_level: float | None = None
-    """Noise put on an image before it is upsampled, 0 to 1; more invents more detail. Default: the
-    cascade's."""
+    """Noise added to an image before it is upsampled, 0 to 1; more noise invents more detail.
+    Default: the cascade's value."""
     batch_size: int = 8
-    """Images drawn at once. It does not change them: each has its own seed."""
+    """Images drawn at once. This does not change the images: each has its own seed."""
     mesh: str | None = None
-    """DATAxMODEL devices, as 8x1, or `auto` for all: images are split over the first, channels over
-    the second, weights over both. Default: one device."""
+    """Device mesh as DATAxMODEL, such as 8x1, or `auto` for all devices: images are split over the
+    first axis, channels over the second, weights over both. Default: one device."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """What the networks compute in; `auto` is bfloat16 on accelerators and float32 on a CPU.
-    float32 is exact there too (no TF32), at several times the cost."""
+    """Compute dtype; `auto` is bfloat16 on accelerators and float32 on a CPU.
+    On accelerators too, float32 is full precision (no TF32), at several times the cost."""
     memory: Memory = "auto"
-    """Where the weights of the encoder and the U-Nets are while another of them runs: `resident` on
-    the device, `streamed` in the host's memory. `auto` streams what would take more than half of
-    the device's memory."""
+    """Where the weights of the text encoder and the U-Nets wait while another network runs:
+    `resident` keeps them on the device, `streamed` in the host's memory. `auto` streams them if
+    they would take more than half of the device's memory."""
 
     def __post_init__(self):
         counts = [(name, (getattr(self, name),)) for name in self.counts] + [("steps", self.steps)]

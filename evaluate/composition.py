@@ -1,11 +1,11 @@
-"""How well a cascade composes: images of captions about coloured shapes, judged object by object.
+"""Measures how well a cascade composes: draws captions about coloured shapes, judges each object.
 
     python -m evaluate.composition --checkpoint RUN
 
 The cascade must have been trained on `--data scenes`, which never shows three kinds of captions:
-new pairs of colour and shape, new combinations of two objects and a relation, new counts. A fourth
-kind, `seen`, are combinations of the training set in new places. What is drawn is judged by
-`imagen_jax.metrics.composition`, by fixed rules and without a network.
+new pairs of colour and shape, new combinations of two objects and a relation, new counts. The
+fourth kind, `seen`, has combinations from the training set in new places.
+`imagen_jax.metrics.composition` judges the images by fixed rules, without a network.
 """
 
 import dataclasses
@@ -40,14 +40,14 @@ HEADS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings(Sampling):
-    """Measures what a cascade trained on scenes makes of captions that it was never shown."""
+    """Measures how a cascade trained on scenes draws captions that it was never shown."""
 
     levels: tuple[Literal[scenes.KINDS], ...] = scenes.KINDS
     """Kinds of captions to draw."""
     num_images: int = 200
-    """Images of each kind."""
+    """Images per kind of caption."""
     batch_size: int = 64
-    """Images drawn at once. They do not depend on it: each has its own seed."""
+    """Images drawn at once. This does not change the images: each has its own seed."""
     out: Path | None = None
     """Folder for composition.json and composition.png. Default: evaluation in the run directory."""
 

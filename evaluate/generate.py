@@ -1,12 +1,12 @@
-"""Images of many prompts, for scores: resumable, and the same on any mesh.
+"""Draws images of many prompts, to be scored: resumable, and the same on any mesh.
 
     python -m evaluate.generate --checkpoint RUN --prompts FILE --out DIR
 
-Prompt number i gives DIR/00000i.png and, beside it, its text in DIR/00000i.txt, from a seed of its
-own. What is there is not drawn again, so the same command resumes after any interruption.
-An image depends on its prompt, the settings and its seed alone, not on the batch or the mesh (to
-rounding: one level of 255). DIR/generate.json has the settings and a hash of the cascade; others
-are refused.
+Prompt number i is drawn from its own seed to DIR/00000i.png, with its text in DIR/00000i.txt.
+Images that exist are not drawn again, so the same command resumes after any interruption.
+An image depends only on its prompt, the settings and its seed, not on the batch or the mesh (up to
+rounding: one level of 255). DIR/generate.json has the settings and a hash of the cascade; other
+settings or another cascade are refused.
 """
 
 import dataclasses
@@ -35,14 +35,14 @@ class Settings(Sampling):
     """Draws an image for each of many prompts."""
 
     prompts: str
-    """A text file, one prompt a line; captions of COCO as .json; or `scenes:PART`, such as
+    """A text file with one prompt per line, a .json of COCO captions, or `scenes:PART`, such as
     scenes:heldout."""
     num_images: int | None = None
     """Only the first N prompts."""
     out: Path
     """Folder of the images."""
     batch_size: int = 64
-    """Images drawn at once. They do not depend on it: each has its own seed."""
+    """Images drawn at once. This does not change the images: each has its own seed."""
 
     @property
     def counts(self) -> tuple[str, ...]:

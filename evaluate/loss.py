@@ -1,10 +1,10 @@
-"""The loss of a cascade's U-Nets by noise level, on images that it was not trained on.
+"""Measures the loss of a cascade's U-Nets by noise level, on images not used in training.
 
     python -m evaluate.loss --checkpoint RUN --data SRC
 
-The noise is the same for all runs, so that two of them differ by their weights alone: a number to
-compare runs with, long before their samples look different. Losses at one noise level compare
-between runs of one objective; the mean over all levels only where the schedules are equal too.
+The noise is the same for all runs, so that two runs differ only by their weights and can be
+compared long before their samples look different. Losses at one noise level are comparable between
+runs with the same objective; the mean over all levels only if the schedules are the same too.
 """
 
 import dataclasses
@@ -34,23 +34,23 @@ class Settings(Opening):
     """Measures the loss by noise level on held-out images."""
 
     data: tuple[str, ...] = dataclasses.field()
-    """Images with captions, as in training; their held-out part is taken."""
+    """Images with captions, as in training; only their held-out part is used."""
     checkpoint: Path
     """Run directory of the cascade: what training calls --workdir."""
     num_images: int = 1024
-    """Images, each at one noise level; those of a smaller set are used again at others."""
+    """Number of images, each at one noise level; a smaller set is reused at other levels."""
     batch_size: int = 32
-    """Images at once. They meet other noise in batches of another size."""
+    """Images per batch. Another batch size gives the images other noise."""
     weights: checkpoint.Weights = "ema"
-    """The running average of the parameters, or the parameters themselves."""
+    """`ema`: the running average of the parameters; `online`: the parameters themselves."""
     t5: str | None = None
-    """Where the text encoder is. Default: the cascade's text_encoder_name."""
+    """Folder or name of the text encoder. Default: the cascade's text_encoder_name."""
     seed: int = 0
-    """Of the noise."""
+    """Seed of the noise."""
     mesh: str = "1x1"
-    """DATAxMODEL devices, as 8x1, or `auto` for all."""
+    """Device mesh as DATAxMODEL, such as 8x1, or `auto` for all devices."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """What the networks compute in; `auto` is bfloat16 on accelerators and float32 on a CPU."""
+    """Compute dtype; `auto` is bfloat16 on accelerators and float32 on a CPU."""
     out: Path | None = None
     """Folder for loss.json. Default: evaluation in the run directory."""
 

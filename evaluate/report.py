@@ -1,13 +1,14 @@
-"""How the settings of sampling act on quality: a table, and a page with curves and a sheet.
+"""Measures how sampling settings affect quality: a table, and a page with curves and a sheet.
 
     python -m evaluate.report --checkpoint RUN --html report.html
-    python -m evaluate.report --checkpoint RUN --inception FILE   # FID beside composition
+    python -m evaluate.report --checkpoint RUN --inception FILE   # FID too
 
-The cascade must have been trained on `--data scenes`. From the settings given (`--cond-scale`,
-`--steps`, `--sampler`) one is varied at a time: the guidance weight of the base, the steps of the
-base, the sampler. Every row draws the same captions from the same seeds; what is drawn is judged as
-`evaluate.composition` does it. With FID's network each row has the FID of its images against true
-scenes of the same captions: few images, so it compares only within the table.
+The cascade must have been trained on `--data scenes`. Starting from the given settings
+(`--cond-scale`, `--steps`, `--sampler`), one is varied at a time: the guidance weight of the base,
+the steps of the base, the sampler. Every row draws the same captions from the same seeds, and its
+images are judged as in `evaluate.composition`. With `--inception` each row also has the FID of its
+images against true scenes of the same captions; with so few images it is comparable only within
+the table.
 """
 
 import base64
@@ -41,7 +42,7 @@ Row = tuple[str, str, dict[str, composition.Measured], float | None]  # what var
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings(composition.Settings):
-    """Measures how guidance, steps and samplers act on what a cascade draws."""
+    """Measures how guidance, steps and samplers affect what a cascade draws."""
 
     num_images: int = 50
     """Images of each kind and row."""
@@ -52,9 +53,9 @@ class Settings(composition.Settings):
     samplers: tuple[Literal[*SAMPLERS], ...] = ("dpm++2m", "dpm++3m", "ddim", "heun", "ancestral")
     """Samplers to try, of all U-Nets."""
     inception: Path | None = None
-    """Weights of FID's network, as of evaluate.score."""
+    """Weights of the Inception network, as in evaluate.score, to compute FID."""
     html: Path | None = None
-    """The page. Default: report.html in the run's folder of evaluations."""
+    """File for the page. Default: report.html in the run's evaluation folder."""
     out: NotAFlag[Path | None] = None
 
     @property

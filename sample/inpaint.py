@@ -1,11 +1,11 @@
-"""Draws a part of an image again, led by a prompt; the rest keeps the file's pixels to the bit.
+"""Redraws a part of an image, guided by a prompt; the rest keeps the file's exact pixels.
 
     python -m sample.inpaint --checkpoint RUN --image photo.png --mask mask.png --prompt "a hat"
 
-The mask is an image of the same size: white is drawn again, black is kept. The cascade works on the
-largest cut of its own aspect ratio that holds the white part, scaled to its size; what it draws is
-scaled back into the file's pixels. Every step is repeated, going back in between, so that the new
-part fits the old (RePaint, Lugmayr et al. 2022): `--resample-times`.
+The mask is an image of the same size: white is redrawn, black is kept. The cascade works on the
+largest crop of its own aspect ratio that contains the white part, scaled to the cascade's size; the
+result is scaled back to the file's resolution. Every step is repeated, adding noise again in
+between, so that the new part fits the old (RePaint, Lugmayr et al. 2022): `--resample-times`.
 """
 
 import dataclasses
@@ -27,19 +27,19 @@ from sample.drawing import Drawing, read_prompts
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings(settings.Settings):
-    """Draws a part of an image again, led by a prompt."""
+    """Redraws a part of an image, guided by a prompt."""
 
     image: Path
-    """The image."""
+    """The image to inpaint."""
     mask: Path
-    """Image of the same size: white is drawn again, black is kept."""
+    """Image of the same size: white is redrawn, black is kept."""
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """What the image shows afterwards. Give it again for another prompt."""
+    """What the image shows afterwards. Repeat the flag for more prompts."""
     num_images_per_prompt: int = 1
-    """Images of each prompt; in all, for a cascade without captions."""
+    """Images per prompt, or in total for a cascade without captions."""
     resample_times: int | None = None
-    """How often each step is repeated; the time grows with it. 0: once, with the known part clean,
-    as DeepFloyd IF does it. Default: 5, and 0 for DeepFloyd IF."""
+    """How often each step is repeated; the time grows with it. 0: once, with the known part free of
+    noise, as DeepFloyd IF does it. Default: 5, or 0 for DeepFloyd IF."""
 
     @property
     def counts(self) -> tuple[str, ...]:

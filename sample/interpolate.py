@@ -4,10 +4,10 @@
     python -m sample.interpolate --checkpoint RUN --prompt A --prompt B --prompt C --format webp \\
         --fps 12 --save-frames
 
-Every prompt has its own seed. Between two of them the noise of every stage is interpolated
-spherically, so that it stays as noisy, and the embeddings of the texts linearly. Deterministic
-samplers, as the default, give the smoothest way. A cascade without captions goes from seed to seed.
-Writes a GIF or an animated WebP; MP4 is not written: `ffmpeg -i a.gif a.mp4` makes one.
+Every prompt has its own seed. Between two prompts the noise of every stage is interpolated
+spherically, so that its level stays the same, and the text embeddings linearly. Deterministic
+samplers, such as the default, give the smoothest transitions. A cascade without captions goes from
+seed to seed. Writes a GIF or an animated WebP; to get an MP4, run `ffmpeg -i a.gif a.mp4`.
 """
 
 import dataclasses
@@ -33,13 +33,13 @@ class Settings(settings.Settings):
     """Draws an animation from one prompt to the next."""
 
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """What to draw first; give it again for what comes next."""
+    """What to draw first; repeat the flag for each prompt that follows."""
     frames: int = 16
-    """Images in all, the first and the last prompt's included."""
+    """Total number of frames, including those of the first and the last prompt."""
     fps: float = 8.0
     """Frames a second."""
     format: Literal["gif", "webp"] = "gif"
-    """GIF has 256 colours; WebP has all and is lossless."""
+    """GIF has 256 colours; WebP has full colour and is lossless."""
     save_frames: bool = False
     """Also writes every frame as a PNG."""
     save_stages: NotAFlag[bool] = False

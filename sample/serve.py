@@ -2,12 +2,13 @@
 
     python -m sample.serve --checkpoint runs/demo               # http://127.0.0.1:7860
     python -m sample.serve --checkpoint RUN --port 8000 --num-images 4 --cond-scale 5 1
-    python -m sample.serve --checkpoint RUN --host 0.0.0.0      # for everyone who reaches you
+    python -m sample.serve --checkpoint RUN --host 0.0.0.0      # for everyone who can reach you
 
-Draws from prompts, upscales, inpaints under a mask painted by hand, and starts from an image; a
-result is sent on by a click. One drawing runs at a time, others wait in a queue. The flags are what
-the page starts with. Each visitor's images are in a folder of their own under samples/serve of the
-run directory, with their recipes inside. Needs the extra `ui`: pip install -e '.[ui]'.
+Draws from prompts, upscales, inpaints under a hand-painted mask, and starts from an image; one
+click sends a result to another tab. One drawing runs at a time, others wait in a queue. The flags
+set the page's initial values. Each visitor's images are saved in a separate folder under
+samples/serve in the run directory, with their recipes inside. Needs the extra `ui`: pip install -e
+'.[ui]'.
 """
 
 import dataclasses
@@ -47,11 +48,11 @@ class Settings(settings.Settings):
     """Serves a page that draws images with a trained cascade."""
 
     host: str = "127.0.0.1"
-    """Address to listen on. The default is reached from this machine only; there is no password."""
+    """Address to listen on. By default only this machine can connect; there is no password."""
     port: int | None = None
-    """Default: the first free one from 7860 on."""
+    """Port to listen on. Default: the first free port from 7860 on."""
     num_images: int = 1
-    """Number of images that the page starts with."""
+    """Initial value of the page's number of images."""
 
     def __post_init__(self):
         super().__post_init__()

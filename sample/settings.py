@@ -15,7 +15,7 @@ class Settings(Sampling):
     """Samples from a trained cascade."""
 
     out: Path | None = None
-    """Folder to write to; no file in it is replaced. Default: samples/COMMAND in the run
+    """Folder to write to; existing files are not overwritten. Default: samples/COMMAND in the run
     directory."""
     format: Literal["png", "jpeg", "webp"] = "png"
     """Image file format. JPEG is lossy, the others are not."""
@@ -27,13 +27,13 @@ class Settings(Sampling):
     save_stages: bool = False
     """Also writes the smaller images that the earlier U-Nets drew."""
     safety_checker: Path | None = None
-    """A classifier in ONNX: what it finds unsafe is written as plain grey. See docs/hooks.md."""
+    """ONNX classifier: images that it finds unsafe are written as plain grey. See docs/hooks.md."""
     safety_threshold: float = 0.5
-    """The probability from which on an image is unsafe; Open NSFW's authors call those below 0.2
+    """Images with at least this probability are unsafe. Open NSFW's authors call those below 0.2
     safe and those above 0.8 unsafe."""
     c2pa: Annotated[tuple[Path, Path] | None, tyro.conf.arg(metavar="CERT KEY")] = None
-    """Signs the files, with a certificate chain and its private key in PEM: they say, by the C2PA's
-    standard, that a model made them. See docs/hooks.md."""
+    """Signs the files with a certificate chain and its private key (PEM). They then state, by the
+    C2PA standard, that a model made them. See docs/hooks.md."""
 
     def say(self, line: str) -> None:
         """To standard output, or to standard error where that holds JSON alone."""

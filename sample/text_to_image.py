@@ -1,4 +1,4 @@
-"""Draws images of prompts with a trained cascade.
+"""Draws images from prompts with a trained cascade.
 
     python -m sample.text_to_image --checkpoint runs/demo --prompt "a red triangle"
     python -m sample.text_to_image --checkpoint RUN --prompt "a cat" --prompt "a dog" \\
@@ -9,8 +9,8 @@
     python -m sample.text_to_image --checkpoint RUN --num-images-per-prompt 16  # without captions
 
 Writes one file per image, named by prompt and seed, with its recipe inside, and a grid of all. An
-image depends on its prompt, the settings and its own seed: that seed alone repeats it, in any batch
-and on any mesh. Ctrl-C keeps what is written.
+image depends on its prompt, the settings and its own seed: with that seed it can be drawn again on
+its own, in any batch and on any mesh. Ctrl-C keeps the images already written.
 """
 
 import dataclasses
@@ -44,17 +44,17 @@ OF_RECIPE = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings(settings.Settings):
-    """Draws images of prompts with a trained cascade."""
+    """Draws images from prompts with a trained cascade."""
 
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """What to draw. Give it again for another prompt."""
+    """What to draw. Repeat the flag for more prompts."""
     prompts_from: Path | None = None
-    """Text file, one prompt a line, drawn after those of --prompt; `-` is standard input. Blank
-    lines are passed over."""
+    """Text file with one prompt per line, drawn after those of --prompt; `-` is standard input.
+    Blank lines are skipped."""
     num_images_per_prompt: int = 1
-    """Images of each prompt; in all, for a cascade without captions."""
+    """Images per prompt, or in total for a cascade without captions."""
     from_image: Path | None = None
-    """An image that this command wrote: draws it again, with its prompt, seed and settings; to the
+    """An image that this command wrote: draws it again with its prompt, seed and settings, bit for
     bit on the same kind of hardware."""
 
     @property

@@ -5,8 +5,9 @@
     python -m sample.upscale --checkpoint RUN --image old.png --lowres-sample-noise-level 0.4
 
 The stage multiplies height and width by its own factor, 4 for 64 -> 256 pixels. An image larger
-than the stage was trained on is drawn in overlapping tiles, blended at every step. Little noise
-(`--lowres-sample-noise-level`) keeps to the image; more repairs and invents more.
+than the stage was trained on is drawn in overlapping tiles, blended at every step. With little
+noise (`--lowres-sample-noise-level`) the result stays close to the image; more noise repairs and
+invents more.
 """
 
 import dataclasses
@@ -36,7 +37,7 @@ class Settings(settings.Settings):
     stage: str | None = None
     """The U-Net that upsamples: 2, 3 or sr256, sr1024. Default: the cascade's last."""
     overlap: float = 0.25
-    """Least overlap of neighbouring tiles, as a share of a tile, 0 to 0.75; more costs more."""
+    """Minimum overlap of neighbouring tiles, as a fraction of a tile, 0 to 0.75; more is slower."""
     max_pixels: int = 2**22
     """Refuses images of more pixels than this."""
 

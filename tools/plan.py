@@ -1,4 +1,4 @@
-"""Tells, before anyone rents devices, whether a run fits them and how fast it could be.
+"""Shows, before you rent devices, whether a run fits on them and how fast it could be.
 
     python -m tools.plan --preset imagen --topology v5e:16x16 --mesh 256x1 --batch-size 2048 \\
         --remat nothing_saveable                       # the base's train step on 256 TPU chips
@@ -7,7 +7,7 @@
     python -m tools.plan --topology v5e:2x2 --text     # T5-XXL instead
 
 Compiles the real program ahead of time, runs nothing and needs none of the devices; for TPUs it
-needs libtpu (the `tpu` extra). Takes every flag of `train.base`, so a run is planned by its own
+needs libtpu (the `tpu` extra). Takes every flag of `train.base`, so you can plan a run with its own
 command line. The paper-sized base took 22 minutes and 15 GiB to compile for 256 chips, on one core.
 """
 
@@ -36,17 +36,18 @@ class Plan:
     """What is planned, and for which devices."""
 
     topology: str = "local"
-    """`v5e:16x16`, or v4, v5p, v6e with their shapes; `cpu:8`, emulated; `local`, those here."""
+    """Devices: `v5e:16x16`, or v4, v5p, v6e with their shapes; `cpu:8` (emulated); `local` (this
+    machine's)."""
     unet_number: str = "1"
     """Which U-Net: 1, 2, 3 or base, sr256, sr1024."""
     sample: bool = False
     """A denoising step of the sampler, instead of a training step."""
     text: bool = False
-    """T5-XXL's encoding of --batch-size captions, instead."""
+    """The encoding of --batch-size captions by T5-XXL, instead."""
     out: Path | None = None
     """Write the numbers as JSON, too."""
     hlo: Path | None = None
-    """Write the text of the compiled program, to look further."""
+    """Also write the text of the compiled program to this file."""
 
 
 def main() -> None:

@@ -24,32 +24,33 @@ from imagen_jax.presets import PRESETS
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """Which cascade, from where to where."""
+    """The cascade to train, where to start from and where to save it."""
 
     preset: Literal["demo", "scenes", "imagen", "paper", "tiny"] | None = None
-    """Named cascade: `demo` and `scenes` learn on a laptop, `imagen` is the reference's of the
-    paper's size, `paper` has the paper's own base, `tiny` is for tests. Its recipe, where it has
-    one, gives the defaults of steps, batch size, optimiser, learning rate, warm-up and average.
-    Default: the cascade of the run directory, or of the run whose weights are taken; else demo."""
+    """Named cascade: `demo` and `scenes` train on a laptop, `imagen` has imagen-pytorch's U-Nets at
+    the paper's size, `paper` has the paper's own base, `tiny` is for tests. If a preset has a
+    recipe, it sets the defaults for steps, batch size, optimiser, learning rate, warm-up and EMA.
+    Default: the cascade of the run directory, or of the run that the weights come from; otherwise
+    demo."""
     config: Path | None = None
-    """JSON file of a cascade, instead of a preset: the fields that are not the defaults, as
-    `--print-config` prints them all; a run's config.json; or the `imagen` part of imagen-pytorch's
-    imagen_config.json."""
+    """JSON file that describes a cascade, instead of a preset: the fields that differ from the
+    defaults (`--print-config` prints all fields); a run's config.json; or the `imagen` part of
+    imagen-pytorch's imagen_config.json."""
     print_config: bool = False
     """Print the cascade as JSON and exit."""
     workdir: Path | None = None
-    """Run directory of checkpoints, metrics and samples. Default: runs/PRESET. Its cascade, and the
-    pictures that its stages were trained on, are the defaults for another stage."""
+    """Run directory for checkpoints, metrics and samples. Default: runs/PRESET. When another stage
+    is trained in it, its cascade and the data of its other stages are the defaults."""
     resume: bool = False
-    """Continue the run in workdir exactly where it stopped, with its recorded settings; flags that
-    are given change them, and each change is printed. Starts the run if there is none."""
+    """Continue the run in workdir exactly where it stopped, with its recorded settings. Flags given
+    with it override them, and each change is printed. Starts a new run if there is none."""
     init_from: Path | None = None
-    """Run directory whose weights (the average, where kept) to start from, optimiser fresh."""
+    """Run directory whose weights (the EMA, if it has one) to start from, with a new optimiser."""
     continue_from: Path | None = None
-    """Run directory to continue from, the optimiser's state and the step with it: with
-    more pictures, another batch size or rate. Each change is printed."""
+    """Run directory to continue from, with its optimiser state and step count, on more pictures or
+    with another batch size or learning rate. Each change is printed."""
     steps: int = 100_000
-    """Steps in all, those before a resume included."""
+    """Total number of steps, including those before a resume."""
     seed: int = 0
     """Random seed for the initial weights, the order of the pictures and the noise."""
 
@@ -63,16 +64,17 @@ class Data(Opening):
     limit: int | None = None
     """Train on the first N pictures only."""
     no_captions: bool = False
-    """Train an unconditional cascade, captions unread."""
+    """Train an unconditional cascade; captions are not read."""
     flip: bool = False
-    """Mirror half of the pictures; wrong where captions speak of left and right."""
+    """Mirror half of the pictures. Do not use it if captions mention left and right."""
     crop: Literal["center", "random"] = "center"
     """Which part of a picture to keep where its aspect ratio is not the stage's."""
     small: Literal["skip", "upsample"] = "skip"
     """What to do with pictures that are smaller than the stage's size."""
     buckets: tuple[str, ...] = ()
-    """Sizes HEIGHTxWIDTH of batches, as 64x64 48x80 80x48: each picture is seen at that of the
-    nearest aspect ratio, and cut less. Default: the stage's size alone."""
+    """Sizes for aspect-ratio bucketing, as HEIGHTxWIDTH, such as 64x64 48x80 80x48: each picture is
+    seen at the size with the nearest aspect ratio, so that less is cropped. Default: only the
+    stage's size."""
     threads: int = 4
     """Threads that decode pictures ahead."""
     workers: int = 0
@@ -80,50 +82,53 @@ class Data(Opening):
     cache_mb: int = 512
     """Keep decoded pictures in memory if all of them fit in this many megabytes."""
     max_damaged: float = 0.05
-    """Share of damaged pictures that ends the run. Fewer are replaced, counted and listed."""
+    """End the run if more than this share of the pictures is damaged. Otherwise damaged pictures
+    are replaced, counted and listed."""
     t5: str | None = None
     """Text encoder: folder or name of a T5, or `demo`. Default: the cascade's text_encoder_name."""
     embeddings: Path | None = None
-    """Folder of captions encoded by `python -m imagen_jax.data.embed`, read instead of running the
-    text encoder in every step."""
+    """Folder of embeddings written by `python -m imagen_jax.data.embed`, to read instead of running
+    the text encoder in every step."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Optimization:
-    """One step, and all that its compiled program depends on besides the cascade."""
+    """The training step: all that its compiled program depends on besides the cascade."""
 
     batch_size: Annotated[int, tyro.conf.arg(aliases=["--batch"])] = 32
-    """Pictures a step."""
+    """Pictures per step."""
     accumulate: int = 1
-    """Parts that a batch is split into, one after another, to save memory."""
+    """Parts to split a batch into, run one after another to save memory."""
     optimizer: Literal["adam", "adafactor", "muon"] = "adam"
-    """`adafactor` keeps far less memory than `adam`; `muon` makes the updates of hidden layers
-    orthogonal (their rates have the size of Adam's). beta1, beta2 and eps are Adam's."""
+    """`adafactor` uses far less memory than `adam`; `muon` orthogonalises the updates of hidden
+    layers (with learning rates on the scale of Adam's). beta1, beta2 and eps are Adam's."""
     lr: float = 1e-4
     """Peak learning rate."""
     moments: Literal["float32", "bfloat16"] = "float32"
-    """Type of the optimiser's averages; `bfloat16`, with stochastic rounding, halves them."""
+    """Dtype of the optimiser's moments; `bfloat16`, with stochastic rounding, halves their size."""
     beta1: float = 0.9
-    """Decay of the average of gradients."""
+    """Decay of the first moment: the running average of the gradients."""
     beta2: float = 0.99
-    """Decay of the average of their squares."""
+    """Decay of the second moment: the running average of the squared gradients."""
     eps: float = 1e-8
-    """Added to the root of that average."""
+    """Added to the square root of the second moment."""
     warmup_steps: int | None = None
     """Steps of linear warm-up."""
     cosine_decay_max_steps: int | None = None
-    """Step at which a cosine has taken the learning rate to 0. Default: constant."""
+    """Step at which cosine decay brings the learning rate to 0. Default: no decay."""
     max_grad_norm: float | None = 1.0
     """Clip gradients to this norm. None: never."""
     ema: Literal["reference", "plain"] = "reference"
-    """Schedule of the average: ema-pytorch's (every 10 steps) or a plain one (every step)."""
+    """Schedule of the averaged weights (EMA): ema-pytorch's (every 10 steps) or a plain one (every
+    step)."""
     ema_decay: float = 0.9999
-    """The most that an update keeps of the old average."""
+    """Maximum decay of the EMA: the most that an update keeps of the old average."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """What the network computes in; `auto` is bfloat16 on accelerators and float32 on a CPU.
-    float32 is exact there too (no TF32), at several times the cost."""
+    """Compute dtype; `auto` is bfloat16 on accelerators and float32 on a CPU.
+    On accelerators too, float32 is full precision (no TF32), at several times the cost."""
     remat: str | None = None
-    """Policy of jax.checkpoint_policies, say nothing_saveable: recompute blocks, save memory."""
+    """Policy from jax.checkpoint_policies, such as nothing_saveable: recomputes blocks to save
+    memory."""
 
     @property
     def compute_dtype(self) -> Any:
@@ -132,22 +137,23 @@ class Optimization:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Devices:
-    """What a run is spread over. A cluster's processes find each other by themselves."""
+    """The devices and processes of a run. On a cluster, processes find each other."""
 
     mesh: str = "auto"
-    """DATAxMODEL devices, as 8x1: the batch is split over the first, channels and heads over the
-    second, weights over both. One of them may be -1; `auto` takes all devices."""
+    """Device mesh as DATAxMODEL, such as 8x1: the batch is split over the first axis, channels and
+    heads over the second, weights over both. One of the two may be -1, for all remaining devices;
+    `auto` uses all devices."""
     coordinator: str | None = None
     """HOST:PORT of process 0, where processes do not find each other."""
     process_id: int | None = None
     """Number of this process, from 0."""
     num_processes: int | None = None
-    """How many there are."""
+    """Number of processes."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Watching:
-    """What is measured, drawn and kept, and how often in steps."""
+    """What is measured, sampled and saved, and how often (in steps)."""
 
     log_every: int = 50
     """Steps between lines of metrics.jsonl."""
@@ -155,20 +161,20 @@ class Watching:
     """Steps between evaluations: loss per log-SNR bin on held-out and on training pictures.
     0: none."""
     eval_batches: int = 4
-    """Batches of an evaluation."""
+    """Batches per evaluation."""
     sample_every: int = 1000
     """Steps between sample grids from the averaged weights. 0: none."""
     sample_steps: int = 50
     """Denoising steps of these grids."""
     cond_scale: float = 3.0
-    """Guidance weight of these grids, and of what is composed."""
+    """Guidance weight for these grids, and for the images of --compose-every."""
     compose_every: int = 0
-    """Steps between tests of language: captions about coloured shapes, three kinds that
-    `--data scenes` never trains on and one that it does, are drawn and judged object by object, as
-    evaluate.composition does of a complete cascade. Super-resolution starts from true small
+    """Steps between composition tests: images of captions about coloured shapes are drawn and
+    judged object by object, as evaluate.composition does for a complete cascade. `--data scenes`
+    never trains on three of the four kinds of captions. Super-resolution starts from true small
     images. 0: none."""
     compose_images: int = 64
-    """Images of such a test, of each of its four kinds of captions; those of a kind at once."""
+    """Images per composition test and kind of caption (four kinds), each kind in one batch."""
     save_every: int = 1000
     """Steps between checkpoints."""
     keep: int | None = 3

@@ -1,4 +1,4 @@
-"""Trains a super-resolution stage of a cascade: small pictures, noised, to larger ones.
+"""Trains a super-resolution stage of a cascade: from small pictures, with noise, to larger ones.
 
     python -m train.super_res --unet-number 2                    # the demo's, 16 -> 32 pixels
     python -m train.super_res --preset imagen --unet-number sr1024 --data 'shards/*.tar'

@@ -1,19 +1,19 @@
-"""A small text encoder from captions alone: `python -m train.text_encoder --out FOLDER`.
+"""Trains a small text encoder on captions only: `python -m train.text_encoder --out FOLDER`.
 
-The `demo` encoder has random weights. It tells captions apart, but which colour belongs to which
-object cannot be read off its embeddings by anything simple: a linear map finds the colour of the
-first object of "a red circle above a blue square" in 63 % of captions, where half would be chance.
-A cascade would have to learn the grammar from images, at a hundred times the cost.
+The `demo` encoder has random weights. It tells captions apart, but nothing simple can read from its
+embeddings which colour belongs to which object: a linear map finds the colour of the first object
+of "a red circle above a blue square" in 63 % of captions, where chance is half. A cascade would
+have to learn the grammar from images, at a hundred times the cost.
 
-Here the encoder learns it from captions of `data.scenes`, without an image: for each thing that a
-caption can say (colour, shape and size of either object, their relation, number and place; of each
-colour, which shape has it, where that is and how large) a linear read-out of the mean of its tokens
-is trained with the encoder to name it, and thrown away after. What a colour has is what a network
-asks where it sees that colour: a base binds 70 % of relations with these, 61 % without
-(docs/quality.md). Two wordings of one content say the same. What is held out of the scenes is held
-out here too.
+Here the encoder learns it from captions of `data.scenes`, without images. For each property that a
+caption can state (colour, shape and size of either object, their relation, number and place; for
+each colour, the shape that has it, where that is and how large), a linear read-out of the mean of
+the tokens is trained together with the encoder to predict it, and discarded afterwards. The
+properties of each colour are what a network needs where it sees that colour: a base binds 70 % of
+relations with them and 61 % without (docs/quality.md). Two wordings of the same content have the
+same properties. What is held out of the scenes is held out here too.
 
-The folder has the layout of a Hugging Face T5: `--t5 FOLDER` takes it, and transformers reads it.
+The folder has the layout of a Hugging Face T5: `--t5 FOLDER` and transformers can both load it.
 """
 
 import dataclasses
@@ -65,13 +65,13 @@ class Settings:
     out: Path
     """Folder to write it to, for --t5."""
     overwrite: bool = False
-    """Replace the encoder that is there. Cascades trained with it then refuse the new one."""
+    """Replace an existing encoder. Cascades trained with the old one will refuse the new one."""
     steps: int = 1500
     """Training steps."""
     batch_size: int = 64
-    """Captions of a step."""
+    """Captions per step."""
     lr: float = 2e-3
-    """Peak learning rate, down a cosine."""
+    """Peak learning rate, with cosine decay."""
     seed: int = 0
     """Random seed for the order of the captions and the read-outs."""
 

@@ -4,9 +4,9 @@
     python -m train.base --data SRC --embeddings DIR
 
 The encoder is most of a small step and 39 % of a paper-sized one. Equal captions are stored once.
-The same command resumes after an interruption, and adds the captions that a set has gained since.
-Several machines share the work where DIR is on a disk that all of them see: started once on each,
-with --part 0/4 to --part 3/4.
+The same command resumes after an interruption, and adds captions that are new in the set. Several
+machines can share the work if DIR is on a disk that all of them see: start the command once on
+each, with --part 0/4 to --part 3/4.
 """
 
 import dataclasses
@@ -44,26 +44,26 @@ class Settings(Opening):
     data: tuple[str, ...] = dataclasses.field()
     """The images whose captions are encoded, as in training."""
     out: Path
-    """Folder to write to. What it holds already is kept, and not encoded again."""
+    """Folder to write to. Captions that it already has are kept and not encoded again."""
     t5: str | None = None
     """Text encoder: folder or name of a T5, or `demo`. Default: that of --config."""
     config: Path | None = None
-    """JSON file of a cascade, or a run's folder: the encoder as it is used by this one. Needed for
-    DeepFloyd IF, which cleans captions and reads padding."""
+    """JSON file of a cascade, or a run directory: encode as this cascade does. Needed for DeepFloyd
+    IF, which cleans captions and reads padding."""
     store: Stored = "bfloat16"
-    """What embeddings are stored in. `int8`, with a scale for each token, takes half of bfloat16;
-    the command says how far it is off."""
+    """Dtype of the stored embeddings. `int8`, with a scale for each token, takes half the space of
+    bfloat16; the command prints its error."""
     limit: int | None = None
-    """Encode the captions of the first N images to train on only, as training's --limit
-    takes them, and of those that are held out."""
+    """Encode only the captions of the first N training images, the same as with training's --limit,
+    and those of the held-out images."""
     batch_size: int = 64
     """Captions at once."""
     mesh: str = "auto"
-    """DATAxMODEL devices, as 8x1; `auto` takes all."""
+    """Device mesh as DATAxMODEL, such as 8x1; `auto` uses all devices."""
     compute: str = "auto"
-    """What the encoder computes in; `auto` is bfloat16 on accelerators and float32 on a CPU."""
+    """Compute dtype of the encoder; `auto` is bfloat16 on accelerators and float32 on a CPU."""
     part: str = "0/1"
-    """Encode every N-th caption from the I-th on, as I/N; another process encodes the others."""
+    """As I/N: encode every N-th caption from the I-th on; other processes encode the others."""
 
     def __post_init__(self):
         if self.batch_size < 1:

@@ -2,8 +2,8 @@
 
     python -m imagen_jax.data.inspect SRC --sizes 64 256
 
-Counts, sizes, aspect ratios, lengths of captions in tokens, images that cannot be read, duplicates,
-and a labelled sheet of what the trainer sees at each size.
+Prints counts, sizes, aspect ratios, caption lengths in tokens, images that cannot be read and
+duplicates, and draws a labelled sheet of what the trainer sees at each size.
 """
 
 import dataclasses
@@ -39,14 +39,14 @@ class Settings(Opening):
     """Shows what is in a source before it is trained on."""
 
     source: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """The source or sources, as --data of training."""
+    """The source or sources, as for training's --data."""
     data: tyro.conf.Suppress[tuple[str, ...]] = ()
     sizes: tuple[int, ...] = (64,)
     """Image sizes of the stages, in pixels."""
     limit: int = 2000
-    """Records that are looked at, spread over the set. 0: all."""
+    """Number of records to look at, spread over the set. 0: all."""
     out: Path = Path("inspect.png")
-    """The sheet; what is printed goes to a .json beside it as well."""
+    """File for the sheet; what is printed is also written to a .json beside it."""
 
     def __post_init__(self):
         if not self.source:

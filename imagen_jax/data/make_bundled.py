@@ -5,7 +5,7 @@
         --captions emojibase-data-17.0.0.tgz --out imagen_jax/data/bundled/00000.tar
 
 One img2dataset-style shard: NNNNNNNNN.webp, .txt (the caption), .json (code points, group, split).
-Flags and symbols are left out, for they are signs and not things, and so are skin-tone variants,
+Flags and symbols are left out because they are signs and not things, as are skin-tone variants,
 which share their caption. The same inputs and the same libwebp give the same bytes.
 """
 

@@ -70,11 +70,11 @@ class Opening:
     image_key: str | None = None
     """The column or feature of images. Default: image, file_name, path, ..."""
     template: str | None = None
-    """Makes captions of columns or class labels: "a photo of a {label}". In a folder the label is
+    """Makes captions from columns or class labels: "a photo of a {label}". In a folder the label is
     the folder's name."""
     where: tuple[str, ...] = ()
-    """Reads only records of which these hold: "width >= 256" "aesthetic > 5". Columns, and width,
-    height and caption_length, which are measured where no column has them."""
+    """Reads only records that meet these conditions: "width >= 256" "aesthetic > 5". Any column can
+    be used, and width, height and caption_length, which are measured if no column has them."""
 
     def open(self, split: Split | None = None) -> Source:
         """See `open_source`."""

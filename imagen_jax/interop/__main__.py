@@ -1,12 +1,13 @@
-"""Weights to and from imagen-pytorch, DeepFloyd IF (diffusers) and safetensors.
+"""Converts weights to and from imagen-pytorch, DeepFloyd IF (diffusers) and safetensors.
 
     python -m imagen_jax.interop from-torch imagen.pt runs/imagen --verify
     python -m imagen_jax.interop to-torch runs/imagen imagen.pt --verify
     python -m imagen_jax.interop inspect imagen.pt
     python -m imagen_jax.interop from-diffusers IF-I-XL-v1.0 IF-II-L-v1.0 runs/if
 
-A run directory made this way is sampled from like any other (`python -m sample.text_to_image
---checkpoint DIR`), and trained on with `python -m train.base --init-from DIR --workdir NEW`.
+A run directory made this way works like any other: sample from it with `python -m
+sample.text_to_image --checkpoint DIR`, and train it further with `python -m train.base --init-from
+DIR --workdir NEW`.
 """
 
 import dataclasses
@@ -38,20 +39,20 @@ from imagen_jax.types import Params
 
 @dataclasses.dataclass(frozen=True)
 class FromTorch:
-    """A file of imagen-pytorch (1.22 to 2.1) to a run directory."""
+    """Converts an imagen-pytorch file (1.22 to 2.1) to a run directory."""
 
     checkpoint: Annotated[Positional[Path], arg(metavar="CKPT.pt")]
-    """File of ImagenTrainer.save, torch.save(imagen.state_dict()) or Unet.persist_to_file."""
+    """File from ImagenTrainer.save, torch.save(imagen.state_dict()) or Unet.persist_to_file."""
     out: Annotated[Positional[Path], arg(metavar="OUT_DIR")]
     """The run directory to write."""
     weights: Weights | None = None
-    """Keep only the averaged (ema) or the online weights. Default: both where the file has both;
-    what loads the directory takes the average."""
+    """Keep only the averaged (ema) or the online weights. Default: both if the file has both;
+    commands that load the directory use the average."""
     config: Path | None = None
-    """JSON for a file without configuration: the CLI's imagen_config.json, or only the fields that
-    the tensors leave open (the error message lists them)."""
+    """JSON for a file without a configuration: the CLI's imagen_config.json, or only the fields
+    that cannot be inferred from the tensors (the error message lists them)."""
     verify: bool = False
-    """Prove the result before it takes its place: see `verify`."""
+    """Verify the result before it is put in place: see `verify`."""
     overwrite: bool = False
     """Replace an existing run directory."""
 
@@ -83,18 +84,18 @@ class FromTorch:
 
 @dataclasses.dataclass(frozen=True)
 class ToTorch:
-    """A run directory to a file that imagen-pytorch 2.1.0 loads."""
+    """Converts a run directory to a file that imagen-pytorch 2.1.0 loads."""
 
     checkpoint: Annotated[Positional[Path], arg(metavar="RUN_DIR")]
     """A run directory: what training calls --workdir."""
     out: Annotated[Positional[Path], arg(metavar="OUT.pt")]
-    """The file to write: `imagen_pytorch.load_imagen_from_checkpoint` and `ImagenTrainer.load`
-    take it."""
+    """The file to write, for `imagen_pytorch.load_imagen_from_checkpoint` and
+    `ImagenTrainer.load`."""
     weights: Literal["ema", "online", "both"] = "both"
-    """Which weights: `ema` or `online` stand for both, as the model and as its average. A run
-    that holds only one of them gives that one."""
+    """Which weights to write; `ema` or `online` is used both as the model and as its average. If
+    the run has only one of them, that one is used."""
     verify: bool = False
-    """Read the file back and prove it before it takes its place: see `verify`."""
+    """Read the file back and verify it before it is put in place: see `verify`."""
     overwrite: bool = False
     """Replace an existing file."""
 
@@ -118,14 +119,14 @@ class ToTorch:
 
 @dataclasses.dataclass(frozen=True)
 class ToSafetensors:
-    """A run directory to one safetensors file, configuration included; needs no torch."""
+    """Converts a run directory to one safetensors file, with its configuration; needs no torch."""
 
     checkpoint: Annotated[Positional[Path], arg(metavar="RUN_DIR")]
     """A run directory."""
     out: Annotated[Positional[Path], arg(metavar="OUT.safetensors")]
     """The file to write."""
     weights: Weights = "ema"
-    """The averaged weights (the online ones, with a note, where there are none) or the online."""
+    """The averaged weights (or the online ones, with a note, if there are none) or the online."""
     overwrite: bool = False
     """Replace an existing file."""
 
@@ -148,7 +149,7 @@ class ToSafetensors:
 
 @dataclasses.dataclass(frozen=True)
 class FromSafetensors:
-    """A file of to-safetensors to a run directory; needs no torch."""
+    """Converts a file written by to-safetensors to a run directory; needs no torch."""
 
     file: Annotated[Positional[Path], arg(metavar="FILE.safetensors")]
     """The safetensors file."""
@@ -176,16 +177,16 @@ class FromSafetensors:
 
 @dataclasses.dataclass(frozen=True)
 class FromDiffusers:
-    """Folders of DeepFloyd IF (diffusers' layout or the original) to a run directory: its base, its
-    super-resolution stage, or both as one cascade."""
+    """Converts folders of DeepFloyd IF (diffusers' layout or the original) to a run directory: its
+    base, its super-resolution stage, or both as one cascade."""
 
     folders: Annotated[Positional[tuple[Path, ...]], arg(metavar="DIR [DIR ...] OUT_DIR")]
-    """The stages, from small to large, and last the run directory to write."""
+    """The stages, from small to large, followed by the run directory to write."""
     variant: deepfloyd.Variant | None = None
-    """Files of another dtype, as `--variant fp16`."""
+    """Read files of another dtype, such as `--variant fp16`."""
     verify: bool = False
-    """Compare each network with diffusers' on the same inputs before it takes its place: see
-    `verify-if`."""
+    """Compare each network with diffusers' on the same inputs before the result is put in place:
+    see `verify-if`."""
     overwrite: bool = False
     """Replace an existing run directory."""
 
@@ -208,19 +209,19 @@ class FromDiffusers:
 
 @dataclasses.dataclass(frozen=True)
 class ToDiffusers:
-    """A U-Net of DeepFloyd IF in a run directory to a folder that diffusers loads."""
+    """Converts a DeepFloyd IF U-Net in a run directory to a folder that diffusers loads."""
 
     checkpoint: Annotated[Positional[Path], arg(metavar="RUN_DIR")]
     """A run directory."""
     out: Annotated[Positional[Path], arg(metavar="OUT_DIR")]
-    """The folder to write: `IFPipeline.from_pretrained` and `IFSuperResolutionPipeline` take it,
-    with a text encoder of their own or embeddings."""
+    """The folder to write, for `IFPipeline.from_pretrained` and `IFSuperResolutionPipeline`, which
+    also need a text encoder or embeddings."""
     unet_number: int = 1
     """Which U-Net."""
     weights: Weights = "ema"
-    """The averaged weights (the online ones, with a note, where there are none) or the online."""
+    """The averaged weights (or the online ones, with a note, if there are none) or the online."""
     variant: deepfloyd.Variant | None = None
-    """Write this dtype, in files that `variant=` of from_pretrained selects. Default: float32."""
+    """Write this dtype, to files that from_pretrained selects by `variant=`. Default: float32."""
     overwrite: bool = False
     """Replace an existing folder."""
 
@@ -248,20 +249,20 @@ class ToDiffusers:
 
 @dataclasses.dataclass(frozen=True)
 class VerifyIf:
-    """For people with access to DeepFloyd IF's weights: each network's answer beside diffusers', on
-    the same noise, steps and text; with its weights as they are in the folder, in float32. Needs
-    torch and diffusers. With --t5 a picture, too."""
+    """For people with access to DeepFloyd IF's weights: compares each network's output with
+    diffusers' on the same noise, steps and text, with the weights in the folder, in float32. Needs
+    torch and diffusers. With --t5 it also draws a picture."""
 
     folders: Annotated[Positional[tuple[Path, ...]], arg(metavar="DIR [DIR ...]")]
     """The stages' folders, in diffusers' layout."""
     variant: deepfloyd.Variant | None = None
-    """Files of another dtype, as `--variant fp16`."""
+    """Read files of another dtype, such as `--variant fp16`."""
     t5: str | None = None
-    """Folder of T5-v1.1-XXL, as IF-I's text_encoder: draws a picture with the stages."""
+    """Folder of T5-v1.1-XXL, such as IF-I's text_encoder: also draw a picture with the stages."""
     prompt: str = "a red cube on top of a blue sphere"
-    """What it shows."""
+    """What the picture shows."""
     out: Path = Path("verify-if.png")
-    """Where it is written."""
+    """File to write the picture to."""
 
     def run(self) -> None:
         if not self.folders:
@@ -294,9 +295,9 @@ class Inspect:
 
 @dataclasses.dataclass(frozen=True)
 class Verify:
-    """Proves that a run directory holds the weights of a file of imagen-pytorch: (a) the inverse
-    table gives every tensor back, bit for bit; (b) every stage gives the same output in both
-    frameworks, with its text and without, to 1e-4. (b) needs imagen-pytorch."""
+    """Verifies that a run directory has the weights of an imagen-pytorch file: (a) converting back
+    gives every tensor again, bit for bit; (b) every stage gives the same output in both frameworks,
+    with text and without, to 1e-4. (b) needs imagen-pytorch."""
 
     checkpoint: Annotated[Positional[Path], arg(metavar="CKPT.pt")]
     """The file of imagen-pytorch."""
