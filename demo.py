@@ -1,18 +1,19 @@
-"""The demo behind `make demo`, and another one: small cascades that learn on a CPU.
+"""The demo behind `make demo`, and a second one: small cascades that train on a CPU.
 
-`scenes`: an encoder learns to read captions of coloured shapes, three stages (8 -> 16 -> 32 pixels)
-to draw them, side by side, each on a core of its own: networks this small are slower on two. They
-never see a red triangle, a tenth of all combinations of two objects, or some numbers of some
-objects (imagen_jax/data/scenes.py), are asked for these at the end, and judged (docs/quality.md).
-With --long the second stage first learns from objects inside others alone, in RUN/inside: what is
-hardest to see takes the most steps, and among all scenes it is learned too late.
+`scenes`: an encoder learns to read captions of coloured shapes, and three stages (8 -> 16 -> 32
+pixels) learn to draw them. The stages train side by side, each on its own core, because networks
+this small are slower on two. They never see a red triangle, a tenth of all combinations of two
+objects, or some numbers of some objects (imagen_jax/data/scenes.py). At the end they draw these,
+and the images are judged (docs/quality.md). With --long the second stage first trains only on
+objects inside others, in RUN/inside: these are the hardest to see and take the most steps, and from
+all scenes they are learned too late.
 
-`bundled`: two stages, 16 -> 32 pixels, learn 64 captioned emoji by heart. Every caption is drawn,
-and in a separate row a few new combinations, beside the real pictures.
+`bundled`: two stages, 16 -> 32 pixels, memorise 64 captioned emoji. Every caption is drawn beside
+the real pictures, and a few new combinations in a separate row.
 
 Either writes RUN/demo.png.
 
-Stopped by Ctrl-C, it resumes when started again.
+After Ctrl-C, the same command resumes.
 """
 
 import argparse
@@ -64,14 +65,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", choices=PRESET, default="scenes", help="default: scenes")
-    parser.add_argument("--workdir", type=Path, help="default: runs/demo, demo-long or emoji")
     parser.add_argument(
-        "--long", action="store_true", help="an hour of scenes: 4 to 5 times the steps"
+        "--data", choices=PRESET, default="scenes", help="which demo (default: scenes)"
     )
-    parser.add_argument("--steps", type=int, nargs="+", help="of each U-Net")
     parser.add_argument(
-        "--num-images", type=int, default=100, help="judged of each kind of caption"
+        "--workdir", type=Path, help="run directory (default: runs/demo, demo-long or emoji)"
+    )
+    parser.add_argument(
+        "--long", action="store_true", help="train on scenes for an hour: 4 to 5 times the steps"
+    )
+    parser.add_argument("--steps", type=int, nargs="+", help="training steps of each U-Net")
+    parser.add_argument(
+        "--num-images", type=int, default=100, help="images to judge for each kind of caption"
     )
     for name in ("--only", "--core"):  # a stage of scenes, and where its process runs
         parser.add_argument(name, type=int, help=argparse.SUPPRESS)

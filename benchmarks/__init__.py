@@ -1,6 +1,6 @@
-"""Measurements of speed and memory; README.md has the results.
+"""Measurements of speed and memory; the results are in README.md.
 
-Processes share an accelerator: none of them may take its memory at once.
+Processes share an accelerator, so none of them may preallocate its memory.
 """
 
 import os

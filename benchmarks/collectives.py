@@ -1,11 +1,12 @@
-"""What libtpu makes of FSDP on a torus: three convolutions, their kernels split over all devices.
+"""How libtpu compiles FSDP on a torus: three convolutions with kernels split over all devices.
 
     python -m benchmarks.collectives --topology v5e:16x16    # libtpu, no TPU; a minute
 
-The same step three times: shardings said and collectives left to XLA, with one mesh axis for all
-devices or one for each dimension of the torus; and the collectives written by hand in `shard_map`,
-along one dimension of the torus after the other. What must be sent is each kernel gathered once and
-its gradient scattered once, in bfloat16 (nothing is recomputed, so XLA gathers once too).
+Compiles the same step three times: with shardings only, leaving the collectives to XLA, on a mesh
+with one axis for all devices or one for each dimension of the torus; and with the collectives
+written by hand in `shard_map`, along one dimension of the torus after the other. At the least, each
+kernel must be gathered once and its gradient scattered once, in bfloat16 (nothing is recomputed, so
+XLA gathers once too).
 """
 
 import argparse
@@ -23,7 +24,7 @@ COUNT, SIZE, PICTURES = 3, 16, 8  # kernels; pixels; pictures on each device
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--topology", default="v5e:16x16", help="of two dimensions")
+    parser.add_argument("--topology", default="v5e:16x16", help="TPU slice with two dimensions")
     parser.add_argument("--channels", type=int, nargs="*", default=[512, 2048])
     args = parser.parse_args()
     devices = chips.devices(args.topology)

@@ -1,12 +1,12 @@
-"""Reading images: ours beside webdataset and torch's DataLoader, and what an index costs.
+"""Speed of reading images, compared with webdataset and torch's DataLoader, and cost of an index.
 
     pip install webdataset
     taskset -c 0 python -m benchmarks.data            # images a second, on one core
-    python -m benchmarks.data --records 10000000      # the index of a set that is not there
+    python -m benchmarks.data --records 10000000      # the index of a set that does not exist
 
 Both sides read the same JPEG shards, which are made first: 512 x 384 pixels, 40 kB each. Both
-decode with pillow, reduce to the size with its bicubic filter, and cut the center. Each is timed in
-turn, several times; medians.
+decode with pillow, downscale with its bicubic filter, and crop the centre. The sides take turns,
+several times; medians are printed.
 """
 
 import argparse
@@ -32,8 +32,12 @@ BATCH, ROUNDS = 32, 5
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--records", type=int, help="measure an index of so many instead")
-    parser.add_argument("--minutes", type=float, help="read so long instead, and watch the memory")
+    parser.add_argument(
+        "--records", type=int, help="instead, measure an index of this many records"
+    )
+    parser.add_argument(
+        "--minutes", type=float, help="instead, read for this many minutes and watch the memory"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if args.records:

@@ -1,14 +1,14 @@
-"""DeepFloyd IF's base beside diffusers, on this machine.
+"""DeepFloyd IF's base, here and in diffusers, on this machine.
 
     python -m benchmarks.deepfloyd                       # a CPU: a small U-Net of its architecture
     python -m benchmarks.deepfloyd --model M L XL --batch 1 4 --dtype bfloat16 --compile    # a GPU
 
-Guided images: two rows of the network each. A guided evaluation is one call of the network; steps
-are those of the complete sampling loop, as IFPipeline does it (ancestral, dynamic thresholding,
-learned variance). Each side runs in a process of its own, in turn; compilation and warm-up are not
-timed; medians. Weights are random in both: they cost what trained ones do. On a CPU torch uses all
-cores, as JAX does; with --compile a third side runs diffusers under torch.compile, with CUDA graphs
-and channels last.
+Images are guided, so each takes two rows of the network. A guided evaluation is one call of the
+network; a step is one of the complete sampling loop, as in IFPipeline (ancestral, dynamic
+thresholding, learned variance). The sides take turns, each in its own process; compilation and
+warm-up are not timed, and medians are printed. Weights are random on both sides: they cost as much
+as trained ones. On a CPU torch uses all cores, as JAX does; with --compile a third side runs
+diffusers under torch.compile, with CUDA graphs and channels last.
 """
 
 import argparse
@@ -71,12 +71,14 @@ class Case:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", nargs="+", choices=MODELS, default=["small"])
-    parser.add_argument("--batch", nargs="+", type=int, default=[1], help="images")
+    parser.add_argument("--batch", nargs="+", type=int, default=[1], help="images per batch")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--rounds", type=int, default=3, help="processes of each side")
-    parser.add_argument("--compile", action="store_true", help="diffusers also by torch.compile")
-    parser.add_argument("--side", choices=SIDES, help="measure one side in this process")
+    parser.add_argument("--rounds", type=int, default=3, help="processes per side")
+    parser.add_argument(
+        "--compile", action="store_true", help="also run diffusers under torch.compile"
+    )
+    parser.add_argument("--side", choices=SIDES, help="measure only this side, in this process")
     args = parser.parse_args()
     cases = [Case(m, b, args.dtype, args.steps) for m in args.model for b in args.batch]
     if args.side:

@@ -1,18 +1,18 @@
-"""imagen-pytorch and this project, trained on the same: weights, batches, noise, optimiser.
+"""Trains imagen-pytorch and this project with the same weights, batches, noise and optimiser.
 
     python -m benchmarks.paired                  # 100 steps on the CPU, a few minutes
     python -m benchmarks.paired --own-draws 0 1 2 --steps 1500 --inception FILE    # hours
 
-Both start from the weights that imagen-pytorch drew, take the same scenes in the same order, are
-given the same noise levels, noise and dropped captions, and step with Adam at one rate. Prints the
-two losses as they go, and at the end how far the losses and the parameters are apart: of the
-parameters the distance between the two, over the distance that ours have moved. Float32 in full
-precision. Needs what `make test` installs.
+Both start from the weights that imagen-pytorch drew, use the same scenes in the same order, the
+same noise levels, noise and dropped captions, and step with Adam at the same learning rate. Prints
+the two losses during training, and at the end how far apart the losses and the parameters are; for
+the parameters, the distance between the two divided by the distance that ours have moved. Float32
+in full precision. Needs what `make test` installs.
 
-With `--own-draws`, once for each of these seeds, each side draws its own noise levels, noise and
-dropped captions, down a cosine of the rate; then both are measured by the same code, the original's
-weights converted: the loss on held-out scenes, what is drawn right of captions that were trained
-on, and the FID of these images to the true ones.
+With `--own-draws`, each side draws its own noise levels, noise and dropped captions, once for each
+of the given seeds, with cosine decay of the learning rate. Both are then measured by the same code,
+with the original's weights converted: the loss on held-out scenes, what is drawn right for captions
+that were trained on, and the FID of these images against the true ones.
 """
 
 import argparse
@@ -52,10 +52,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--objective", choices=("noise", "v", "x_start"), default="noise")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, batches and draws")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights, batches and draws")
     parser.add_argument("--own-draws", type=int, nargs="+", metavar="SEED")
-    parser.add_argument("--inception", type=Path, help="the network of the FID")
-    parser.add_argument("--pictures", type=Path, help="PNG of what both draw, of the last seed")
+    parser.add_argument("--inception", type=Path, help="weights of the Inception network, for FID")
+    parser.add_argument("--pictures", type=Path, help="PNG of what both draw with the last seed")
     parser.add_argument("--out", type=Path, help="write the losses as JSON")
     args = parser.parse_args()
     if args.own_draws:

@@ -1,11 +1,11 @@
-"""Large feature maps over the model axis, by rows or by channels: what a training step costs.
+"""Cost of a training step with large feature maps split over the model axis by rows or by channels.
 
     python -m benchmarks.placement --out placement.json    # a CPU, half an hour
 
-Compiles the train step of each paper-sized stage, one residual block a level (the ratio of pixels
-to weights is theirs, the time to compile is not), for 16 emulated devices as 4x4, with feature maps
-of at least so many rows split by rows and smaller ones by channels. Nothing runs. Each row is a
-process of its own; those in the file already are left as they are.
+Compiles the train step of each paper-sized stage for 16 emulated devices as 4x4, with one residual
+block per level (which keeps the ratio of pixels to weights, but not the time to compile). Feature
+maps with at least a given number of rows are split by rows, smaller ones by channels. Nothing runs.
+Each result comes from its own process; those already in the file are kept.
 """
 
 import argparse
@@ -26,7 +26,9 @@ CROP = 256  # pixels, of the last stage
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
-    parser.add_argument("--one", nargs=2, metavar=("STAGE", "ROWS"), help="measure one, here")
+    parser.add_argument(
+        "--one", nargs=2, metavar=("STAGE", "ROWS"), help="measure one result in this process"
+    )
     args = parser.parse_args()
     if args.one:
         print(json.dumps(measure(args.one[0], int(args.one[1]))))

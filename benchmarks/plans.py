@@ -1,9 +1,9 @@
-"""Plans of the paper-sized stages for TPU slices, as the table in benchmarks/README.md.
+"""Plans the paper-sized stages for TPU slices: the table in benchmarks/README.md.
 
-    python -m benchmarks.plans              # every row, one after the other: hours of a CPU
+    python -m benchmarks.plans              # every row, one after the other: hours on a CPU
     python -m benchmarks.plans "base 64, v5e:16x16"
 
-Each row is one `python -m tools.plan` in a process of its own. Needs libtpu, no TPU.
+Each row is one `python -m tools.plan` in its own process. Needs libtpu, but no TPU.
 """
 
 import json

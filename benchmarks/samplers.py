@@ -1,13 +1,13 @@
-"""Samplers and numbers of steps on the demo's cascade: how near they come to the exact solution.
+"""How close samplers come to the exact solution on the demo's cascade, by number of steps.
 
     make demo-emoji
     python -m benchmarks.samplers --checkpoint runs/emoji --sheet docs/samplers.png
 
-Both stages draw the training captions, guided as the demo guides them. A sampler without noise of
-its own has one limit per image, given its initial noise: the solution of the probability flow, here
+Both stages draw the training captions, with the demo's guidance. A sampler that draws no noise has
+one limit per image, given the initial noise: the solution of the probability flow, computed here by
 `dpm++3m` with 1,000 steps. The table shows the root mean square distance to it, in levels of 255,
 and for all samplers the share of images that are nearest to the picture of their own caption. The
-second stage upsamples the solution of the first. Evaluations of the network are counted, so `heun`
+second stage upsamples the solution of the first. Columns are evaluations of the network, so `heun`
 has half as many steps.
 """
 
@@ -45,12 +45,12 @@ class Settings:
     """Measures samplers on a trained demo."""
 
     checkpoint: Path = Path("runs/emoji")
-    """Its run directory."""
+    """Run directory of the demo."""
     captions: int = 32
-    """How many images each cell averages."""
+    """Number of images that each cell averages."""
     solution_steps: int = 1000
     sheet: Path | None = None
-    """PNG of the first captions at every number of evaluations."""
+    """PNG sheet of the first captions at every number of evaluations."""
 
 
 def main() -> None:

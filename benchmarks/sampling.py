@@ -1,16 +1,17 @@
-"""Guided samples of one U-Net with the same weights, here and in imagen-pytorch.
+"""Guided sampling from one U-Net with the same weights, here and in imagen-pytorch.
 
     python -m benchmarks.sampling                     # CPU: the 14 M U-Net of benchmarks.unet
     python -m benchmarks.sampling --paper             # GPU: the paper-sized cascade, ours alone
     python -m benchmarks.sampling --rounds 1 --steps 4 --original-steps 8   # a quick try
 
-The first compares equal numbers of steps by the same sampler, the ancestral one, then our default
-against the original's default of 250. The sides take turns in processes of their own; compilation
-and warm-up are not timed. The medians of the rounds are printed as a table, ratios above 1 where
-ours is faster. `--paper` prints, for our default steps and for those of `--original-steps` by the
+The first command compares equal numbers of steps of the same sampler (ancestral), then our default
+with the original's default of 250 steps. The sides take turns, each in its own process; compilation
+and warm-up are not timed. Prints a table of medians over the rounds; ratios above 1 mean that ours
+is faster. `--paper` prints, for our default steps and for `--original-steps` steps of the
 reference's sampler, the seconds of each stage alone and of the cascade, and the peak memory up to
 then, in bfloat16, without the text encoder.
-Weights are random in both: they cost what trained ones do. Needs what `make test` installs.
+Weights are random on both sides: they cost as much as trained ones. Needs what `make test`
+installs.
 """
 
 import argparse
@@ -34,11 +35,18 @@ DEFAULT = "default"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3, help="processes of each side")
-    parser.add_argument("--steps", type=int, default=50, help="of both, where they are equal")
-    parser.add_argument("--original-steps", type=int, default=250, help="beside our default")
-    parser.add_argument("--paper", action="store_true", help="the paper-sized cascade, ours alone")
-    parser.add_argument("--preset", default="imagen", help="another cascade for --paper, as tiny")
+    parser.add_argument("--rounds", type=int, default=3, help="processes per side")
+    parser.add_argument("--steps", type=int, default=50, help="steps of both sides, where equal")
+    parser.add_argument(
+        "--original-steps",
+        type=int,
+        default=250,
+        help="the original's steps, to compare with our default",
+    )
+    parser.add_argument(
+        "--paper", action="store_true", help="time the paper-sized cascade, only ours"
+    )
+    parser.add_argument("--preset", default="imagen", help="cascade for --paper, such as tiny")
     parser.add_argument("--side", choices=("jax", "torch"), help=argparse.SUPPRESS)
     parser.add_argument("--weights", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()

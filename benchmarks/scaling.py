@@ -1,13 +1,14 @@
-"""What a training step keeps and sends as the mesh grows, on emulated devices.
+"""Memory and communication of a training step as the mesh grows, on emulated devices.
 
     python -m benchmarks.scaling --out scaling.json    # a CPU, some minutes
 
-Compiles the train step of a small U-Net for 1, 2, 4 and 8 devices, eight pictures each, and reads
-memory and collectives from the compiled program; nothing runs. Ideal is: the state (parameters,
-average, moments) split evenly, temporaries of a device as on one alone, and to send what FSDP must:
-every parameter gathered for the forward pass and for the backward pass, its gradient scattered
-once. float32; a CPU all-reduces gradients where a TPU scatters the sums, at twice the bytes. Arrays
-of 4096 elements and more are split here, as nearly all of a paper-sized network are by the rule.
+Compiles the train step of a small U-Net for 1, 2, 4 and 8 devices, with eight pictures each, and
+reads memory and collectives from the compiled program; nothing runs. The ideal: the state
+(parameters, average, moments) is split evenly, a device's temporaries are as on one device alone,
+and it sends only what FSDP must, with every parameter gathered for the forward pass and for the
+backward pass, and its gradient scattered once. Everything is float32; a CPU all-reduces gradients
+where a TPU reduce-scatters them, which takes twice the bytes. Arrays of 4096 or more elements are
+split here, as the rule splits nearly all arrays of a paper-sized network.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""Equal residual blocks one by one, or as a scan over their stacked parameters: which is better?
+"""Compares running equal residual blocks one by one with a scan over their stacked parameters.
 
     python -m benchmarks.scan                       # compiles and runs both on this machine
     python -m benchmarks.scan --topology v5e:2x2    # compiles both for TPUs (libtpu, no TPU)
 
-Eight blocks as the deepest level of the super-resolution U-Nets has (`--dim` channels, default a
-quarter of theirs on a CPU), forward and backward, every block recomputed.
+Eight blocks, as in the deepest level of the super-resolution U-Nets (`--dim` channels; the default
+is a quarter of theirs, for a CPU), forward and backward, with every block recomputed.
 """
 
 import argparse
@@ -24,7 +24,7 @@ REPEATS = 5
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--topology", default="local", help="as of tools.plan")
+    parser.add_argument("--topology", default="local", help="as in tools.plan")
     parser.add_argument("--dim", type=int, default=256)
     args = parser.parse_args()
     device = chips.devices(args.topology)[0]

@@ -4,8 +4,8 @@
     python -m benchmarks.unet --rounds 5 --out unet.json
     python -m benchmarks.unet --model base --rounds 1    # a GPU: the paper's base, 1.6 billion
 
-Each side runs in a process of its own, alternating, since both keep their threads spinning; within
-a process compilation and warm-up come first and are reported apart. On a GPU both compute in
+The sides take turns, each in its own process, because both keep their threads spinning. Within a
+process, compilation and warm-up come first and are reported separately. On a GPU both compute in
 bfloat16, and the original also runs under `torch.compile`. Needs what `make test` installs.
 """
 
@@ -66,9 +66,9 @@ MODELS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=MODELS, default="small")
-    parser.add_argument("--rounds", type=int, default=3, help="processes of each side")
+    parser.add_argument("--rounds", type=int, default=3, help="processes per side")
     parser.add_argument("--out", type=Path, help="write the measurements as JSON")
-    parser.add_argument("--side", choices=SIDES, help="measure one side in this process")
+    parser.add_argument("--side", choices=SIDES, help="measure only this side, in this process")
     args = parser.parse_args()
     if args.side:
         commands.keep_memory()  # for both sides alike
