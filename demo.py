@@ -82,7 +82,7 @@ def main() -> None:
         parser.add_argument(name, type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.long and args.data != "scenes":
-        parser.error("--long is of --data scenes")
+        parser.error("--long needs --data scenes")
     name = "emoji" if args.data == "bundled" else "demo-long" if args.long else "demo"
     workdir = args.workdir or Path("runs", name)
     recipes = RECIPES[PRESET[args.data]]

@@ -144,11 +144,11 @@ def _line(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
         return (
-            "the device's memory is full: a smaller --batch-size may fit; in training also "
+            "the device is out of memory: try a smaller --batch-size; in training also "
             "--accumulate, --remat nothing_saveable or --dtype bfloat16."
         )
     if isinstance(error, jax.errors.JaxRuntimeError) and re.search(LOST, str(error)):
-        return f"a device does not answer: {first_line(error)}"
+        return f"a device stopped responding: {first_line(error)}"
     return None
 
 

@@ -40,15 +40,15 @@ def start(
         return
     given = (coordinator, process_id, num_processes)
     if any(x is None for x in given) != all(x is None for x in given):
-        raise UserError("--coordinator, --process-id and --num-processes go together.")
+        raise UserError("--coordinator, --process-id and --num-processes must be given together.")
     if coordinator is not None and not 0 <= process_id < num_processes:
         raise UserError(f"--process-id {process_id} is not in 0 .. {num_processes - 1}.")
     if coordinator is None and not in_cluster(os.environ):
         return
     if coordinator is None and _in_kubernetes(os.environ) and not _installed("kubernetes"):
         raise UserError(
-            "to find the other pods of a Kubernetes job: pip install -e '.[k8s]'. Or give "
-            "--coordinator, --process-id and --num-processes; --num-processes 1 to stay alone."
+            "finding the other pods of a Kubernetes job needs: pip install -e '.[k8s]'. Or give "
+            "--coordinator, --process-id and --num-processes; --num-processes 1 runs on its own."
         )
     # It would take SIGTERM for itself; train/interrupt.py hears it, and agrees with the others.
     jax.config.update("jax_enable_preemption_service", False)

@@ -101,7 +101,9 @@ class Sampling:
         counts = [(name, (getattr(self, name),)) for name in self.counts] + [("steps", self.steps)]
         for name, values in counts:
             if values is not None and min(values, default=0) < 1:
-                raise UserError(f"{commands.flag(name)} {' '.join(map(str, values))}: at least 1.")
+                raise UserError(
+                    f"{commands.flag(name)} {' '.join(map(str, values))}: must be at least 1."
+                )
         for name, last in [("seed", 2**32 - 1)] + [(name, 1) for name in self.fractions]:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= last:
@@ -111,7 +113,7 @@ class Sampling:
         if self.guidance_interval is not None:
             make_interval(self.guidance_interval)
         if self.eta and "ddim" not in self.samplers_given:
-            raise UserError(f"--eta {self.eta} belongs to --sampler ddim.")
+            raise UserError(f"--eta {self.eta} applies only to --sampler ddim.")
 
     @property
     def samplers_given(self) -> tuple[str | None, ...]:
@@ -205,8 +207,8 @@ class Sampling:
         for number in numbers:
             if isinstance(config.unets[number - 1], NullUnetConfig):
                 raise UserError(
-                    f"U-Net {number} of {self.run} is a NullUnet: this cascade upsamples "
-                    "images and draws none from text."
+                    f"U-Net {number} of {self.run} is a NullUnet: this cascade only "
+                    "upsamples images and cannot draw them from text."
                 )
             if checkpoint.latest_step(self.run, number) is None:
                 raise UserError(_untrained(self.run, number, first))
@@ -243,7 +245,7 @@ def open_pipeline(
             say(f"note: {note}")
         if read.weights != given.weights:
             say(
-                f"note: {given.run} holds no averaged weights (ema) of U-Net {number}: its online "
+                f"note: {given.run} has no averaged weights (ema) for U-Net {number}: its online "
                 "weights are used."
             )
     return pipeline

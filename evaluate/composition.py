@@ -81,7 +81,7 @@ def measure(given: Settings) -> dict[str, Measured]:
     """Draws and judges, by level; prints a table, and writes it with a sheet of images."""
     config = run_config.read(given.run)
     if not config.condition_on_text or config.channels != 3:
-        raise UserError(f"{given.run}: the cascade must draw captions, in three channels.")
+        raise UserError(f"{given.run}: needs a cascade with captions and three channels.")
     options, numbers = given.options(config), given.unet_numbers(config)
     pipeline = open_pipeline(given, print, numbers)
     folder = storage.folder(given.out or given.run / "evaluation")
@@ -93,7 +93,7 @@ def measure(given: Settings) -> dict[str, Measured]:
     rows = [row for level, one in measured.items() for row in sheet_rows(level, one)]
     with (folder / "composition.png").open("wb") as file:
         labelled_grid(rows).save(file, format="PNG")
-    print(f"{folder / 'composition.json'}; what was drawn: {folder / 'composition.png'}")
+    print(f"{folder / 'composition.json'}; the images: {folder / 'composition.png'}")
     return measured
 
 

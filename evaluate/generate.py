@@ -64,7 +64,7 @@ def main() -> None:
     done = {path.name for path in folder.iterdir()}
     missing = [i for i in range(len(prompts)) if f"{i:06}.png" not in done]
     if len(missing) < len(prompts):
-        print(f"{len(prompts) - len(missing)} of {len(prompts)} images are there.")
+        print(f"{len(prompts) - len(missing)} of {len(prompts)} images exist already.")
     draw(pipeline, given, options, prompts, missing, folder)
     print(f"{len(prompts)} images in {folder}")
 
@@ -82,12 +82,12 @@ def read_prompts(spec: str, count: int | None) -> list[str]:
             for one in data["annotations"]:
                 captions.setdefault(one["image_id"], one["caption"].strip())
         except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is not a file of COCO's captions.") from error
+            raise UserError(f"{path} is not a COCO captions file.") from error
         prompts = [captions[number] for number in sorted(captions)]
     else:
         prompts = read_lines(path)
     if not prompts:
-        raise UserError(f"{path} holds no prompt.")
+        raise UserError(f"{path} contains no prompts.")
     return prompts[:count]
 
 
@@ -117,7 +117,9 @@ def start(path: epath.Path, wanted: dict[str, Any]) -> None:
     different = [name for name in wanted if found.get(name) != wanted[name]]
     if different:
         changes = "; ".join(f"{n}: {found.get(n)} there, {wanted[n]} now" for n in different)
-        raise UserError(f"{path.parent} holds images of other settings ({changes}).")
+        raise UserError(
+            f"{path.parent} contains images with other settings ({changes}): choose another --out."
+        )
 
 
 def draw(

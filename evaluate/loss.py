@@ -57,7 +57,7 @@ class Settings(Opening):
     def __post_init__(self):
         for name in ("num_images", "batch_size"):
             if getattr(self, name) < 1:
-                raise UserError(f"{commands.flag(name)} {getattr(self, name)}: at least 1.")
+                raise UserError(f"{commands.flag(name)} {getattr(self, name)}: must be at least 1.")
 
 
 def main() -> None:

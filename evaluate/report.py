@@ -67,7 +67,7 @@ def main() -> None:
     given = parse(Settings, prog="python -m evaluate.report", description=__doc__)
     config = run_config.read(given.run)
     if not config.condition_on_text or config.channels != 3:
-        raise UserError(f"{given.run}: the cascade must draw captions, in three channels.")
+        raise UserError(f"{given.run}: needs a cascade with captions and three channels.")
     page = storage.folder(given.html or given.run / "evaluation" / "report.html")
     storage.check_writable(page.parent)
     pipeline = open_pipeline(given, print, given.unet_numbers(config))
@@ -132,9 +132,9 @@ def table(rows: Sequence[Row]) -> str:
 
 def render(given: Settings, rows: Sequence[Row]) -> str:
     """The page, complete in one file."""
-    title = f"What {html.escape(str(given.checkpoint))} draws"
-    parts = [f"<h1>{title}</h1>", f"<p>{given.num_images} images of each kind and row; seed "]
-    parts.append(f"{given.seed}. Bars: 95 % intervals of the share that is all right.</p>")
+    title = f"Effect of sampling settings: {html.escape(str(given.checkpoint))}"
+    parts = [f"<h1>{title}</h1>", f"<p>{given.num_images} images per kind and row; seed "]
+    parts.append(f"{given.seed}. Bars: 95 % intervals of the share that is completely right.</p>")
     for name in dict.fromkeys(row[0] for row in rows):
         chosen = [row for row in rows if row[0] == name]
         parts += [f"<h2>By {name}</h2>", curve(chosen)]

@@ -69,7 +69,7 @@ class Settings:
         for name in ("batch_size", "image_size", "limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UserError(f"{commands.flag(name)} {value}: at least 1.")
+                raise UserError(f"{commands.flag(name)} {value}: must be at least 1.")
         needed = {"clip"} if "clip" in self.metrics else set()
         if set(self.metrics) & set(BY_FEATURES):
             needed |= {"reference", "inception"}
@@ -94,7 +94,7 @@ def main() -> None:
     if "fid" in scores and scores["samples"] < FEATURES:
         print(
             f"note: {scores['samples']} samples give covariances of less than full rank "
-            f"({FEATURES}): this FID is too high, and compares with those of as many samples only."
+            f"({FEATURES}): this FID is too high; compare it only with FIDs of as many samples."
         )
     if given.out is not None:
         about = {"samples_of": given.samples, "reference_of": given.reference}
@@ -107,8 +107,8 @@ def by_features(given: Settings) -> dict[str, float]:
     stored = fid.Statistics.load(given.reference) if given.reference.endswith(".npz") else None
     if stored is not None and {"kid", "pr"} & set(given.metrics):
         raise UserError(
-            f"{given.reference} holds statistics, which serve FID alone: --metrics fid, or give "
-            "the images."
+            f"{given.reference} contains statistics, which are enough only for FID: use "
+            "--metrics fid, or give the images."
         )
     network = compiled(given.inception)
     samples = features(given.samples, given, network)
@@ -168,12 +168,14 @@ def by_lpips(given: Settings) -> dict[str, float]:
             continue
         if one.shape != two.shape:
             shapes = " and ".join(f"{x.shape[0]}x{x.shape[1]}" for x in (one, two))
-            raise UserError(f"{name}: {shapes} pixels; --image-size scales both sets.")
+            raise UserError(
+                f"{name}: sizes differ ({shapes} pixels); --image-size scales both sets."
+            )
         found.append(float(distance(one[None], two[None])[0]))
     for spec, reasons in ((given.samples, left_out), (given.reference, missing)):
         report(spec, reasons)
     if not found:
-        raise UserError(f"{given.samples} and {given.reference} have no image of one name.")
+        raise UserError(f"{given.samples} and {given.reference} have no images with the same name.")
     return {"pairs": len(found), "lpips": float(np.mean(found))}
 
 
@@ -186,8 +188,8 @@ def named(spec: str, given: Settings) -> tuple[Source, dict[str, int], dict[str,
         name = PurePosixPath(source.key(i)).stem
         if name in places:
             raise UserError(
-                f"{spec}: {source.key(places[name])} and {source.key(i)} have one name: LPIPS "
-                "cannot tell which is compared."
+                f"{spec}: {source.key(places[name])} and {source.key(i)} have the same name: LPIPS "
+                "cannot tell which one to compare."
             )
         places[name] = i
     return source, places, left_out
@@ -241,7 +243,7 @@ def open_set(spec: str, given: Settings) -> tuple[Source, dict[str, str]]:
     source = open_source(spec, heldout_fraction=0.0)
     source = source if given.limit is None else source.take(given.limit)
     if given.image_size is None and len(source) and callable(source[0].image):
-        raise UserError(f"{spec} is drawn at any size: give --image-size.")
+        raise UserError(f"{spec} has no fixed size: give --image-size.")
     return source, dict(source.left_out)
 
 
@@ -268,7 +270,7 @@ def report(spec: str, left_out: dict[str, str], *, found: int | None = None) -> 
         key, reason = next(iter(left_out.items()))
         print(f"note: {spec}: {len(left_out)} left out; the first: {key}: {reason}")
     if found == 0:
-        raise UserError(f"{spec} holds no usable image.")
+        raise UserError(f"{spec} contains no usable images.")
 
 
 def batched(items: Iterator[T], size: int) -> Iterator[list[T]]:

@@ -27,7 +27,7 @@ INSTEAD = {
     ),
     "progress": "give callback_on_step_end",
     "generator": "give seed or seeds",
-    **dict.fromkeys(("height", "width"), "the cascade has its own sizes"),
+    **dict.fromkeys(("height", "width"), "the cascade determines the sizes"),
     "return_pil_images": "give output_type",
 }
 """Arguments of `Imagen.sample` and of diffusers that a call of a pipeline has in another form."""
@@ -61,7 +61,9 @@ def one_each(negative: str | Sequence[str], count: int) -> list[str]:
 def one_seed_each(seed: int, seeds: Sequence[int] | None, count: int) -> list[int]:
     """One an image."""
     if count < 1:
-        raise UserError("nothing to draw: no prompt, or no image of each.")
+        raise UserError(
+            "nothing to draw: give at least one prompt, and at least one image per prompt."
+        )
     if seeds is not None and len(seeds) != count:
         raise UserError(f"{len(seeds)} seeds for {count} images.")
     for one in [seed] if seeds is None else seeds:
@@ -83,5 +85,5 @@ def rows_of(name: str, arrays: Any, count: int, times: int) -> Any:
 
 def _either(name: str, value: Any, other_name: str, other: Any) -> Any:
     if value is not None and other is not None:
-        raise UserError(f"{name} and {other_name} are the same: give one of them.")
+        raise UserError(f"{name} and {other_name} are the same argument: give only one of them.")
     return other if value is None else value

@@ -139,7 +139,10 @@ class Request:
         if self.draws is not None and self.other_key is not None:
             raise UserError("other_key needs key, not draws.")
         if self.tiles is not None and (len(numbers) > 1 or numbers[0] == 1):
-            raise UserError("tiles are those of one super-resolution stage, which runs alone.")
+            raise UserError(
+                "tiles need a single super-resolution stage: start and stop at the same U-Net, 2 "
+                "or later."
+            )
 
     def _check_negative_text(self) -> None:
         if self.text_embeds is None:
@@ -147,7 +150,7 @@ class Request:
         found, wanted = np.shape(self.negative_text_embeds), np.shape(self.text_embeds)
         if found != wanted:
             raise UserError(
-                f"negative_text_embeds are {found}; they must be as text_embeds, {wanted}."
+                f"negative_text_embeds have shape {found}; they must match text_embeds, {wanted}."
             )
 
     def _check_strength(self) -> None:
@@ -379,10 +382,10 @@ def check_text(config: ImagenConfig, text_embeds: TextEmbeds | None, count: int 
     if text_embeds is None:
         return
     if not config.condition_on_text:
-        raise UserError("text_embeds are given, and condition_on_text is off.")
+        raise UserError("text_embeds are given, but condition_on_text is off.")
     if text_embeds.shape[-1] != config.text_embed_dim:
         raise UserError(
-            f"text_embeds are {text_embeds.shape[-1]} wide, text_embed_dim is "
+            f"text_embeds are {text_embeds.shape[-1]} wide, but text_embed_dim is "
             f"{config.text_embed_dim}."
         )
     if count is not None and text_embeds.shape[0] != count:

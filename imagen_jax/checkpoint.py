@@ -232,7 +232,9 @@ def choose(run: str | os.PathLike, unet_number: int, weights: Weights = "ema") -
         for newer, reason in passed.items()
     ]
     if not (path / str(step) / MARKER).exists():
-        notes.append(f"{path}: step {step} is of an earlier version, without a commit marker.")
+        notes.append(
+            f"{path}: step {step} was written by an earlier version, without a commit marker."
+        )
     if weights == "ema" and not (path / str(step) / ITEMS["ema"]).is_dir():
         weights = "online"
     return Choice(step, weights, tuple(notes))
@@ -267,7 +269,7 @@ def restore(
             args = ocp.args.PyTreeRestore(item=target, restore_args=arrays)
             return checkpointer.restore(path, args=args)
         except (ValueError, KeyError, OSError) as error:
-            raise _failure(path, error, "is damaged, or of another architecture") from error
+            raise _failure(path, error, "is damaged, or has another architecture") from error
 
 
 def stored_shapes(run: str | os.PathLike, unet_number: int, step: int, item: str) -> Any:
@@ -283,7 +285,7 @@ def stored_shapes(run: str | os.PathLike, unet_number: int, step: int, item: str
 def _item_path(run: str | os.PathLike, unet_number: int, step: int, item: str) -> epath.Path:
     path = stage_path(run, unet_number)
     if not (path / str(step) / item).is_dir():
-        raise Damaged(f"{path} holds no {item} of step {step}.")
+        raise Damaged(f"{path} has no {item} for step {step}.")
     return path / str(step) / item
 
 
@@ -304,7 +306,7 @@ def read_meta(run: str | os.PathLike, unet_number: int, step: int) -> dict[str, 
 def _failure(path: epath.Path, error: Exception, what: str = "is damaged") -> UserError:
     """`Damaged`; or, for a disk or store that fails, an error for which no step is passed over."""
     if storage.is_passing(error):
-        return UserError(f"{path} cannot be read now; start again: {first_line(error)}")
+        return UserError(f"{path} cannot be read now; run the command again: {first_line(error)}")
     return Damaged(f"{path} {what}: {first_line(error)}")
 
 

@@ -109,7 +109,9 @@ class ImagenConfig(Config):
     def _check_stages(self) -> None:
         count = len(self.unets)
         if count == 0 or len(self.image_sizes) != count:
-            raise UserError(f"{count} unets and image_sizes = {self.image_sizes}: one size each.")
+            raise UserError(
+                f"image_sizes = {self.image_sizes}: give one size for each of {count} unets."
+            )
         for name in (
             "timesteps",
             "pred_objectives",
@@ -138,17 +140,17 @@ class ImagenConfig(Config):
             )
         if len(self._noise_ranges()) != count:
             raise UserError(
-                f"lowres_noise_range = {self.lowres_noise_range}: one range, or one for each of "
-                f"{count} unets."
+                f"lowres_noise_range = {self.lowres_noise_range}: give one range, or one for each "
+                f"of {count} unets."
             )
         if self.discrete is None and any(getattr(u, "learned_variance", False) for u in self.unets):
-            raise UserError("learned_variance needs a diffusion in discrete steps: discrete.")
+            raise UserError("learned_variance needs diffusion in discrete steps: give discrete.")
         if any(isinstance(unet, NullUnetConfig) for unet in self.unets[1:]):
             raise UserError("a NullUnet can only be the first of the unets.")
         if self.per_stage("random_crop_sizes")[0] is not None:
             raise UserError(
                 f"random_crop_sizes[0] must be None, got {self.random_crop_sizes}: the base U-Net "
-                "is trained on complete images. As in (None, 64), which JSON writes [null, 64]."
+                "is trained on complete images. For example (None, 64), in JSON [null, 64]."
             )
 
     def _check_values(self) -> None:
@@ -163,7 +165,7 @@ class ImagenConfig(Config):
             raise UserError(f"lowres_sample_noise_level = {level} must lie in [0.0, 1.0].")
         if not all(0 <= low <= high <= 1 for low, high in self._noise_ranges()):
             raise UserError(
-                f"lowres_noise_range = {self.lowres_noise_range} must rise, within [0, 1]."
+                f"lowres_noise_range = {self.lowres_noise_range} must be increasing, within [0, 1]."
             )
         if self.elucidated is not None:
             for i in range(len(self.unets)):
@@ -188,12 +190,12 @@ class ImagenConfig(Config):
                 )
             if size[0] * sizes[0][1] != size[1] * sizes[0][0]:
                 raise UserError(
-                    f"image_sizes = {self.image_sizes}: all stages must have one aspect ratio; "
-                    f"{show(size)} is not a multiple of {show(sizes[0])}."
+                    f"image_sizes = {self.image_sizes}: all stages must have the same aspect "
+                    f"ratio; {show(size)} is not a multiple of {show(sizes[0])}."
                 )
             if not isinstance(unet, NullUnetConfig) and any(n % unet.downsampling for n in trained):
                 raise UserError(
-                    f"U-Net {number} reduces the resolution to 1/{unet.downsampling}; "
+                    f"U-Net {number} downsamples by {unet.downsampling}; "
                     f"its size {show(trained)} is not a multiple of that."
                 )
 
@@ -250,7 +252,7 @@ class ImagenConfig(Config):
             if any(side % 1 for side in sides):
                 raise UserError(
                     f"images of {size[0]}x{size[1]} at U-Net {unet_number} would be "
-                    f"{sides[0]:g}x{sides[1]:g} at another."
+                    f"{sides[0]:g}x{sides[1]:g} at another: sizes must be integers."
                 )
             sizes.append((int(sides[0]), int(sides[1])))
         return dataclasses.replace(self, image_sizes=tuple(sizes))

@@ -68,7 +68,7 @@ class DiscreteConfig(Config):
     def __post_init__(self):
         self._check_types()
         if self.num_train_timesteps < 2:
-            raise UserError(f"num_train_timesteps = {self.num_train_timesteps}: at least 2.")
+            raise UserError(f"num_train_timesteps = {self.num_train_timesteps} must be at least 2.")
         values = self.sample_max_value
         if min(values if isinstance(values, tuple) else (values,)) < 1:
             raise UserError(f"sample_max_value = {values} must be at least 1.")

@@ -91,7 +91,7 @@ def _of_equation(equation: JaxprEqn) -> int:
         case "while":
             inner = _inner(equation)
             if any(map(_of_jaxpr, inner)):
-                raise UserError("a loop without a length known beforehand cannot be counted.")
+                raise UserError("a loop whose length is not known in advance cannot be counted.")
             return 0
         case _:
             return sum(map(_of_jaxpr, _inner(equation)))

@@ -28,7 +28,7 @@ from imagen_jax.types import AnyArray, Image, PRNGKey, TextEmbeds, TextMask
 __all__ = ["Draws", "Imagen"]
 
 
-BLANK = "in this cascade no text is the empty text"
+BLANK = "in this cascade missing text is encoded as the empty caption"
 
 
 class Imagen(nnx.Module):
@@ -241,7 +241,7 @@ def _check_unets(config: ImagenConfig, unets: Sequence[nnx.Module]) -> None:
     for number, (unet, wanted) in enumerate(zip(unets, config.unets, strict=True), 1):
         if not isinstance(unet, nn.NullUnet) and unet.config != wanted:
             found = first_difference(unet.config, wanted, f"unets.{number - 1}")
-            raise UserError(f"U-Net {number} is not the one of the configuration: {found}.")
+            raise UserError(f"U-Net {number} does not match the configuration: {found}.")
 
 
 def _training_number(config: ImagenConfig, unet_number: int | None) -> int:
@@ -251,5 +251,8 @@ def _training_number(config: ImagenConfig, unet_number: int | None) -> int:
     if isinstance(config.stage(number).network, NullUnetConfig):
         raise UserError(f"U-Net {number} is a NullUnet: it cannot be trained.")
     if config.only_train_unet_number not in (None, number):
-        raise UserError(f"only_train_unet_number = {config.only_train_unet_number}, not {number}.")
+        raise UserError(
+            f"only_train_unet_number = {config.only_train_unet_number}: U-Net {number} cannot be "
+            "trained."
+        )
     return number

@@ -58,7 +58,7 @@ def check_writable(path: epath.Path) -> None:
         return
     nearest = next(one for one in (path, *path.parents) if one.exists())
     if not nearest.is_dir():
-        raise UserError(f"{nearest} is a file: no folder can be there.")
+        raise UserError(f"{nearest} is a file, so no folder can be created there.")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise UserError(f"{nearest}: no permission to write there.")
 
@@ -133,5 +133,5 @@ def read_object(path: epath.Path) -> dict[str, Any]:
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both
         raise UserError(f"{path} is not JSON: {error}.") from error
     if not isinstance(data, dict):
-        raise UserError(f"{path} holds {type(data).__name__}, not a JSON object.")
+        raise UserError(f"{path} must contain a JSON object, not {type(data).__name__}.")
     return data

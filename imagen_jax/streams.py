@@ -53,11 +53,11 @@ class ParamKeys(nnx.Rngs):
 def row_keys(key: PRNGKey | RowKeys, count: int) -> RowKeys:
     """A key for each of `count` rows: those given, or derived from one key and the row's place."""
     if not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
-        raise UserError(f"key must be one of jax.random.key(seed), not {key!r:.40}.")
+        raise UserError(f"key must be made by jax.random.key(seed), not {key!r:.40}.")
     if not key.ndim:
         return jax.vmap(lambda place: stream(key, "row", place))(jnp.arange(count))
     if len(key) != count:
-        raise UserError(f"{len(key)} keys for a batch of {count}: give one key, or one a row.")
+        raise UserError(f"{len(key)} keys for a batch of {count}: give one key, or one per row.")
     return key
 
 

@@ -237,7 +237,9 @@ def check_images(stage: Stage, images: Array, name: str = "images") -> None:
     """Raises UserError for images that the stage cannot be trained on."""
     check_aspect(stage, images.shape, name)
     if images.shape[-1] != stage.channels:
-        raise UserError(f"{name} have {images.shape[-1]} channels, the cascade {stage.channels}.")
+        raise UserError(
+            f"{name} have {images.shape[-1]} channels; the cascade has {stage.channels}."
+        )
     if images.shape[1] < stage.size[0] or images.shape[2] < stage.size[1]:
         raise UserError(
             f"{name} are {show(images.shape[1:3])} pixels; U-Net {stage.unet_number} is trained "

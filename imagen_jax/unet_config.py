@@ -118,7 +118,9 @@ class UnetConfig(Config):
             if getattr(self, name) % 2 == 0:
                 raise UserError(f"{name} = {getattr(self, name)} must be odd.")
         if self.norm == "group" and any(width % 8 for width in self.dims):
-            raise UserError(f"norm='group' has 8 groups: the widths {self.dims} must be multiples.")
+            raise UserError(
+                f"norm='group' has 8 groups: the widths {self.dims} must be multiples of 8."
+            )
         for name, stride, used in (
             ("init_cross_embed_kernel_sizes", 1, self.init_cross_embed),
             ("cross_embed_downsample_kernel_sizes", 2, self.cross_embed_downsample),

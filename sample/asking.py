@@ -74,7 +74,7 @@ def checked(ask: Ask, config: ImagenConfig) -> tuple[Ask, list[str]]:
     if not all(1 <= steps <= MOST_STEPS for steps in ask.steps):
         raise UserError(f"Steps must be from 1 to {MOST_STEPS}, not {list(ask.steps)}.")
     if ask.sampler not in SAMPLERS:
-        raise UserError(f"The sampler is one of {', '.join(SAMPLERS)}.")
+        raise UserError(f"The sampler must be one of {', '.join(SAMPLERS)}.")
     texts = {}
     for name, title in (("prompt", "prompt"), ("negative_prompt", "negative prompt")):
         texts[name] = valid(getattr(ask, name))
@@ -100,7 +100,7 @@ def _check_image(ask: Ask) -> None:
     if ask.image is None:
         raise UserError("Choose an image first: click one of your results, or upload one.")
     if ask.task == "inpaint" and (ask.mask is None or not ask.mask.any()):
-        raise UserError("Paint over what is to be drawn again: the mask is empty.")
+        raise UserError("Paint over the part to redraw: the mask is empty.")
 
 
 class Inputs(NamedTuple):

@@ -126,8 +126,8 @@ class Drawing:
         for prompt in distinct:
             if rest := encoder.left_out(prompt, length):
                 self.say(
-                    f"note: the prompt {shortened(prompt)!r} is cut: it has more tokens than the "
-                    f"{length} that the cascade reads. Left out: {shortened(rest)!r}."
+                    f"note: the prompt {shortened(prompt)!r} is cut off: it has more than the "
+                    f"{length} tokens that the cascade reads. Left out: {shortened(rest)!r}."
                 )
         found = encode(distinct, batch_size=self.given.batch_size)
         rows = [distinct.index(prompt) for prompt in texts]
@@ -273,7 +273,7 @@ def read_prompts(given: Any, config: ImagenConfig) -> list[str] | None:
         name = "/dev/stdin" if str(source) == "-" else source
         prompts += read_lines(name)
         if not prompts:
-            raise UserError(f"{source} holds no prompt.")
+            raise UserError(f"{source} contains no prompts.")
     if not prompts:
         raise UserError('say what to draw: --prompt "..." or --prompts-from FILE.')
     return prompts

@@ -55,7 +55,7 @@ def main() -> None:
     drawing = Drawing.open("grid", chosen[0][0])
     prompts = read_prompts(given, drawing.config)
     if prompts is not None and len(prompts) > 1:
-        raise UserError(f"--prompt: one text for all cells, not {len(prompts)}.")
+        raise UserError(f"--prompt: give one text for all cells, not {len(prompts)}.")
     job = Job(
         seed=given.seed,
         prompt=prompts[0] if prompts else None,

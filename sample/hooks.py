@@ -69,7 +69,7 @@ class Hooks:
         if self.unsafe is None:
             return None
         line = f"safety checker: {self.flagged} of {self.checked} images flagged"
-        line += ", which are blanked." if self.flagged else "."
+        line += " and blanked." if self.flagged else "."
         self.checked = self.flagged = 0
         return line
 
@@ -101,7 +101,7 @@ def open_checker(path: Path, threshold: float) -> Callable[[Pixels], bool]:
         raise UserError(f"--safety-checker {path}: {error.strerror}.") from error
     except Exception as error:  # its exceptions have no class of their own in common
         raise UserError(
-            f"--safety-checker {path} is not a model that onnxruntime reads: {first_line(error)}"
+            f"--safety-checker {path} is not a model that onnxruntime can read: {first_line(error)}"
         ) from error
     size = _input_size(path, session)
 
@@ -135,8 +135,8 @@ def _input_size(path: Path, session: Any) -> int:
     if not square or shape[3] != 3 or len(scores) != 2 or scores[1] == 1:
         found = " and ".join(str(one.shape) for one in inputs)
         raise UserError(
-            f"--safety-checker {path} reads {found} and gives {scores}; what fits reads images as "
-            "(n, size, size, 3) and gives probabilities as (n, classes), the last for unsafe."
+            f"--safety-checker {path} takes {found} and returns {scores}; it must take images as "
+            "(n, size, size, 3) and return probabilities as (n, classes), the last for unsafe."
         )
     return shape[1]
 
@@ -203,7 +203,7 @@ def _private_key(path: Path, pem: bytes) -> tuple[str, bytes]:
         key = serialization.load_pem_private_key(pem, password=None)
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"--c2pa: {path} is not a private key in PEM without a password: {first_line(error)}"
+            f"--c2pa: {path} is not an unencrypted private key in PEM: {first_line(error)}"
         ) from error
     match key:
         case ec.EllipticCurvePrivateKey(key_size=(256 | 384 | 521) as bits):
@@ -213,7 +213,7 @@ def _private_key(path: Path, pem: bytes) -> tuple[str, bytes]:
         case rsa.RSAPrivateKey():
             algorithm = "ps256"
         case _:
-            raise UserError(f"--c2pa: {path}: its kind of key is not one of the C2PA's.")
+            raise UserError(f"--c2pa: {path}: C2PA does not support this kind of key.")
     return algorithm, key.private_bytes(
         serialization.Encoding.PEM,
         serialization.PrivateFormat.PKCS8,
@@ -226,5 +226,5 @@ def _extra(module: str, extra: str, flag: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         raise UserError(
-            f"{flag} needs the package of {module}: pip install -e '.[{extra}]'"
+            f"{flag} needs the package {module}: pip install -e '.[{extra}]'"
         ) from error

@@ -95,9 +95,9 @@ def read_image_and_mask(image: Path, mask: Path, channels: int) -> tuple[np.ndar
     again = read(mask, 1)[..., 0] >= 128
     if again.shape != pixels.shape[:2]:
         found, wanted = ("{} x {}".format(*a.shape) for a in (again, pixels))
-        raise UserError(f"{mask} is {found} pixels (height x width), {image} is {wanted}.")
+        raise UserError(f"{mask} is {found} pixels (height x width), but {image} is {wanted}.")
     if not again.any():
-        raise UserError(f"{mask} is black: there is nothing to draw again.")
+        raise UserError(f"{mask} has no white part: there is nothing to redraw.")
     return pixels, again
 
 
@@ -124,7 +124,7 @@ def find_box(again: np.ndarray, size: Size) -> Box:
         if last - first > extent[axis]:
             raise UserError(
                 f"the mask's white part is {last - first} pixels {('high', 'wide')[axis]}; the "
-                f"largest cut of {size[0]} : {size[1]} (height : width) has {extent[axis]}."
+                f"largest crop of {size[0]} : {size[1]} (height : width) has {extent[axis]}."
             )
         middle = (first + last - extent[axis]) // 2
         corner.append(min(max(middle, 0), again.shape[axis] - extent[axis]))

@@ -62,7 +62,7 @@ def main() -> None:
         raise UserError('--prompt: give two or more, as --prompt "an apple" --prompt "a pear".')
     stops = prompts or [None, None]
     if given.frames < len(stops):
-        raise UserError(f"--frames {given.frames}: at least {len(stops)}, one a prompt.")
+        raise UserError(f"--frames {given.frames}: must be at least {len(stops)}, one per prompt.")
     seeds = image_seeds(given.seed, len(stops))
     jobs = [
         Job(seed=seed, prompt=prompt, negative_prompt=given.negative_prompt)

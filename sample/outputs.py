@@ -145,9 +145,7 @@ def read_recipe(path: epath.Path) -> dict[str, Any]:
             text = picture.info.get("comment") if picture.format == "GIF" else text
         return dict(json.loads(text))
     except (OSError, TypeError, ValueError) as error:
-        why = (
-            error.strerror if getattr(error, "strerror", None) else "no recipe of imagen-jax in it"
-        )
+        why = error.strerror if getattr(error, "strerror", None) else "it has no imagen-jax recipe"
         raise UserError(f"{path}: {why}.") from error
 
 

@@ -101,10 +101,10 @@ def launch(given: Settings, drawing: Served, *, block: bool = True) -> "gr.Block
         )
     except OSError as error:
         raise UserError(
-            f"cannot listen at --host {given.host} --port {given.port}, which another program may "
-            "have. Without --port the page takes the first free one."
+            f"cannot listen on --host {given.host} --port {given.port}; another program may be "
+            "using it. Without --port the page takes the first free one."
         ) from error
-    print(f"the page is at {page.local_url} (Ctrl-C ends it)", flush=True)
+    print(f"the page is at {page.local_url} (Ctrl-C stops it)", flush=True)
     if block:
         page.block_thread()
     return page
@@ -174,7 +174,7 @@ def settings_fields(drawing: Served, num_images: int) -> dict[str, Any]:
                 MOST_GUIDANCE,
                 value=min(options["cond_scale"][0], MOST_GUIDANCE),
                 step=0.1,
-                label="Guidance: how closely the prompt is followed",
+                label="Guidance: how closely to follow the prompt",
                 elem_id="cond_scale",
             )
         with gr.Row():
@@ -203,7 +203,7 @@ def settings_fields(drawing: Served, num_images: int) -> dict[str, Any]:
             fields["sampler"] = gr.Dropdown(
                 [*SAMPLERS],
                 value=options["sampler"],
-                label="Sampler (another one is compiled first)",
+                label="Sampler (a new one is compiled first)",
                 elem_id="sampler",
             )
     return fields
@@ -240,7 +240,7 @@ def task_tabs(
                 button("upscale", "Upscale")
         with gr.Tab(TABS["inpaint"], id="inpaint"):
             sources["inpaint"] = gr.ImageEditor(
-                label="Paint over what is to be drawn again",
+                label="Paint over the part to redraw",
                 type="pil",
                 format="png",
                 layers=False,
@@ -257,7 +257,7 @@ def task_tabs(
                 1,
                 value=0.6,
                 step=0.05,
-                label="Strength: how much changes",
+                label="Strength: how much to change",
                 elem_id="strength",
             )
             button("image_to_image", "Draw from the image")

@@ -155,7 +155,7 @@ def draw(drawing: Served, line: Line, ask: Ask, folder: Path, owner: str) -> Ite
         ask, notes = checked(ask, drawing.config)
         ticket = line.join(owner)
         while before := line.place(ticket, wait=0.5):
-            yield Update(f"In the queue: {before} before you.")
+            yield Update(f"In the queue: {before} ahead of you.")
         events: queue.Queue = queue.Queue()
         work = threading.Thread(
             target=_work, args=(drawing, line, ticket, ask, folder, notes, events), daemon=True
@@ -235,7 +235,7 @@ def listener(ticket: Ticket, events: queue.Queue, count: int, *, previews: bool 
 
 def _updates(events: queue.Queue, count: int) -> Iterator[Update]:
     """Everything that has happened meanwhile as one update. Raises the worker's error."""
-    status = "Getting ready: what is new is compiled first, which takes a while."
+    status = "Getting ready: new settings are compiled first, which takes a while."
     written = 0
     while True:
         happened, preview = [], None
@@ -292,8 +292,8 @@ def public(error: BaseException) -> str:
         return f"The server could not read or write a file: {why}."
     traceback.print_exception(error)
     if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
-        return "The device's memory is full: draw fewer images at once."
-    return "Something went wrong on the server; its log says what."
+        return "The device is out of memory: draw fewer images at once."
+    return "Something went wrong on the server: see its log."
 
 
 def without_paths(text: str) -> str:
@@ -312,7 +312,7 @@ def new_session() -> str:
 def session_folder(root: Path, session: str | None) -> Path:
     """Raises UserError for a name that `new_session` did not make: it comes from the browser."""
     if not re.fullmatch(r"[0-9a-f]{16}", session or ""):
-        raise UserError("This page has no session: load it again.")
+        raise UserError("This page has no session: reload it.")
     return root / session
 
 
@@ -327,7 +327,7 @@ def result(folder: Path, name: str) -> Path:
     """The file of a result by its name. Raises UserError if it is gone."""
     path = folder / Path(name).name
     if path not in results(folder):
-        raise UserError("This image is no longer there: load the page again.")
+        raise UserError("This image no longer exists: reload the page.")
     return path
 
 
@@ -335,5 +335,5 @@ def local_root(drawing: Drawing) -> Path:
     """Where sessions are. Raises UserError for an object store, which the page cannot show."""
     folder = drawing.folder
     if storage.is_remote(folder):
-        raise UserError(f"--out: the page shows files of a local folder, not of {folder}.")
+        raise UserError(f"--out: the page can only show files in a local folder, not in {folder}.")
     return Path(folder)

@@ -80,7 +80,7 @@ def draw_again(given: Settings) -> None:
     for field in dataclasses.fields(given):
         if field.name in OF_RECIPE and getattr(given, field.name) != field.default:
             flag = commands.flag(field.name)
-            raise UserError(f"--from-image brings its own {flag}: leave it out.")
+            raise UserError(f"--from-image already sets {flag}: leave it out.")
     recipe = outputs.read_recipe(storage.folder(given.from_image))
     missing = [name for name in (*REPEATED, *READ) if name not in recipe]
     if missing:

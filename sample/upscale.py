@@ -94,8 +94,8 @@ def stage_number(given: Settings, config: ImagenConfig) -> int:
         raise UserError(f"--stage {wanted}: the cascade of {given.run} has {count} U-Nets.")
     if config.stage(number).lowres is None:
         raise UserError(
-            f"--stage {wanted or number}: U-Net {number} of {given.run} draws from noise alone; "
-            "a super-resolution stage upsamples: 2 or a later one."
+            f"--stage {wanted or number}: U-Net {number} of {given.run} draws from noise; "
+            "choose a super-resolution stage, 2 or a later one."
         )
     return number
 
@@ -115,7 +115,9 @@ def scale_factor(stage: Stage) -> int:
     ratios = {large / small for large, small in zip(stage.size, stage.lowres.size, strict=True)}
     (ratio, *others) = ratios
     if others or ratio != int(ratio):
-        raise UserError(f"U-Net {stage.unet_number} upsamples by {sorted(ratios)}: no one integer.")
+        raise UserError(
+            f"U-Net {stage.unet_number} upsamples by {sorted(ratios)}, not by one integer."
+        )
     return int(ratio)
 
 

@@ -164,7 +164,7 @@ def test_steps_of_earlier_versions_have_no_marker(copy):
     for step in (1, 2):
         unmarked(copy / "unet1" / str(step))
     (note,) = checkpoint.choose(copy, 1).notes
-    assert "step 2 is of an earlier version, without a commit marker" in note
+    assert "step 2 was written by an earlier version, without a commit marker" in note
     with checkpoint.Writer(copy, 1) as writer:
         writer.save(3, {"params": params_of(3)}, {})
     assert checkpoint.choose(copy, 1) == checkpoint.Choice(3, "online")
@@ -213,11 +213,14 @@ def test_half_a_step_is_none(copy):
             "is not a run directory: it has no config.json",
         ),
         (lambda run: (run / "config.json").write_text("{"), "is not JSON"),
-        (lambda run: (run / "config.json").write_text("[]"), "holds list, not a JSON object"),
-        (lambda run: shutil.rmtree(run / "unet1" / "2" / "params"), "holds no params of step 2"),
+        (
+            lambda run: (run / "config.json").write_text("[]"),
+            "must contain a JSON object, not list",
+        ),
+        (lambda run: shutil.rmtree(run / "unet1" / "2" / "params"), "has no params for step 2"),
         (
             lambda run: (run / "unet1" / "2" / "params" / "_METADATA").write_text('{"tree'),
-            "is damaged, or of another architecture",
+            "is damaged, or has another architecture",
         ),
     ],
 )
@@ -291,4 +294,4 @@ def test_unfit_arrays_are_one_line(copy, damage):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1, done.stderr
-    assert "ema is damaged, or of another architecture" in done.stderr
+    assert "ema is damaged, or has another architecture" in done.stderr

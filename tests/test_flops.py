@@ -31,7 +31,7 @@ def test_products_and_loops():
     assert flops.count(jax.jit(loop), *args) == 7 * once
     assert flops.count(jax.checkpoint(loop), *args) == 7 * once
     assert flops.count(either, *args) == once
-    with pytest.raises(ValueError, match="a loop without a length"):
+    with pytest.raises(ValueError, match="a loop whose length is not known in advance"):
         flops.count(lambda x, w, n: jax.lax.fori_loop(0, n, lambda _, x: x @ w, x), *args, 3)
 
 

@@ -303,7 +303,7 @@ def test_errors():
     complains("unet_number = 3 is not in 1 .. 2", loss, unet_number=3, **TEXT)
     loss = functools.partial(loss, unet_number=2)
     complains("give texts or text_embeds", loss)
-    complains("5 wide, text_embed_dim is 6", loss, text_embeds=TEXT["text_embeds"][..., :5])
+    complains("5 wide, but text_embed_dim is 6", loss, text_embeds=TEXT["text_embeds"][..., :5])
     complains("2 text_embeds for 3 images", loss, text_embeds=TEXT["text_embeds"][:2])
     complains("1 texts for 3 images", loss, texts=["a fox"])
     complains("cond_images are given", loss, cond_images=COND_IMAGES, **TEXT)
@@ -311,7 +311,7 @@ def test_errors():
     complains("needs a key, or draws with times", loss, IMAGES)
     draws = dataclasses.replace(draws_for(imagen.config, 2), lowres_noise=None)
     complains("draws with lowres_noise", loss, IMAGES, draws=draws)
-    complains("4 channels, the cascade 3", loss, np.ones((BATCH, 8, 8, 4), np.float32), key=key)
+    complains("4 channels; the cascade has 3", loss, np.ones((BATCH, 8, 8, 4), np.float32), key=key)
     complains("5 x 5 pixels; U-Net 2", loss, IMAGES[:, :5, :5], key=key)
     complains("square", loss, IMAGES[:, :9], key=key)
     complains(r"images must be \(b, h, w, c\)", loss, IMAGES[..., 0], key=key)
@@ -342,7 +342,7 @@ def test_errors_of_other_cascades():
     complains("1 unets for 2 configurations", Imagen, config, unets=null.unets[:1])
     other = cascades.ours(cascade(unet=dict(cond_images_channels=2)))
     complains(
-        "U-Net 1 is not the one of the configuration: unets.0.cond_images_channels is 2",
+        "U-Net 1 does not match the configuration: unets.0.cond_images_channels is 2",
         Imagen,
         cascade(),
         unets=other.unets,

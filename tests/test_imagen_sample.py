@@ -380,7 +380,7 @@ def test_raising_in_progress_stops():
     [
         (dict(text_embeds=np.full((2, 4, 6), np.nan)), "text_embeds hold NaN"),
         (dict(text_embeds=None), "give texts or text_embeds"),
-        (dict(text_embeds=np.ones((2, 4, 5), np.float32)), "5 wide, text_embed_dim is 6"),
+        (dict(text_embeds=np.ones((2, 4, 5), np.float32)), "5 wide, but text_embed_dim is 6"),
         (dict(key=None), "either a key or draws"),
         (dict(draws=[np.zeros((1, 2, 5, 5, 3))]), "either a key or draws"),
         (dict(key=None, draws=[np.zeros((1, 2, 5, 5, 3))]), "1 sequences of draws for 2 stages"),

@@ -178,7 +178,7 @@ def test_a_run_refuses_another_encoder(run, tmp_path):
     file = tmp_path / "config.json"
     file.write_text(file.read_text().replace(recorded.sha256, "0" * 64))
     for use in (Pipeline.load(tmp_path), imagen_jax.load(tmp_path, unet_numbers=())):
-        with pytest.raises(ValueError, match="'demo' .* is not the one of this cascade") as caught:
+        with pytest.raises(ValueError, match="'demo' .* is not that of this cascade") as caught:
             use.encoder  # noqa: B018
         assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="weights differ"):
@@ -228,7 +228,7 @@ def test_a_call(run):
         (dict(num_images_per_prompt=0), "nothing to draw"),
         (dict(key=jax.random.key(0)), "key is not an argument of a pipeline: give seed"),
         (dict(generator=None), "generator is not an argument of a pipeline: give seed"),
-        (dict(width=64), "width is not an argument of a pipeline: the cascade has its own"),
+        (dict(width=64), "width is not an argument of a pipeline: the cascade determines"),
         (dict(inpaint_images=np.zeros((2, 16, 16, 3))), "inpaint_images has 2 rows for 1 images"),
     ):
         with pytest.raises(UserError, match=message):

@@ -87,9 +87,9 @@ def devices(topology: str) -> Sequence[jax.Device]:
     name, shape = found.groups()
     if name == "gpu":
         raise UserError(
-            f"--topology {topology}: JAX compiles for GPUs only where they are: run it there with "
-            "--topology local. How arrays are split and what moves: --topology cpu:N --dtype "
-            "bfloat16."
+            f"--topology {topology}: JAX compiles for GPUs only on a machine that has them: run it "
+            "there with --topology local. To see how arrays are split and what moves: --topology "
+            "cpu:N --dtype bfloat16."
         )
     jax.config.update("jax_platforms", "cpu")
     if name == "cpu":
@@ -131,4 +131,6 @@ def _tpus(name: str, shape: str, topology: str) -> Sequence[jax.Device]:
         return topologies.get_topology_desc(f"{name}:{shape}", "tpu", **more).devices
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         reason = first_line(error)
-        raise UserError(f"--topology {topology}: libtpu knows no such slice: {reason}") from error
+        raise UserError(
+            f"--topology {topology}: libtpu does not know this slice: {reason}"
+        ) from error

@@ -53,7 +53,7 @@ class Plan:
 def main() -> None:
     plan, settings = parse(__doc__, Plan)
     if plan.sample and plan.text:
-        raise UserError("--sample and --text: one of them.")
+        raise UserError("--sample and --text: give only one of them.")
     devices = chips.devices(plan.topology)
     chip = chips.chip(devices[0])
     if settings.dtype == "auto":
@@ -66,8 +66,8 @@ def main() -> None:
     trains = not (plan.sample or plan.text)
     if trains and settings.cascade().condition_on_text and settings.embeddings is None:
         print(
-            "not counted: the text encoder, in memory beside it unless --embeddings has the "
-            "captions (--text plans T5-XXL)"
+            "not counted: the text encoder, which is in memory too unless --embeddings is given "
+            "(--text plans T5-XXL)"
         )
     numbers = compiled(planned, layout, chip, flags(plan, settings, layout), plan.hlo)
     numbers = {"title": planned.title, "devices": layout.describe()} | numbers
@@ -176,11 +176,11 @@ def findings(
     yield from report.describe_moved(moved, planned.per)
     yield ""
     yield (
-        f"arithmetic, a {planned.per}: {report.operations(planned.model_flops)} of the model, "
-        f"{report.operations(planned.program_flops)} with what is computed again"
+        f"arithmetic per {planned.per}: {report.operations(planned.model_flops)} for the model, "
+        f"{report.operations(planned.program_flops)} with recomputation"
     )
     if bound is None:
-        yield "no time: published numbers of these devices are not known here"
+        yield "no time: the published numbers of these devices are not in tools/chips.py"
     else:
         yield from report.describe_bound(bound, chip)
 
@@ -195,10 +195,10 @@ def refused(
     """What the compiler said, what is known without it, and what would help."""
     parts = planned.argument_bytes()
     yield f"\nthe compiler: {first_line(error)}"
-    yield "arguments of a device: " + ", ".join(
+    yield "arguments per device: " + ", ".join(
         f"{name} {report.size(size)}" for name, size in parts.items()
     )
-    yield "results of products and convolutions, on a device if all were kept:"
+    yield "results of products and convolutions, per device if all were kept:"
     for size, what in programs.activations(planned, layout)[:LARGEST]:
         yield f"  {report.size(size):>12}   {what}"
     if chip is not None:

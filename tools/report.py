@@ -106,10 +106,10 @@ def operations(count: int | float) -> str:
 
 
 def describe_memory(memory: Memory, parts: dict[str, int], chip: Chip | None) -> Iterator[str]:
-    yield "memory of a device" + (f", which has {size(chip.hbm)}" if chip else "")
+    yield "memory per device" + (f", which has {size(chip.hbm)}" if chip else "")
     listed = ", ".join(f"{name} {size(count)}" for name, count in parts.items())
     yield f"  arguments    {size(memory.arguments):>12}   {listed}"
-    yield f"  outputs      {size(memory.outputs):>12}   {size(memory.aliased)} in their place"
+    yield f"  outputs      {size(memory.outputs):>12}   {size(memory.aliased)} reusing arguments"
     yield f"  temporaries  {size(memory.temporaries):>12}"
     yield f"  program      {size(memory.code):>12}"
     verdict = ""
@@ -123,21 +123,21 @@ def describe_moved(kinds: Moved, per: str) -> Iterator[str]:
     if not kinds:
         yield "between devices: nothing moves"
         return
-    yield f"between devices, a {per}: collectives, and what each device sends for them at least"
+    yield f"between devices, per {per}: collectives, and the least that each device sends for them"
     for kind, one in kinds.items():
         yield f"  {kind:<18} {one['runs']:>7,} {size(one['sent']):>14}"
     yield f"  {'in all':<18} {'':>7} {size(sum(one['sent'] for one in kinds.values())):>14}"
-    yield "  (a loop whose length is data counts once)"
+    yield "  (a loop whose length depends on data counts once)"
 
 
 def describe_bound(bound: Bound, chip: Chip) -> Iterator[str]:
     least, most = bound.utilisation
     ms = {name: f"{getattr(bound, name) * 1e3:.3g} ms" for name in _SECONDS}
-    yield f"at best, by the published numbers of a {chip.kind} ({chip.source}):"
+    yield f"at best, given the published numbers of a {chip.kind} ({chip.source}):"
     yield f"  arithmetic {ms['compute']}, memory {ms['memory']}, network {ms['network']}"
-    yield f"  all at the same time {ms['overlapped']}: model FLOP utilisation at most {most:.0%}"
+    yield f"  all overlapped {ms['overlapped']}: model FLOP utilisation at most {most:.0%}"
     yield (
-        f"  the network in turn {ms['in_turn']}, its share {bound.network_share:.0%}: "
+        f"  network not overlapped {ms['in_turn']}, its share {bound.network_share:.0%}: "
         f"at most {least:.0%}"
     )
 
@@ -149,23 +149,23 @@ def advice(
     kept = sum(parts.values())
     temporaries = memory.temporaries if memory else max(chip.hbm - kept, 0)
     state_first = kept > temporaries
-    what = max(parts, key=parts.get) if state_first else "what a call makes on its way"
+    what = max(parts, key=parts.get) if state_first else "temporaries of the call"
     yield f"most of it is {what}:"
     data, model = flags["mesh"]
     if not state_first:
         if flags.get("remat") is None and "remat" in flags:
-            yield "  --remat nothing_saveable keeps the inputs of blocks only"
+            yield "  --remat nothing_saveable keeps only the inputs of blocks"
         rows = flags["rows"] // data
         if rows > 1:
             if "accumulate" in flags:
-                yield f"  --accumulate {2 * flags['accumulate']} takes half of the pictures at once"
+                yield f"  --accumulate {2 * flags['accumulate']} halves the images taken at once"
             else:
-                yield f"  --batch-size {flags['rows'] // 2} takes half of them"
+                yield f"  --batch-size {flags['rows'] // 2} halves the batch"
         if flags.get("dtype") == "float32":
-            yield "  --dtype bfloat16 takes half for each number"
+            yield "  --dtype bfloat16 halves the bytes per number"
         yield f"  --mesh {data}x{2 * model} on twice the devices splits channels too"
         return
     if flags.get("optimizer") == "adam" and flags.get("moments") == "float32":
         yield "  --moments bfloat16 halves the optimiser's part"
-        yield "  --optimizer adafactor has next to none"
-    yield f"  --mesh {2 * data}x{model}, on twice the devices, halves parameters and all like them"
+        yield "  --optimizer adafactor needs almost none"
+    yield f"  --mesh {2 * data}x{model}, on twice the devices, halves parameters, average, moments"

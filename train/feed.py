@@ -86,8 +86,8 @@ class Feed:
         if config.condition_on_text and source.has_embeds:
             if settings.embeddings is not None:
                 raise UserError(
-                    f"{source.name} holds embeddings: --embeddings {settings.embeddings} has no "
-                    "use. Leave it out, or move the .npy files."
+                    f"{source.name} already has embeddings: --embeddings {settings.embeddings} is "
+                    "not used. Leave it out, or move the .npy files."
                 )
             text_encoder = text.stored_encoder(config, source.name, settings.folders)
         elif config.condition_on_text and settings.embeddings is not None:
@@ -359,7 +359,7 @@ def _stored(
     form = embeddings.form
     if form.width != config.text_embed_dim:
         raise UserError(
-            f"{folder} has embeddings of {form.width}, the cascade text_embed_dim = "
+            f"{folder} has embeddings of width {form.width}, the cascade text_embed_dim = "
             f"{config.text_embed_dim}."
         )
     if (form.keeps_padding, form.cleans) != (config.reads_padding, config.encodes_blank_text):
@@ -375,11 +375,11 @@ def _chosen(source: Source, settings: Data) -> Source:
     if settings.captions_from is not None:
         captions = read_lines(settings.captions_from)
         if not captions:
-            raise UserError(f"--captions-from {settings.captions_from} holds no caption.")
+            raise UserError(f"--captions-from {settings.captions_from} contains no captions.")
         source = source.with_captions(captions)
         if len(source) > len(set(captions)):
             print(
                 f"captions: {len(source)} pictures have the {len(set(captions))} captions of "
-                f"{settings.captions_from}: those of equal captions are all taken."
+                f"{settings.captions_from}; all pictures with equal captions are used."
             )
     return source if settings.limit is None else source.take(settings.limit)

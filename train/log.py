@@ -61,16 +61,16 @@ def announce(feed: Feed, run: epath.Path, settings: str, *, resumed: bool) -> No
         share = min(0.5, FEW / (len(feed.train) + len(feed.heldout)))
         weak = "says little" if len(feed.heldout) else "is not measured"
         print(
-            f"note: with so few held out, eval/heldout {weak}; --heldout-fraction {share:.2g} "
-            f"keeps about {FEW}, or half of a small set."
+            f"note: with so few images held out, eval/heldout {weak}; --heldout-fraction "
+            f"{share:.2g} keeps about {FEW}, or half of a small set."
         )
     report_left_out(feed.left_out, run, stage.unet_number, resumed=resumed)
     if feed.encoder is not None and feed.encoder.is_demo:
         print(f"{text.DEMO_NOTE} --t5 google/t5-v1_1-base uses a real one.")
     if stage.condition_on_text and feed.text_encoder is None:
         print(
-            "note: nothing says which text encoder made the stored embeddings (text_encoder.json "
-            "beside them), so no other will be refused when this cascade is sampled."
+            "note: no text_encoder.json beside the stored embeddings says which text encoder made "
+            "them, so sampling from this cascade cannot refuse a different one."
         )
     print(f"devices: {feed.layout.describe()}")
     print(f"run: {run} (configuration in config.json)")
@@ -102,7 +102,7 @@ def report_left_out(
         lines = list(dict.fromkeys([*path.read_text().splitlines(), *lines]))
     storage.write_text(path, "\n".join(lines) + "\n")
     more = " more" if known else ""
-    print(f"left out: {sum(map(len, reasons.values()))}{more}, all named in {path}")
+    print(f"left out: {sum(map(len, reasons.values()))}{more}, all listed in {path}")
     for reason, names in sorted(reasons.items(), key=lambda found: -len(found[1])):
         dots = ", ..." if len(names) > NAMED else ""
         print(f"{len(names):>8}  {reason} ({', '.join(names[:NAMED])}{dots})")
@@ -254,8 +254,9 @@ class Window:
             for name, what in (("loss", "the loss"), ("grad_norm", "the norm of the gradients")):
                 if not np.isfinite(measured[name]):
                     raise UserError(
-                        f"{what} is {measured[name]} at step {number}. Checkpoints are of "
-                        "steps before. A smaller --lr, --max-grad-norm or --dtype float32 may help."
+                        f"{what} is {measured[name]} at step {number}. Checkpoints are from "
+                        "earlier steps. A smaller --lr, --max-grad-norm or --dtype float32 may "
+                        "help."
                     )
         self.measured += [{name: float(x) for name, x in one.items()} for one in fetched]
         self.waiting = []

@@ -47,10 +47,13 @@ def run(settings: Settings, unet_number: int, layout: Layout | None = None) -> b
     data, optimization, watching = map(settings.section, (Data, Optimization, Watching))
     run_dir = RunDir.open(settings.run, config, stage, resume=settings.resume)
     if settings.resume and run_dir.newest is None:
-        print(f"note: {run_dir.path} holds no step of U-Net {unet_number}: it begins at step 0.")
+        print(f"note: {run_dir.path} has no checkpoint of U-Net {unet_number}: starting at step 0.")
     layout = layout or make_layout(settings.mesh, rows=settings.rows)
     if _finished(run_dir, watching, settings.steps):
-        print(f"U-Net {unet_number} in {run_dir.path} has all of its {run_dir.complete} steps.")
+        print(
+            f"U-Net {unet_number} in {run_dir.path} already has all of its {run_dir.complete} "
+            "steps."
+        )
         return True
     with distributed.together():
         source = settings.continue_from if run_dir.newest is None else None
@@ -200,7 +203,8 @@ def _trained_stage(config: ImagenConfig, unet_number: int) -> Stage:
         raise UserError(f"U-Net {unet_number} is a NullUnet: it cannot be trained.")
     if config.only_train_unet_number not in (None, unet_number):
         raise UserError(
-            f"only_train_unet_number is {config.only_train_unet_number}, not {unet_number}."
+            f"only_train_unet_number = {config.only_train_unet_number}: U-Net {unet_number} cannot "
+            "be trained."
         )
     return stage
 

@@ -50,7 +50,7 @@ def check_captions(settings: Watching, feed: Feed) -> None:
     if not settings.compose_every:
         return
     if not feed.reads_captions or feed.config.channels != 3:
-        raise UserError("--compose-every: the cascade must read captions, and draw in colour.")
+        raise UserError("--compose-every needs a cascade with captions and three channels.")
     if feed.embeddings is not None:
         for kind in scenes.KINDS:
             chosen = scenes.examples(kind, settings.compose_images)

@@ -202,7 +202,7 @@ class RunDir:
         step = checkpoint.latest_step(other.path, self.stage.unet_number)
         if step is None:
             raise UserError(f"--continue-from {other.path}: no complete step of {other.folder}.")
-        print(f"going on from step {step} of {other.folder}")
+        print(f"continuing from step {step} of {other.folder}")
         start = other._saved(step, optimization, layout, record, exactly=False)
         return Start(start.state, [])
 
@@ -219,7 +219,8 @@ class RunDir:
         saved = meta.get("settings")
         if saved is None:
             raise UserError(
-                f"{self.folder} holds weights alone: start another run from them with --init-from."
+                f"{self.folder} contains only weights: start another run from them with "
+                "--init-from."
             )
         _check_continues(saved, record, (*SAME, *MEASURED) if exactly else OPTIMIZER)
         for line in changes(saved, record, () if exactly else (*SAME, *MEASURED)):
@@ -277,8 +278,8 @@ class RunDir:
         seen = distributed.gather("yes" if file.exists() else "no")
         if "no" in seen:
             raise UserError(
-                f"process {seen.index('no')} of {len(seen)} does not see {self.path} as process 0 "
-                "writes it: --workdir must be a folder that all of them share."
+                f"process {seen.index('no')} of {len(seen)} does not see what process 0 wrote in "
+                f"{self.path}: --workdir must be a folder that all of them share."
             )
 
 

@@ -219,11 +219,11 @@ class Settings(Watching, Devices, Optimization, Data, Run):
         self._require("seed", lambda x: x < 2**32, "less than 2 ** 32")
         if self.batch_size % self.accumulate:
             raise UserError(
-                f"--batch-size {self.batch_size} does not split into --accumulate "
+                f"--batch-size {self.batch_size} cannot be split into --accumulate "
                 f"{self.accumulate} equal parts."
             )
         if None not in (self.init_from, self.continue_from):
-            raise UserError("--init-from and --continue-from: one of them.")
+            raise UserError("--init-from and --continue-from: give only one of them.")
         if self.mesh != "auto":
             sharding.parse(self.mesh)
         for bucket in self.buckets:
@@ -265,7 +265,7 @@ class Settings(Watching, Devices, Optimization, Data, Run):
             changes["condition_on_text"] = False
         if self.t5 is not None:
             if not config.condition_on_text or self.no_captions:
-                raise UserError("--t5 has no use in a cascade without captions.")
+                raise UserError("--t5 is not used in a cascade without captions: leave it out.")
             changes |= dict(text_encoder_name=self.t5, text_embed_dim=_width(self.t5))
         return dataclasses.replace(config, **changes)
 

@@ -78,17 +78,19 @@ class Settings:
     def __post_init__(self):
         for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
-                raise UserError(f"{commands.flag(name)} {getattr(self, name)}: at least 1.")
+                raise UserError(f"{commands.flag(name)} {getattr(self, name)}: must be at least 1.")
 
 
 def main() -> None:
     given = parse(Settings, prog="python -m train.text_encoder", description=__doc__)
     if (given.out / "config.json").exists() and not given.overwrite:
-        raise UserError(f"{given.out} holds an encoder: choose another --out, or --overwrite it.")
+        raise UserError(
+            f"{given.out} contains an encoder: choose another --out, or --overwrite it."
+        )
     encoder, reading = train(given)
     text.save_encoder(encoder, given.out)
     share = accuracy(encoder, reading, scenes.contents("combinations"))
-    print(f"{given.out}: of held-out combinations {100 * share:.0f} % are read completely right.")
+    print(f"{given.out}: {100 * share:.0f} % of held-out combinations are read completely right.")
 
 
 def train(given: Settings) -> tuple[text.TextEncoder, Reading]:

@@ -41,13 +41,13 @@ def array_records(
         sizes = [len(ArrayRecordDataSource(path)) for path in paths]
         first = parse(records[0]) if sum(sizes) else {}
     except UserError as error:
-        raise UserError(f"{paths[0]}: its records are no tf.train.Example: {error}") from error
+        raise UserError(f"{paths[0]}: its records are not tf.train.Example: {error}") from error
     except Exception as error:  # array_record's are of no one kind
         raise UserError(f"{paths[0]} cannot be read: {first_line(error)}") from error
     key = image_key or next((name for name in IMAGE_KEYS if name in first), None)
     if key not in first:
         has = ", ".join(first) or "none"
-        raise UserError(f"{paths[0]}: no feature of images ({has}); see --image-key")
+        raise UserError(f"{paths[0]}: no image feature (it has {has}); see --image-key")
     keys = Strings.of(
         f"{files.stem(path)}/{i}" for path, n in zip(paths, sizes, strict=True) for i in range(n)
     )
@@ -122,12 +122,12 @@ def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
         elif tag & 7 == 2:
             length, at = _varint(message, at)
             if at + length > len(message):
-                raise ValueError("a field ends after the record")
+                raise ValueError("a field extends past the end of the record")
             value, at = message[at : at + length], at + length
         elif tag & 7 == 5:
             (value,), at = struct.unpack_from("<f", message, at), at + 4
         else:
-            raise ValueError(f"a field of wire type {tag & 7}")
+            raise ValueError(f"a field has the unsupported wire type {tag & 7}")
         yield tag >> 3, value
 
 

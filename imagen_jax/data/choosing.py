@@ -85,7 +85,7 @@ class Condition:
         number = _number(value)
         if re.search("[<>=]", value):
             raise UserError(
-                f"--where {text!r}: each condition is an argument of its own, as in --where "
+                f"--where {text!r}: give each condition as a separate argument, as in --where "
                 "'width >= 256' 'height >= 256'"
             )
         if number is None and column in MEASURED:
@@ -125,7 +125,9 @@ def where(source: Source, conditions: Sequence[str]) -> Source:
             kept[i] = True
     if missing := sorted({one.column for one in parsed} - known):
         columns = ", ".join([*source.columns(0), *MEASURED]) if len(source) else "none"
-        raise UserError(f"--where: no record has a column {missing[0]!r}; they have {columns}")
+        raise UserError(
+            f"--where: no record has a column {missing[0]!r}; the columns are {columns}"
+        )
     text = " and ".join(conditions)
     if not kept.any():
         raise UserError(f"{source.name}: none of {len(source)} records has {text}")
@@ -160,7 +162,9 @@ def mixture(sources: Sequence[Source], weights: Sequence[float]) -> Source:
     if not all(np.isfinite(weight) and weight > 0 for weight in weights):
         raise UserError(f"--data: weights must be positive, got {', '.join(map(str, weights))}")
     if len({source.has_embeds for source in sources}) > 1:
-        raise UserError("--data: of these sources only some hold stored embeddings")
+        raise UserError(
+            "--data: only some of these sources have stored embeddings; all or none must"
+        )
     sizes = [len(source.keys) for source in sources]
     starts = np.concatenate([[0], np.cumsum(sizes)])
     names = [f"{i}:{source.name}" for i, source in enumerate(sources)]

@@ -67,7 +67,7 @@ class Settings(Opening):
 
     def __post_init__(self):
         if self.batch_size < 1:
-            raise UserError(f"--batch-size {self.batch_size}: at least 1.")
+            raise UserError(f"--batch-size {self.batch_size}: must be at least 1.")
         if not re.fullmatch(r"\d{1,5}/\d{1,5}", self.part) or self.own[0] >= self.own[1]:
             raise UserError(f"--part {self.part}: write I/N, from 0/4 to 3/4 for four processes.")
 
@@ -90,7 +90,7 @@ def embed(given: Settings) -> Embeddings:
     encoder's, captions that cannot be encoded, or too small a disk."""
     folder = storage.folder(given.out)
     if storage.is_remote(folder):
-        raise UserError(f"--out {folder}: embeddings are written to a local folder; copy it then.")
+        raise UserError(f"--out {folder}: must be a local folder; copy it to the store afterwards.")
     storage.check_writable(folder)
     encoder, length = _encoder(given)
     form = Form(
@@ -103,7 +103,7 @@ def embed(given: Settings) -> Embeddings:
     there = Embeddings.open(folder)
     number, parts = given.own
     captions = [one for one in _captions(given, encoder)[number::parts] if one not in there]
-    print(f"{len(there):,} captions are stored in {folder}, {len(captions):,} are not")
+    print(f"{len(there):,} captions are already stored in {folder}, {len(captions):,} are not")
     if not captions:
         return there
     per_shard = _plan(folder, form, encoder, captions)
@@ -116,8 +116,8 @@ def embed(given: Settings) -> Embeddings:
             embeddings.write_shard(folder, form, part, encoded, tokens, given.own)
             errors += [_error(form, one) for one in encoded[:SURVEYED]]
     print(
-        f"stored in {form.dtype}: off by {100 * np.sqrt(np.mean(np.square(errors))):.2g} % "
-        "(root mean square, of a token's length)"
+        f"stored as {form.dtype}: error {100 * np.sqrt(np.mean(np.square(errors))):.2g} % "
+        "(root mean square, relative to a token's norm)"
     )
     return Embeddings.open(folder)
 
@@ -129,7 +129,7 @@ def _encoder(given: Settings) -> tuple[text.TextEncoder, int]:
     dtype = nn.compute_dtype(None if given.compute == "auto" else given.compute)
     if given.config is None:
         if given.t5 is None:
-            raise UserError("--t5 or --config must say which text encoder.")
+            raise UserError("give --t5 or --config to choose the text encoder.")
         return text.load_encoder(given.t5, dtype=dtype, layout=layout), TEXT_LENGTH
     path = storage.folder(given.config)
     data = storage.read_object(path / "config.json" if path.is_dir() else path)
@@ -147,7 +147,7 @@ def _begin(folder: epath.Path, form: Form, encoder: text.TextEncoder) -> None:
             encoder.identity.write(folder)
             storage.write_text(folder / embeddings.FORM, json.dumps(form.to_dict()) + "\n")
         elif there != form:
-            raise UserError(f"{folder} holds embeddings in another form: {there}, not {form}.")
+            raise UserError(f"{folder} contains embeddings stored as {there}, not {form}.")
     encoder.identity.check(text.read_beside([folder]), f"{folder}")
 
 

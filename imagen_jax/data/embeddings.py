@@ -77,7 +77,9 @@ class Form(Config):
         if self.keeps_padding:
             counted = len(record) % int(self.size(1)) == COUNT
             if not counted and not padding:
-                raise UserError("it was stored without the number of its tokens: encode it again")
+                raise UserError(
+                    "the embedding was stored without its number of tokens: encode it again"
+                )
             embeds, count = (record[:-COUNT], record[-COUNT:]) if counted else (record, b"")
             found = replace(self, keeps_padding=False).unpack(embeds)
             return found if padding else found[: int.from_bytes(count, "little")]
@@ -112,7 +114,7 @@ class Embeddings:
         form = read_form(path)
         if form is None:
             raise UserError(
-                f"{path} holds no stored embeddings: make them with "
+                f"{path} contains no stored embeddings: create them with "
                 "`python -m imagen_jax.data.embed`."
             )
         shards = complete_shards(path)
@@ -147,7 +149,7 @@ class Embeddings:
         """Raises NoCaption for the first caption that is not there."""
         for caption in captions:
             if caption not in self:
-                raise NoCaption(f"no stored embedding of its caption, {caption[:60]!r}")
+                raise NoCaption(f"no stored embedding for its caption, {caption[:60]!r}")
 
     def _find(self, caption: str) -> int | None:
         first, second = hashed([caption])[0]
@@ -214,5 +216,5 @@ def _read_hashes(shard: epath.Path) -> UInt64[np.ndarray, "n 2"]:
     except (ValueError, EOFError) as error:
         raise UserError(f"{shard} is damaged.") from error
     if hashes.dtype != np.uint64 or hashes.ndim != 2:
-        raise UserError(f"{shard} does not hold hashes of captions.")
+        raise UserError(f"{shard} does not contain caption hashes.")
     return hashes

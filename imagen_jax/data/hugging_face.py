@@ -41,7 +41,7 @@ def dataset(
     parts = dict(found) if isinstance(found, dict) else {split or "train": found}
     main = split or ("train" if "train" in parts else next(iter(parts)))
     if main not in parts:
-        raise UserError(f"hf:{name}: no split {main!r}, has {', '.join(parts)}")
+        raise UserError(f"hf:{name}: no split {main!r}; it has {', '.join(parts)}")
     apart = None if split else next((s for s in HELDOUT if s in parts and s != main), None)
     chosen = {s: parts[s] for s in (main, apart) if s is not None}
     features = parts[main].features
@@ -49,9 +49,9 @@ def dataset(
     key = key or next((k for k in IMAGE_KEYS if k in features), None)
     for column in (key, caption_key):
         if column is not None and column not in features:
-            raise UserError(f"hf:{name}: no column {column!r}, has {', '.join(features)}")
+            raise UserError(f"hf:{name}: no column {column!r}; it has {', '.join(features)}")
     if key is None:
-        raise UserError(f"hf:{name}: no column of images, has {', '.join(features)}")
+        raise UserError(f"hf:{name}: no column of images; it has {', '.join(features)}")
     if isinstance(features[key], datasets.Image):
         stored = datasets.Image(decode=False)
         chosen = {s: part.cast_column(key, stored) for s, part in chosen.items()}

@@ -50,13 +50,13 @@ class Settings(Opening):
 
     def __post_init__(self):
         if not self.source:
-            raise UserError("name a source, as --data of training does.")
+            raise UserError("name a source, as for --data in training.")
         if min(self.sizes, default=0) < 1 or self.limit < 0:
             raise UserError("--sizes must be positive, and --limit 0 or more.")
         if self.out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-            raise UserError(f"--out {self.out}: the name of an image file, such as sheet.png.")
+            raise UserError(f"--out {self.out}: give the name of an image file, such as sheet.png.")
         if not self.out.absolute().parent.is_dir():
-            raise UserError(f"--out {self.out}: there is no such folder.")
+            raise UserError(f"--out {self.out}: its folder does not exist.")
 
 
 @dataclasses.dataclass

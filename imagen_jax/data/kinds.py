@@ -52,7 +52,7 @@ def why_not(kind: str) -> str | None:
         more = " without the extra heic" if kind in ("heic", "heif") else ""
         return f"a .{kind} file, which is not read{more}"
     if kind in ARCHIVES:
-        return f"a .{kind} archive, to be unpacked first"
+        return f"a .{kind} archive, which must be unpacked first"
     return None
 
 

@@ -172,7 +172,7 @@ class Batches(Iterator[dict[str, np.ndarray]]):
 
     def __next__(self) -> dict[str, np.ndarray]:
         if not self._iterator:
-            raise UserError("these batches are closed: make new ones, from the step wanted")
+            raise UserError("these batches are closed: create new ones from the step you need")
         step = next(self._iterator[0])
         images, captions, embeds, skipped = pickle.loads(step) if type(step) is bytes else step
         for key, why in skipped.items():

@@ -21,7 +21,7 @@ from imagen_jax.data.written import captions, json_object
 from imagen_jax.errors import UserError, first_line
 from imagen_jax.storage import is_remote
 
-NOT_ALL_EMBEDDED = "a stored embedding, where not all pictures have one"
+NOT_ALL_EMBEDDED = "a stored embedding, but not all pictures have one"
 CAPTION_KEYS = ("caption", "text", "captions", "sentences", "prompt")
 
 # What is wrong with one file for good. Any other error of the system may pass, and ends a run:
@@ -179,7 +179,7 @@ def prepared(
             builder = tfds.builder(name, data_dir=data_dir)
     except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:
         where = data_dir or os.environ.get("TFDS_DATA_DIR", tfds.core.constants.DATA_DIR)
-        raise UserError(f"tfds:{name}: no such prepared set in {where}") from error
+        raise UserError(f"tfds:{name}: no prepared data set of this name in {where}") from error
     if not builder.info.splits:
         raise UserError(
             f"tfds:{name}: not prepared in {builder.data_dir} (prepare it as array_record)"
@@ -187,7 +187,7 @@ def prepared(
     features = builder.info.features
     for key in (image_key or "image", *([] if caption_key is None else [caption_key])):
         if key not in features:
-            raise UserError(f"tfds:{name}: no feature {key!r}, has {', '.join(features)}")
+            raise UserError(f"tfds:{name}: no feature {key!r}; it has {', '.join(features)}")
     image_key = image_key or "image"
     main = split or "train"
     apart = next((s for s in ("heldout", "validation") if s in builder.info.splits), None)
@@ -285,7 +285,7 @@ def load_embedding(data: bytes) -> np.ndarray:
     except (ValueError, EOFError, OSError) as error:
         raise UserError(f"damaged .npy: {first_line(error)}") from error
     if array.ndim != 2 or not np.issubdtype(array.dtype, np.floating):
-        raise UserError(f"a stored embedding is float (l, d), got {array.dtype} {array.shape}")
+        raise UserError(f"a stored embedding must be float (l, d), got {array.dtype} {array.shape}")
     if not np.isfinite(array).all():
         raise UserError("the stored embedding holds NaN or infinity")
     return array

@@ -42,7 +42,7 @@ def open_scenes(part: str | None = None) -> Source:
     elif part is not None:
         if part not in ("train", "heldout"):
             known = ", ".join(("train", "heldout", *LEVELS, *RELATED))
-            raise UserError(f"scenes:{part}: the parts are {known}")
+            raise UserError(f"scenes:{part}: no such part; choose one of {known}")
         numbers = rows[:TRAINING] if part == "train" else rows[TRAINING:]
     return Source(
         name="scenes" if part is None else f"scenes:{part}",

@@ -47,7 +47,7 @@ def tar_shards(
         reasons = [f"{path} {why}" for path, why in list(index.damage.items())[:NAMED]]
         raise UserError("; ".join(reasons) + (f"; and {more} more shards" if more > 0 else ""))
     for path, why in index.damage.items():
-        left_out[path] = f"a damaged shard, of which the start is used: it {why}"
+        left_out[path] = f"a damaged shard, of which only the start is used: it {why}"
     name = paths[0]
     if len(paths) > 1:
         folders = {path.replace(os.sep, "/").rpartition("/")[0] for path in paths}
@@ -76,8 +76,8 @@ def _check_names(paths: Sequence[str]) -> None:
         other = first.setdefault(files.stem(path), path)
         if other is not path:
             raise UserError(
-                f"two shards of one name, {other} and {path}: a picture is known by its shard's "
-                "name and its own, so rename one of them"
+                f"two shards have the same name, {other} and {path}: pictures are identified by "
+                "their shard's name and their own, so rename one of the shards"
             )
 
 

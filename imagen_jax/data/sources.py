@@ -231,7 +231,7 @@ class _Reading:
         listed = [name for name in tables.METADATA if name in names]
         if not tars and listed:
             if len(listed) > 1:
-                raise UserError(f"{path} holds {' and '.join(listed)}: name one of them")
+                raise UserError(f"{path} contains {' and '.join(listed)}: name one of them")
             return tables.table(
                 f"{path}/{listed[0]}",
                 heldout_fraction=fraction,
@@ -244,9 +244,9 @@ class _Reading:
         pictures = [name for name in names if kinds.split_name(name)[1] in kinds.PICTURES]
         if pictures:
             raise UserError(
-                f"{path} holds pictures ({len(pictures)}: {shown(pictures[0])}) and shards "
-                f"({len(tars)}: {shown(tars[0])}): give the shards as a pattern, or move one of "
-                "them"
+                f"{path} contains pictures ({len(pictures)}: {shown(pictures[0])}) and shards "
+                f"({len(tars)}: {shown(tars[0])}): give the shards as a pattern, or move the "
+                "pictures"
             )
         source = shards.tar_shards(
             [f"{path}/{name}" for name in tars], heldout_fraction=fraction, caption_key=key

@@ -46,14 +46,14 @@ def table(
     left_out = dict(left_out or {})
     rows = _read(path, left_out)
     if not rows:
-        raise UserError(f"{path} holds no rows")
+        raise UserError(f"{path} contains no rows")
     known = list(dict.fromkeys(name for row in rows[:100] for name in row))
     key = image_key or next((name for name in IMAGE_KEYS if name in known), None)
     if key is None or key not in known:
         wanted = repr(image_key) if image_key else f"of images ({', '.join(IMAGE_KEYS)})"
-        raise UserError(f"{path}: no column {wanted}, has {', '.join(known)}; see --image-key")
+        raise UserError(f"{path}: no column {wanted}; it has {', '.join(known)}; see --image-key")
     if caption_key is not None and caption_key not in known:
-        raise UserError(f"{path}: no column {caption_key!r}, has {', '.join(known)}")
+        raise UserError(f"{path}: no column {caption_key!r}; it has {', '.join(known)}")
     by_name: dict[str, list[Row]] = {}
     for number, row in enumerate(rows, 1):
         name = _name(row.get(key), number)
@@ -61,7 +61,7 @@ def table(
             left_out[f"row {number}"] = "no image"
         elif name.startswith(("http://", "https://")):
             raise UserError(
-                f"{path} holds addresses of images: download them first, into shards (img2dataset)"
+                f"{path} contains image URLs: download the images first, into shards (img2dataset)"
             )
         else:
             by_name.setdefault(name, []).append(row)
@@ -71,7 +71,7 @@ def table(
         if kinds.split_name(name)[1] in kinds.PICTURES and name not in by_name
     }
     if not by_name:
-        raise UserError(f"{path} names no image")
+        raise UserError(f"{path} names no images")
     folder = path.rpartition("/")[0]
     keys = Strings.of(by_name)
     read = _TableReader(folder, keys, tuple(by_name.values()), key, caption_key)

@@ -136,7 +136,7 @@ def _add(
     if is_part and (not member.isreg() or member.issparse()):
         reason = "a link or a sparse file, which is not read"
     elif is_part and kind in index.get(stem, ()):
-        reason = "a second one of a name that the shard has"
+        reason = "a second member with the same name"
     if reason:
         left_out[f"{shard}/{name}"] = reason
     else:
@@ -155,7 +155,7 @@ def _check_plain(path: str, start: bytes) -> None:
     for mark, program in magic.items():
         if start.startswith(mark):
             raise UserError(
-                f"{path} is compressed ({program}): records are read at random, which needs a "
+                f"{path} is compressed ({program}): random access to its records needs a "
                 "plain .tar; decompress it"
             )
 
@@ -167,7 +167,7 @@ def _damage(file: Any) -> str | None:
     if len(block) < BLOCK:
         return f"is not a complete tar: no end marker at byte {end}, so it was cut off"
     if block.strip(b"\0"):
-        return f"is damaged: no header of a member at byte {end}"
+        return f"is damaged: no valid member header at byte {end}"
     while block := file.read(2048 * BLOCK):
         if rest := block.lstrip(b"\0"):
             at = file.tell() - len(rest)
@@ -258,7 +258,7 @@ def _save(folder: Path, paths: Sequence[str], index: Index) -> None:
         for old in others[:-KEPT]:
             shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
-        print(f"note: the index of the shards is not kept: {first_line(error)}")
+        print(f"note: the index of the shards could not be saved: {first_line(error)}")
         shutil.rmtree(partial, ignore_errors=True)
 
 

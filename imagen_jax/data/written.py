@@ -26,7 +26,7 @@ def caption(value: Any) -> str | None:
     if not isinstance(value, str):
         raise UserError(f"the caption is not text but {type(value).__name__}")
     if not is_unicode(value):
-        raise UserError("the caption holds half of a surrogate pair")
+        raise UserError("the caption contains half of a surrogate pair")
     return value.strip()
 
 

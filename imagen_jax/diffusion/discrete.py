@@ -128,7 +128,7 @@ class Discrete:
         """Steps, falling, and -1; IF's own spacings have as many as they have."""
         grids.refuse_range(sigma_min, sigma_max)
         if num_steps > self.steps:
-            raise UserError(f"{num_steps} steps: the process has {self.steps}.")
+            raise UserError(f"num_steps = {num_steps}: the process has only {self.steps}.")
         return np.append(self._timesteps(num_steps, spacing), -1).astype(np.float32)
 
     def prior(self, noise: Sample, level: Level) -> Sample:
@@ -178,7 +178,7 @@ class Discrete:
             return np.round(np.linspace(total - 1, 0, num_steps))
         if spacing in PRESETS:
             if total != 1000:
-                raise UserError(f"spacing {spacing!r} is of 1000 steps; this process has {total}.")
+                raise UserError(f"spacing {spacing!r} is for 1000 steps; this process has {total}.")
             return _sections(PRESETS[spacing], total)[::-1]
         log_snr = _tables(self.betas, total)[2][1:]
         low = max(float(log_snr[-1]), LOG_SNR_MIN)
@@ -200,7 +200,7 @@ def _tables(betas: Betas, steps: int) -> tuple[np.ndarray, np.ndarray, np.ndarra
     elif betas == "linear":
         values = np.linspace(1e-4, 0.02, steps, dtype=np.float32)  # Ho et al. 2020
     else:
-        raise UserError(f"betas {betas!r} are not squaredcos_cap_v2 or linear.")
+        raise UserError(f"betas {betas!r} must be squaredcos_cap_v2 or linear.")
     abar = np.cumprod(1 - values.astype(np.float64))
     columns = (
         np.append(1.0, np.sqrt(abar)),

@@ -40,10 +40,10 @@ def log_snrs(
         first, last = (np.exp(-end / 2) ** (1 / RHO) for end in (low, high))
         return -2 * RHO * np.log(np.linspace(first, last, count))
     if isinstance(spacing, str):
-        raise UserError(f"spacing {spacing!r} is not one of {', '.join(SPACINGS)}, or a list.")
+        raise UserError(f"spacing {spacing!r} is not one of {', '.join(SPACINGS)} or a list.")
     ratios = np.asarray(spacing, np.float64)
     if ratios.shape != (count,):
         raise UserError(f"spacing has {ratios.size} levels where {count} are needed.")
     if not (np.all(ratios > 0) and np.all(np.diff(ratios) < 0) and np.isfinite(ratios).all()):
-        raise UserError(f"spacing must fall and stay above 0: {list(map(float, ratios))}.")
+        raise UserError(f"spacing must be decreasing and above 0: {list(map(float, ratios))}.")
     return -2 * np.log(ratios)

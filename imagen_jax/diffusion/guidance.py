@@ -94,12 +94,13 @@ def make_schedule(name: str | Sequence[float], log_snr: Float[np.ndarray, "point
     if isinstance(name, str):
         if name not in SCHEDULES:
             raise UserError(
-                f"guidance_schedule {name!r} is not one of {', '.join(SCHEDULES)}, or factors."
+                f"guidance_schedule {name!r} is not one of {', '.join(SCHEDULES)} or a list of "
+                "factors."
             )
         name = SCHEDULES[name]
     factors = np.asarray(name, np.float32)
     if factors.ndim != 1 or len(factors) < 2 or not (factors >= 0).all():
-        raise UserError(f"guidance_schedule needs two or more factors of at least 0, got {name}.")
+        raise UserError(f"guidance_schedule needs two or more factors, none below 0; got {name}.")
     log_snr = np.clip(log_snr, -LOG_SNR_RANGE, LOG_SNR_RANGE)
     steps = np.searchsorted(log_snr, log_snr[-1])
     done = np.minimum(np.arange(len(log_snr)) / steps, 1.0)

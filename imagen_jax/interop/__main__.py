@@ -77,8 +77,8 @@ class FromTorch:
         if source.config.elucidated is not None and len(source.config.unets) > 1:
             print(
                 "note: imagen-pytorch samples elucidated super-resolution with the wrong "
-                "conditioning of the low-resolution noise. Here it is right; to repeat its images, "
-                'set "lowres_conditioning": "time" under "elucidated" in config.json.'
+                "conditioning of the low-resolution noise. Here it is right; to reproduce its "
+                'images, set "lowres_conditioning": "time" under "elucidated" in config.json.'
             )
 
 
@@ -113,7 +113,7 @@ class ToTorch:
         if any(getattr(unet, "norm", "rms") == "group" for unet in run.config.unets):
             print(
                 "note: these networks have the GroupNorm of imagen-pytorch 1.22 to 1.26; 2.x "
-                "loads them in part and without an error. Load the file with 1.26."
+                "loads them only in part, without an error. Load the file with 1.26."
             )
 
 
@@ -229,20 +229,23 @@ class ToDiffusers:
         run = opened(self.checkpoint)
         which = chosen(run, self.weights)[0]
         if not 1 <= self.unet_number <= len(run.config.unets):
-            raise UserError(f"--unet-number {self.unet_number}: 1 .. {len(run.config.unets)}.")
+            raise UserError(
+                f"--unet-number {self.unet_number} is not in 1 .. {len(run.config.unets)}."
+            )
         unet = run.config.unets[self.unet_number - 1]
         with replacing(self.out, overwrite=self.overwrite, sources=[self.checkpoint]) as partial:
             deepfloyd.write(partial, run, self.unet_number, which, self.variant)
         print(f"{self.out}: U-Net {self.unet_number}, weights {which}")
         if unet.max_text_len != IF_TEXT_LENGTH:
             print(
-                f"note: it reads {unet.max_text_len} tokens, padding included; diffusers' "
+                f"note: this U-Net reads {unet.max_text_len} tokens, including padding; diffusers' "
                 f"pipelines encode {IF_TEXT_LENGTH}. Give them embeddings of {unet.max_text_len}."
             )
         if unet.null_text != "encoded":
             print(
-                "note: its guidance leads away from no text at all; that of diffusers' pipelines "
-                "from the empty caption, which it was never trained on. Guide it by 1, or here."
+                "note: this U-Net's guidance steers away from missing text; diffusers' pipelines "
+                "steer away from the empty caption, on which it was never trained. Use a guidance "
+                "scale of 1 there, or sample it here."
             )
         print(deepfloyd.LICENCE)
 
@@ -273,7 +276,7 @@ class VerifyIf:
             stages = [deepfloyd.read(folder, self.variant) for folder in self.folders]
             if stages[0].unet.lowres_cond:
                 raise UserError(
-                    f"--t5: {self.folders[0]} enlarges images; a picture needs IF-I before it."
+                    f"--t5: {self.folders[0]} upsamples images; to draw one, give IF-I before it."
                 )
             picture = verify_if.draw(stages, self.t5, self.prompt)
             picture.save(self.out)
@@ -310,7 +313,7 @@ class Verify:
         source, run = imagen_pytorch.read(self.checkpoint, self.config), opened(self.run_dir)
         kept = [which for which in source.held if all(run.has(n, which) for n in run.steps)]
         if not kept or not run.steps:
-            raise UserError(f"{self.run_dir} holds none of the weights of {self.checkpoint}.")
+            raise UserError(f"{self.run_dir} contains none of the weights of {self.checkpoint}.")
         prove(source, run, kept)
 
 
@@ -335,7 +338,7 @@ def chosen(run: RunDir, weights: Literal["ema", "online", "both"]) -> list[Weigh
     if not found:
         raise UserError(f"{run.path}: some U-Nets have only averaged weights, others only online.")
     if weights not in ("both", *found):
-        print(f"note: {run.path} holds no {weights} weights: the {found[0]} ones are taken.")
+        print(f"note: {run.path} has no {weights} weights: the {found[0]} ones are used.")
     return found
 
 

@@ -95,7 +95,7 @@ def cascade(fields: Mapping[str, Any], kind: Kind) -> ImagenConfig:
     factors = fields.pop("temporal_downsample_factor", 1)
     fields.pop("resize_cond_video_frames", None)
     if fields.pop("video", False) or set(_tuple(factors)) != {1}:
-        raise UserError("this is a video cascade; only those of pictures are converted.")
+        raise UserError("this is a video cascade; only image cascades can be converted.")
     if kind == "elucidated" and fields.get("elucidated") is None:
         own = {name: fields.pop(name) for name in HYPER_PARAMETERS if name in fields}
         fields["elucidated"] = own
@@ -113,16 +113,16 @@ def to_theirs(config: ImagenConfig) -> tuple[Kind, dict[str, Any]]:
     for networks and images that it does not have.
     """
     if config.discrete is not None or any(isinstance(u, IFUnetConfig) for u in config.unets):
-        raise UserError("imagen-pytorch has no U-Net of DeepFloyd IF; to-diffusers writes it.")
+        raise UserError("imagen-pytorch has no U-Net of DeepFloyd IF: use to-diffusers.")
     for number, size in enumerate(config.image_sizes, 1):
         if not isinstance(size, int):
             raise UserError(
-                f"U-Net {number} is {show(size)}: imagen-pytorch has square images only."
+                f"U-Net {number} is {show(size)}: imagen-pytorch supports only square images."
             )
     params = {name: value for name, value in config.to_dict().items() if name not in OURS}
     if isinstance(params["lowres_sample_noise_level"], list):
         raise UserError(
-            "lowres_sample_noise_level is one per U-Net; imagen-pytorch has one for all."
+            "lowres_sample_noise_level differs per U-Net; imagen-pytorch has one for all."
         )
     own = params.pop("elucidated")
     for unet in params["unets"]:
@@ -171,8 +171,8 @@ def complete(
         wanted["unets"] = missing
     if wanted:
         raise UserError(
-            "no configuration is stored there, and the tensors leave fields open. Put them into a "
-            "JSON file for --config (here with imagen-pytorch's defaults):\n"
+            "the file has no configuration, and its tensors do not determine these fields. Give "
+            "them in a JSON file for --config (here with imagen-pytorch's defaults):\n"
             + json.dumps(wanted, indent=2)
         )
     widths = {unet["text_embed_dim"] for unet in networks if unet["cond_on_text"]}

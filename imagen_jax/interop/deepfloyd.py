@@ -29,8 +29,8 @@ from imagen_jax.interop.torch_file import read_torch_file
 from imagen_jax.types import Params
 
 LICENCE = (
-    "note: DeepFloyd IF's weights are under DeepFloyd's licence (research, not commerce), which "
-    "goes with every copy of them."
+    "note: DeepFloyd IF's weights are under DeepFloyd's licence (research, not commercial "
+    "use), which must accompany every copy."
 )
 T5 = "google/t5-v1_1-xxl"
 STEM = "diffusion_pytorch_model"
@@ -73,8 +73,8 @@ def read(folder: Path, variant: Variant | None = None) -> Read:
         schedule = Schedule(most=1.0 if unet.lowres_cond else 1.5)
     else:
         raise UserError(
-            f"{folder} is no folder of DeepFloyd IF: it has neither unet/config.json (diffusers) "
-            "nor config.yml (the original)."
+            f"{folder} is not a folder of DeepFloyd IF: it has neither unet/config.json "
+            "(diffusers) nor config.yml (the original)."
         )
     params = keys.to_jax(state, nn.abstract(unet)[1], prefix=f"{folder}: ", table=IF_UNET)
     return Read(folder, unet, size, params, schedule)
@@ -94,7 +94,7 @@ def cascade(stages: Sequence[Read]) -> ImagenConfig:
         if len({getattr(one, name) for one in schedules}) > 1:
             raise UserError(f"the stages' schedulers differ in {name}.")
     if len({one.unet.text_embed_dim for one in stages}) > 1:
-        raise UserError("the stages read text of different widths.")
+        raise UserError("the stages need text embeddings of different widths.")
     return ImagenConfig(
         unets=tuple([NullUnetConfig()] * alone + [one.unet for one in stages]),
         image_sizes=tuple(sizes),
@@ -124,7 +124,9 @@ def write(
     if not isinstance(unet, IFUnetConfig) or config.discrete is None:
         raise UserError(f"U-Net {number} of {run.path} is not one of DeepFloyd IF.")
     if not isinstance(size, int):
-        raise UserError(f"U-Net {number} is {size[0]} x {size[1]}: diffusers names one size.")
+        raise UserError(
+            f"U-Net {number} is {size[0]} x {size[1]}: diffusers supports only square images."
+        )
     described = if_configuration.to_diffusers(unet, size)
     scheduler = {
         "_class_name": "DDPMScheduler",

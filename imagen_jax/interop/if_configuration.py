@@ -50,9 +50,7 @@ def from_diffusers(config: Mapping[str, Any]) -> tuple[IFUnetConfig, int]:
     for name, (wanted, default) in _FIXED.items():
         found = config.get(name, default)
         if found != wanted:
-            raise UserError(
-                f"{name} = {found!r} is not a U-Net of DeepFloyd IF, which has {wanted!r}."
-            )
+            raise UserError(f"{name} = {found!r}: a U-Net of DeepFloyd IF has {wanted!r}.")
     try:
         widths, dim = tuple(config["block_out_channels"]), config["block_out_channels"][0]
         down, up = tuple(config["down_block_types"]), tuple(config["up_block_types"])
@@ -123,7 +121,7 @@ def to_diffusers(unet: IFUnetConfig, size: int) -> dict[str, Any]:
     }
     again, _ = from_diffusers(config)
     if difference := first_difference(_resolved(again), _resolved(unet)):
-        raise UserError(f"diffusers has no such U-Net: {difference}.")
+        raise UserError(f"diffusers cannot represent this U-Net: {difference}.")
     return config
 
 
@@ -134,7 +132,7 @@ def from_original(config: Mapping[str, Any]) -> tuple[IFUnetConfig, int]:
     wanted |= {"disable_self_attentions": False, "only_cross_attention": False}
     for name, value in wanted.items():
         if params.get(name, value) != value:
-            raise UserError(f"{name} = {params[name]!r} is not a U-Net of DeepFloyd IF: {value!r}.")
+            raise UserError(f"{name} = {params[name]!r}: a U-Net of DeepFloyd IF has {value!r}.")
     try:
         size, dim = params["image_size"], params["model_channels"]
         inputs, out = params["in_channels"], params["out_channels"]
@@ -180,7 +178,7 @@ def _learns_variance(channels: int, out: int) -> bool:
 
 def _activation(name: str) -> str:
     if name not in ("gelu", "silu"):
-        raise UserError(f"the activation {name!r} is not gelu or silu.")
+        raise UserError(f"the activation {name!r} must be gelu or silu.")
     return name
 
 

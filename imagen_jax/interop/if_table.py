@@ -117,9 +117,8 @@ def from_original(
             unknown.append(name)
     if unknown:
         raise UserError(
-            f"{len(unknown)} of {len(state_dict)} tensors are none of DeepFloyd IF's U-Net: "
-            + ", ".join(unknown[:5])
-            + (", ..." if len(unknown) > 5 else "")
+            f"{len(unknown)} of {len(state_dict)} tensors do not belong to a U-Net of DeepFloyd "
+            "IF: " + ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
         )
     return found
 

@@ -65,7 +65,7 @@ class Checkpoint:
         if which == "online":
             return self.online
         if self.ema is None:
-            raise UserError("the file holds no averaged weights (ema): --weights online.")
+            raise UserError("the file has no averaged weights (ema): use --weights online.")
         return self.ema
 
     def trees(self, which: Weights) -> list[Params]:
@@ -92,12 +92,12 @@ def read(path: str | os.PathLike, config: str | os.PathLike | None = None) -> Ch
     """
     if Path(path).suffix == ".safetensors":
         raise UserError(
-            f"{path} is safetensors: take from-safetensors for a file of to-safetensors, and "
-            "from-diffusers for the folder of a U-Net of DeepFloyd IF."
+            f"{path} is a safetensors file: use from-safetensors for one written by "
+            "to-safetensors, and from-diffusers for the folder of a U-Net of DeepFloyd IF."
         )
     data = read_torch_file(path)
     if not isinstance(data, dict) or not data:
-        raise UserError(f"{path} is not a checkpoint of imagen-pytorch: it holds no dictionary.")
+        raise UserError(f"{path} is not an imagen-pytorch checkpoint: it contains no dictionary.")
     data, notes = wrappers.remove(data)
     if any(STATE.fullmatch(name) for name in data):
         notes.append("the optimiser's state is not converted: training starts with a fresh one.")
@@ -276,7 +276,9 @@ def _split(state: Any, prefix: str, path: Any) -> list[StateDict]:
     for name, array in _tensors(state, path).items():
         match = re.fullmatch(re.escape(prefix) + r"(\d+)\.(.+)", name)
         if not match:
-            raise UserError(f"{path}: the tensor {name} belongs to no U-Net ({prefix}0. ...).")
+            raise UserError(
+                f"{path}: the tensor {name} does not belong to any U-Net ({prefix}0. ...)."
+            )
         parts.setdefault(int(match[1]), {})[match[2]] = array
     if sorted(parts) != list(range(len(parts))):
         raise UserError(f"{path} holds U-Nets {sorted(parts)}: some are missing.")
@@ -308,7 +310,7 @@ def _averages(
             _check_copies(i, copies, mine, path)
         averages.append(_under(tensors, "ema_model."))
         if tensors:
-            raise UserError(f"{path}: ema.{i}.{next(iter(tensors))} is not known.")
+            raise UserError(f"{path}: ema.{i}.{next(iter(tensors))} is unknown.")
     return averages, counters
 
 

@@ -21,13 +21,13 @@ def unet_fields(shapes: Shapes, given: Mapping[str, Any]) -> tuple[dict[str, Any
     Raises ValueError if these are not the tensors of a `Unet` of imagen-pytorch 1.22 or newer.
     """
     if any(".temporal" in name or ".spatial_conv." in name for name in shapes):
-        raise UserError("this is a video U-Net (Unet3D); only those of pictures are converted.")
+        raise UserError("this is a video U-Net (Unet3D); only image U-Nets can be converted.")
     try:
         fields = _core(shapes) | _levels(shapes) | _text(shapes) | _ending(shapes)
     except KeyError as error:
         raise UserError(
-            f"these are not the tensors of a Unet of imagen-pytorch 1.22 to 2.1: there is no "
-            f"{error.args[0]}."
+            "these are not the tensors of a Unet of imagen-pytorch 1.22 to 2.1: "
+            f"{error.args[0]} is missing."
         ) from error
     heads, unknown = _heads(shapes)
     fields |= heads
@@ -155,8 +155,8 @@ def _inputs(
     rest = c_in - channels * (1 + fields["lowres_cond"])
     if rest < 0:
         raise UserError(
-            f"a U-Net of a cascade gives as many channels as it takes; this one gives {channels}, "
-            f"and its first convolution takes {c_in}."
+            "a cascade's U-Net must output as many channels as it takes; this one outputs "
+            f"{channels}, and its first convolution takes {c_in}."
         )
     self_cond = given.get("self_cond", False) and rest >= channels
     cond = rest - channels * self_cond

@@ -43,7 +43,7 @@ class MisfitError(UserError):
 
     def __init__(self, problems: list[Problem], count: int):
         self.problems = problems
-        head = ROW.format("", "tensor", "shape", "nearest, or what would fit")
+        head = ROW.format("", "tensor", "shape", "closest name, or expected shape")
         rows = [head, *map(str, problems[:SHOWN])]
         if len(problems) > SHOWN:
             rows.append(f"... and {len(problems) - SHOWN} more")

@@ -75,9 +75,9 @@ def read(path: str | os.PathLike) -> Contents:
         with safetensors.safe_open(path, "np") as file:
             metadata = file.metadata() or {}  # opening it has checked all names and places
     except safetensors.SafetensorError as error:
-        raise UserError(f"{path} is damaged, or no safetensors file: {error}") from error
+        raise UserError(f"{path} is damaged, or not a safetensors file: {error}") from error
     if metadata.get("format") != "imagen-jax":
-        raise UserError(f"{path} was not written by imagen-jax: its metadata hold no cascade.")
+        raise UserError(f"{path} was not written by imagen-jax: its metadata contain no cascade.")
     try:
         fields = {
             name: json.loads(metadata[name]) for name in ("config", "steps", "weights", "origin")

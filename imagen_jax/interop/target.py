@@ -22,10 +22,10 @@ def replacing(
     converted; and at the end, if a file would replace a directory, or a directory a file.
     """
     if storage.is_remote(storage.folder(path)):
-        raise UserError(f"{path}: conversions are written to a disk; copy the result to the store.")
+        raise UserError(f"{path}: must be a local path; copy the result to the store afterwards.")
     path = Path(path)
     if path.is_symlink():
-        raise UserError(f"{path} is a symbolic link: give the place itself.")
+        raise UserError(f"{path} is a symbolic link: give the path that it points to.")
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists: choose another name, or replace it with --overwrite.")
     marks = ("config.json", "model_index.json")  # a run's, and a folder of diffusers
@@ -33,7 +33,7 @@ def replacing(
         raise UserError(f"{path} is a directory without a config.json: it is not replaced.")
     converted = [source.resolve() for source in sources]
     if any(path.resolve() in (source, *source.parents) for source in converted):
-        raise UserError(f"{path} holds what is to be converted: choose another place.")
+        raise UserError(f"{path} contains what is to be converted: choose another path.")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial, old = (
         path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("partial", "old")

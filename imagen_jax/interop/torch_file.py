@@ -46,13 +46,13 @@ def read_torch_file(path: str | os.PathLike) -> Any:
         # Torch's advice to read the file in another way is not for a file that is not trusted.
         own = re.search("WeightsUnpickler error: (.+)", str(error))
         raise UserError(
-            f"{path} could not be read as weights alone (damaged, or it holds Python objects, "
+            f"{path} could not be read as weights only (damaged, or it contains Python objects, "
             f"which are never executed): {own[1] if own else first_line(error)}"
         ) from error
     try:
         return _to_numpy(data, torch, path)
     except RecursionError as error:
-        raise UserError(f"{path} is damaged: its containers hold themselves.") from error
+        raise UserError(f"{path} is damaged: its containers contain themselves.") from error
 
 
 def read_script_file(path: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -111,7 +111,7 @@ def _to_numpy(data: Any, torch: Any, path: Path) -> Any:
         if data.layout != torch.strided or data.device.type != "cpu" or data.is_quantized:
             raise UserError(f"{kind} is not a plain array: it is sparse, quantized or empty.")
         if data.numel() * data.element_size() > data.untyped_storage().nbytes():
-            raise UserError(f"{kind} claims more bytes than are stored of it.")
+            raise UserError(f"{kind} claims more bytes than are stored for it.")
         data = data.detach()
         if data.dtype == torch.bfloat16:
             return data.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)

@@ -59,8 +59,8 @@ def prove(source: Checkpoint, run: RunDir, kept: Sequence[Weights]) -> Iterator[
                 line = f"verify (b), {which}, U-Net {found.unet_number}: {errors}"
                 if not found.agrees:
                     raise UserError(
-                        f"{line}; allowed are {TOLERANCE} of the output. (a) holds, so the "
-                        "weights are the same: the networks differ, or rounding alone is as large, "
+                        f"{line}; the tolerance is {TOLERANCE} of the output. (a) passed, so the "
+                        "weights are the same: the networks differ, rounding alone is this large, "
                         "or values overflow (nan)."
                     )
                 yield line

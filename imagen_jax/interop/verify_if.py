@@ -26,9 +26,9 @@ def prove(folder: Path, variant: Variant | None = None) -> str:
     """A line that says how far a folder's stage is from diffusers'. Raises UserError if it does not
     agree."""
     found = difference(deepfloyd.read(folder, variant), variant)
-    line = f"{folder}: {found:.1e} of the largest answer apart from diffusers"
+    line = f"{folder}: differs from diffusers by {found:.1e} of the largest output"
     if not found <= TOLERANCE:
-        raise UserError(f"{line}; allowed are {TOLERANCE:.0e}.")
+        raise UserError(f"{line}; the tolerance is {TOLERANCE:.0e}.")
     return line
 
 

@@ -40,20 +40,20 @@ def _plain(state: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
     found = {part for name in state for _, part in PARTS.findall(name)}
     renamed = {name: PARTS.sub("", name) for name in state}
     if len(set(renamed.values())) < len(state):
-        raise UserError(f"two tensors have one name without {' and '.join(sorted(found))}.")
+        raise UserError(f"two tensors have the same name without {' and '.join(sorted(found))}.")
     plain = {renamed[name]: value for name, value in state.items()}
     matches = map(CASCADE.match, plain)
     prefix = next((match["prefix"] for match in matches if match), None)
     if prefix is None and not any(name.startswith(("unets.", "0.")) for name in plain):
         matches = map(UNET.fullmatch, plain)
         prefix = next((match["prefix"] for match in matches if match), None)
-    notes += [f"names of tensors are read without {part!r}." for part in sorted(found)]
+    notes += [f"{part!r} is removed from the names of tensors." for part in sorted(found)]
     if not prefix:
         return plain
     others = [name for name in plain if not name.startswith(prefix)]
     if others:
         notes.append(f"not read: {len(others)} tensors outside {prefix!r}, such as {others[0]}.")
-    notes.append(f"names of tensors are read without {prefix!r}.")
+    notes.append(f"{prefix!r} is removed from the names of tensors.")
     return {
         name.removeprefix(prefix): value for name, value in plain.items() if name.startswith(prefix)
     }

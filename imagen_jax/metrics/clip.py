@@ -272,7 +272,7 @@ def load_clip(folder: str | os.PathLike) -> Clip:
     try:
         data = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder} is not a folder of CLIP: {error}") from error
+        raise UserError(f"{folder} is not a CLIP folder: {error}") from error
     if data.get("model_type") != "clip":
         raise UserError(f"{folder}: model_type = {data.get('model_type')!r} is not 'clip'.")
     text = TowerConfig.from_dict(data.get("text_config") or {})

@@ -41,7 +41,7 @@ class Statistics:
             with np.load(path) as data:
                 arrays = {name: data[name] for name in data.files}
         except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{path} is not a file of statistics: {error}") from error
+            raise UserError(f"{path} is not a statistics file: {error}") from error
         if not {"mu", "sigma"} <= arrays.keys():
             raise UserError(f"{path} must hold mu and sigma; it holds {', '.join(arrays)}.")
         mean, covariance = (arrays[name].astype(np.float64) for name in ("mu", "sigma"))
@@ -78,7 +78,9 @@ def fid(one: Statistics, two: Statistics) -> float:
     symmetric roots only, so that it is real and exists for singular covariances too.
     """
     if one.mean.shape != two.mean.shape:
-        raise UserError(f"features of {len(one.mean)} and of {len(two.mean)} do not compare.")
+        raise UserError(
+            f"features of widths {len(one.mean)} and {len(two.mean)} cannot be compared."
+        )
     roots = _root(one.covariance) @ _root(two.covariance)
     trace = np.linalg.svd(roots, compute_uv=False).sum()
     apart = np.sum((one.mean - two.mean) ** 2)

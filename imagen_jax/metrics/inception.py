@@ -249,7 +249,7 @@ def load_inception(path: str | os.PathLike) -> Inception:
         conv.kernel, conv.bias = (nnx.Param(jnp.asarray(x, jnp.float32)) for x in layer)
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise UserError(f"{path} is not the Inception of FID: {', '.join(missing[:3])}{more}.")
+        raise UserError(f"{path} is not FID's Inception network: {', '.join(missing[:3])}{more}.")
     return network
 
 

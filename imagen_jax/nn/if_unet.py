@@ -214,7 +214,7 @@ class IFUnet(nnx.Module):
             if given is not None:
                 raise UserError(f"this U-Net is not conditioned on {what}.")
         if not config.lowres_cond == (lowres is not None) == (lowres_times is not None):
-            wants = "needs" if config.lowres_cond else "has no use for"
+            wants = "needs" if config.lowres_cond else "does not take"
             raise UserError(f"this U-Net {wants} lowres_cond_img and lowres_noise_times.")
         check_image(x, channels=config.channels, multiple=config.downsampling)
 

@@ -313,7 +313,7 @@ def check_image(x: AnyArray, *, channels: int, multiple: int) -> None:
     """Raises UserError for a noisy image that a U-Net of these channels cannot take; its sides must
     be multiples of `multiple`."""
     if x.shape[-1] != channels:
-        raise UserError(f"x has {x.shape[-1]} channels, this U-Net {channels}.")
+        raise UserError(f"x has {x.shape[-1]} channels; this U-Net takes {channels}.")
     if any(size % multiple for size in x.shape[1:3]):
         raise UserError(
             f"x is {x.shape[1]} x {x.shape[2]} pixels; this U-Net needs multiples of {multiple}."

@@ -244,7 +244,7 @@ class Unet(nnx.Module):
             if given and not wanted:
                 raise UserError(f"this U-Net is not conditioned on {what}, but {what} is given.")
         if config.lowres_cond != (lowres_noise_times is not None):
-            wants = "needs" if config.lowres_cond else "has no use for"
+            wants = "needs" if config.lowres_cond else "does not take"
             raise UserError(f"this U-Net {wants} lowres_cond_img and lowres_noise_times.")
 
     def _inputs(
@@ -257,7 +257,7 @@ class Unet(nnx.Module):
         """The channels of the first convolution, in the reference's order."""
         config = self.config
         if config.lowres_cond != (lowres is not None):
-            wants = "needs" if config.lowres_cond else "has no use for"
+            wants = "needs" if config.lowres_cond else "does not take"
             raise UserError(f"this U-Net {wants} lowres_cond_img and lowres_noise_times.")
         if (config.cond_images_channels > 0) != (cond_images is not None):
             raise UserError(

@@ -40,8 +40,8 @@ DEMO_CONFIG = T5Config(
     feed_forward_proj="gated-gelu",
 )
 DEMO_NOTE = (
-    "text: the demo encoder, a small T5 with random frozen weights. It tells captions apart and "
-    "knows no language: a cascade knows only the captions that it was trained on."
+    "text: the demo encoder, a small T5 with random frozen weights. It can distinguish "
+    "captions but understands no language: a cascade knows only those it was trained on."
 )
 _DEMO_SEED = 5
 
@@ -207,7 +207,7 @@ def cascade_encoder(
     )
     if encoder.width != config.text_embed_dim:
         raise UserError(
-            f"{encoder.name} has embeddings of {encoder.width}, the cascade text_embed_dim = "
+            f"{encoder.name} has embeddings of width {encoder.width}, the cascade text_embed_dim = "
             f"{config.text_embed_dim}."
         )
     encoder.identity.check(recorded, "this cascade")
@@ -224,8 +224,8 @@ def stored_encoder(
     """
     if config.encodes_blank_text and config.cond_drop_prob > 0:
         raise UserError(
-            f"{source} holds embeddings: dropping text (cond_drop_prob) needs that of the empty "
-            "text for this cascade. Take captions, or a cascade without dropping."
+            f"{source} contains embeddings: dropping text (cond_drop_prob) in this cascade also "
+            "needs that of the empty text. Use captions, or a cascade with cond_drop_prob = 0."
         )
     return read_beside(folders)
 
@@ -260,7 +260,7 @@ def load_encoder(
     # A larger id would be clamped by the look-up on the device, without an error.
     if pieces.get_vocab_size() > config.vocab_size:
         raise UserError(
-            f"{folder}: the tokenizer has {pieces.get_vocab_size()} pieces, the table of the model "
+            f"{folder}: the tokenizer has {pieces.get_vocab_size()} pieces, but the model has "
             f"vocab_size = {config.vocab_size}."
         )
     params, sha256 = loading.load_params(folder, config, dtype=dtype, layout=layout)

@@ -44,7 +44,7 @@ class Identity(Config):
         """Raises UserError if what is `recorded` of `what` is another encoder; names may differ."""
         if recorded is not None and recorded.sha256 != self.sha256:
             raise UserError(
-                f"the text encoder {self} is not the one of {what}, {recorded}: its weights differ."
+                f"the text encoder {self} is not that of {what}, {recorded}: its weights differ."
             )
 
     def write(self, folder: str | os.PathLike) -> None:

@@ -53,8 +53,8 @@ def test_what_is_in_a_folder(tmp_path, monkeypatch, capsys):
     [
         ((), "name a source"),
         (("bundled", "--sizes", 0), "--sizes must be positive"),
-        (("bundled", "--out", "sheet"), "--out sheet: the name of an image file"),
-        (("bundled", "--out", "nowhere/sheet.png"), "there is no such folder"),
+        (("bundled", "--out", "sheet"), "--out sheet: give the name of an image file"),
+        (("bundled", "--out", "nowhere/sheet.png"), "its folder does not exist"),
     ],
 )
 def test_mistakes(monkeypatch, arguments, message):

@@ -63,7 +63,7 @@ def usable(spec) -> tuple[dict[str, str], dict[str, str]]:
         ({"txt": b" \n"}, "empty caption"),
         ({"txt": b"\xff\xfe\xff"}, "the caption is not UTF-8"),
         ({"json": b'{"caption": "  "}'}, "empty caption"),
-        ({"json": b'{"caption": "cat \\ud83d"}'}, "the caption holds half of a surrogate pair"),
+        ({"json": b'{"caption": "cat \\ud83d"}'}, "the caption contains half of a surrogate pair"),
         ({"json": b'{"caption": [1]}'}, "the caption is not text but int"),
         ({"json": b"[1]"}, "the .json is not an object"),
         ({"json": b'{"cap'}, "damaged .json: "),
@@ -123,10 +123,10 @@ def test_what_is_no_record_has_its_reason(place):
     assert good == {"a": "one", "b": "two"}
     reasons = {name.removeprefix("x/").removesuffix(".txt"): why for name, why in bad.items()}
     assert reasons == {
-        "a.npy": "a stored embedding, where not all pictures have one",
+        "a.npy": "a stored embedding, but not all pictures have one",
         "b.psd": "a .psd file, which is not read",
         "film.mp4": "a .mp4 file, which is not read",
-        "old.tar.gz": "a .gz archive, to be unpacked first",
+        "old.tar.gz": "a .gz archive, which must be unpacked first",
         "lost": "a caption without a picture",
     }
 
@@ -190,7 +190,7 @@ def shard(tmp_path_factory):
         (lambda data, at: data[: at[5] - 300], "is not a complete tar: unexpected end of data"),
         (
             lambda data, at: data[: at[4]] + b"\x9b" * 512 + data[at[4] + 512 :],
-            "is damaged: no header of a member at byte {4}",
+            "is damaged: no valid member header at byte {4}",
         ),
         (
             lambda data, at: data[: at[4]] + bytes(512) + data[at[4] + 512 :],
@@ -234,7 +234,7 @@ def test_members_that_are_no_files_and_second_ones(tmp_path):
     source = open_source(path)
     assert list(source.keys) == ["x/1"] and source[0].image == jpeg(10)
     assert source.left_out == {
-        "x/1.png": "a second one of a name that the shard has",
+        "x/1.png": "a second member with the same name",
         "x/2.jpg": "a link or a sparse file, which is not read",
     }
 
@@ -252,7 +252,9 @@ def test_a_shard_more_moves_no_record(tmp_path):
     assert list(both.keys) == [*one.keys, *(f"00001/{i}" for i in range(100))]
     np.testing.assert_array_equal(both.heldout[:100], one.heldout)
     write(tmp_path / "b" / "00000.tar", records)
-    with pytest.raises(UserError, match="two shards of one name, .*a/00000.tar and .*b/00000.tar"):
+    with pytest.raises(
+        UserError, match="two shards have the same name, .*a/00000.tar and .*b/00000.tar"
+    ):
         open_source(tmp_path)
 
 
@@ -273,7 +275,9 @@ def test_patterns_of_shards(tmp_path):
 def test_pictures_and_shards_in_one_folder_are_refused(tmp_path):
     write(tmp_path, {"1.jpg": jpeg(), "2.jpg": jpeg()})
     write(tmp_path / "old.tar", {"9.jpg": jpeg()})
-    with pytest.raises(UserError, match=r"holds pictures \(2: 1.jpg\) and shards \(1: old.tar\)"):
+    with pytest.raises(
+        UserError, match=r"contains pictures \(2: 1.jpg\) and shards \(1: old.tar\)"
+    ):
         open_source(tmp_path)
 
 

@@ -117,16 +117,19 @@ def test_a_folder_with_a_table(folder, kind):
     assert [record.captions for record in source] == [("one", "another one"), ("nought",)]
     assert source.left_out["2.png"] == f"not in metadata.{kind}"
     (folder / "metadata.tsv").write_text("x")
-    with pytest.raises(UserError, match=r"holds metadata\.\w+ and metadata\.\w+: name one"):
+    with pytest.raises(UserError, match=r"contains metadata\.\w+ and metadata\.\w+: name one"):
         open_source(folder)
 
 
 def test_tables_that_are_none(tmp_path):
     cases = {
-        "a.csv": (b"", "holds no rows"),
-        "b.csv": (b"x,y\n1,2\n", "no column of images .*, has x, y; see --image-key"),
-        "c.jsonl": (b'{"image": "https://host/1.jpg"}\n', "addresses of images: download them"),
-        "d.csv": (b"image,text\n,none\n", "names no image"),
+        "a.csv": (b"", "contains no rows"),
+        "b.csv": (b"x,y\n1,2\n", "no column of images .*; it has x, y; see --image-key"),
+        "c.jsonl": (
+            b'{"image": "https://host/1.jpg"}\n',
+            "contains image URLs: download the images",
+        ),
+        "d.csv": (b"image,text\n,none\n", "names no images"),
         "e.csv": (b"image,text\n1.png,caf\xe9\n", "e.csv, line 2: not UTF-8"),
         "f.parquet": (b"PAR1 no", "is not Parquet"),
         "g.csv": (b'image,text\n"1.png,x\n', "g.csv, line 1: unexpected end of data"),
@@ -212,7 +215,9 @@ def test_array_record_files(tmp_path):
     source = open_source(plain)
     bundled = open_source("bundled", split="heldout")
     assert {r.caption: r.image for r in source} == {r.caption: r.image for r in bundled}
-    with pytest.raises(UserError, match=r"no feature of images \(.*caption.*\); see --image-key"):
+    with pytest.raises(
+        UserError, match=r"no image feature \(it has .*caption.*\); see --image-key"
+    ):
         open_source(plain, image_key="img")
     plain.write_bytes(b"junk")
     with pytest.raises(UserError, match="heldout.array_record cannot be read"):
@@ -477,7 +482,9 @@ class TestIndices:
         path.write_bytes(path.read_bytes()[:-10_000])
         source = open_source(self.folder)
         (why,) = (why for name, why in source.left_out.items() if name.endswith("00007.tar"))
-        assert why.startswith("a damaged shard, of which the start is used: it is not a complete")
+        assert why.startswith(
+            "a damaged shard, of which only the start is used: it is not a complete"
+        )
         assert 78 <= len(source) <= 80 and all(record.image for record in source)
 
     def test_several_processes_find_the_same(self, monkeypatch):
@@ -620,8 +627,8 @@ def test_an_image_is_too_small_for_one_bucket_alone(tmp_path):
 @pytest.mark.parametrize(
     ("condition", "message"),
     [
-        ("width > 100 and height > 100", "each condition is an argument of its own"),
-        ("caption_length > 3, width > 2", "each condition is an argument of its own"),
+        ("width > 100 and height > 100", "give each condition as a separate argument"),
+        ("caption_length > 3, width > 2", "give each condition as a separate argument"),
         ("width >  ", "write COLUMN >= VALUE"),
         ("width > wide", "'wide' is not a number"),
     ],

@@ -109,5 +109,7 @@ def test_a_relation_is_a_part():
 
 
 def test_unknown_parts_are_refused():
-    with pytest.raises(UserError, match="scenes:odd: the parts are train, heldout, pairs"):
+    with pytest.raises(
+        UserError, match="scenes:odd: no such part; choose one of train, heldout, pairs"
+    ):
         open_source("scenes:odd")

@@ -169,7 +169,7 @@ def test_tfds_end_to_end_without_tensorflow(tmp_path, bundled):
     assert len(open_source(folder)) == 1376
     with pytest.raises(ValueError, match="tfds:imagen_bundled: cannot read split 'tset'"):
         open_source("tfds:imagen_bundled:tset", data_dir=tmp_path)
-    with pytest.raises(ValueError, match="tfds:no_such_set: no such prepared set in"):
+    with pytest.raises(ValueError, match="tfds:no_such_set: no prepared data set of this name in"):
         open_source("tfds:no_such_set", data_dir=tmp_path)
     with pytest.raises(ValueError, match="tfds:mnist: not prepared in"):
         open_source("tfds:mnist", data_dir=tmp_path)

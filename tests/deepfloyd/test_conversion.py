@@ -49,7 +49,7 @@ def folders(tmp_path_factory):
 def test_folders_become_a_cascade_and_folders_again(folders, command, tmp_path):
     run, back = tmp_path / "run", tmp_path / "back"
     said = command("from-diffusers", *folders, run, "--verify")
-    assert said.count("apart from diffusers") == 2 and "DeepFloyd's licence" in said
+    assert said.count("differs from diffusers") == 2 and "DeepFloyd's licence" in said
     config = run_config.read(run)
     assert config.image_sizes == networks.SIZES and config.discrete == networks.CONFIG.discrete
     assert config.dynamic_thresholding_percentile == 0.95
@@ -61,7 +61,7 @@ def test_folders_become_a_cascade_and_folders_again(folders, command, tmp_path):
     for number, kind in ((1, diffusers.IFPipeline), (2, diffusers.IFSuperResolutionPipeline)):
         out = back / str(number)
         said = command("to-diffusers", run, out, "--unet-number", number)
-        assert "note: it" not in said
+        assert "note: this U-Net" not in said
         pipe = kind.from_pretrained(out)
         assert isinstance(pipe.scheduler, diffusers.DDPMScheduler)
         assert pipe.scheduler.config.variance_type == "learned_range"
@@ -149,10 +149,10 @@ def test_the_original_layout(tmp_path, stage, command):
     back = keys.to_torch(read.params, table=IF_UNET)
     for name, value in network.state_dict().items():
         np.testing.assert_array_equal(back[name], value.numpy())
-    assert "of the largest answer apart" in command("verify-if", tmp_path)
+    assert "of the largest output" in command("verify-if", tmp_path)
     state["input_blocks.0.9.weight"] = torch.zeros(1)
     torch.save(state, tmp_path / "pytorch_model.bin")
-    with pytest.raises(UserError, match="1 of .* tensors are none of DeepFloyd IF's"):
+    with pytest.raises(UserError, match="1 of .* tensors do not belong to a U-Net of DeepFloyd IF"):
         deepfloyd.read(tmp_path)
 
 
@@ -172,14 +172,14 @@ def test_both_layouts_have_as_many_tensors_as_published(unet, diffusers_names, o
 
 
 def test_mistakes(folders, tmp_path, command):
-    with pytest.raises(UserError, match="is no folder of DeepFloyd IF"):
+    with pytest.raises(UserError, match="is not a folder of DeepFloyd IF"):
         deepfloyd.read(tmp_path)
     with pytest.raises(UserError, match="only the first folder can be a base"):
         command("from-diffusers", folders[1], folders[0], tmp_path / "run")
     assert not (tmp_path / "run").exists()
     command("from-diffusers", folders[0], tmp_path / "run")
     shutil.copytree(folders[1], tmp_path / "run" / "second")
-    with pytest.raises(UserError, match="run holds what is to be converted"):
+    with pytest.raises(UserError, match="run contains what is to be converted"):
         second = tmp_path / "run" / "second"
         command("from-diffusers", folders[0], second, tmp_path / "run", "--overwrite")
     folder = tmp_path / "other"

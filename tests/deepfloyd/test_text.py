@@ -79,7 +79,9 @@ def test_no_text_is_the_empty_text(tmp_path):
     # Embeddings alone do not say what it is.
     (embeds, masks), (none, of_none) = map(imagen.encode_text, (["a red apple"], [""]))
     stored = dict(text_embeds=embeds, text_masks=masks)
-    with pytest.raises(UserError, match="no text is the empty text: .* negative_text_embeds"):
+    with pytest.raises(
+        UserError, match="missing text is encoded as the empty caption: .* negative_text_embeds"
+    ):
         imagen.sample(**stored, **given)
     absent = dict(negative_text_embeds=none, negative_text_masks=of_none)
     np.testing.assert_array_equal(plain, imagen.sample(**stored, **absent, **given))

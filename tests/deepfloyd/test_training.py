@@ -108,7 +108,9 @@ def test_dropped_text(null):
     again = imagen.loss(images, key=key, draws=dropped, **given, **absent)
     np.testing.assert_allclose(again, lost, rtol=1e-5)
     if null == "encoded":
-        with pytest.raises(UserError, match="no text is the empty text: .* null_text_embeds"):
+        with pytest.raises(
+            UserError, match="missing text is encoded as the empty caption: .* null_text_embeds"
+        ):
             imagen.loss(images, key=key, draws=dropped, **given)
 
 
@@ -136,7 +138,7 @@ def test_a_set_of_embeddings_lacks_that_of_the_empty_text(tmp_path):
     recorded = text.Identity(name="t5", sha256="a" * 64)
     recorded.write(tmp_path)
     drops = cascade(null_text="encoded")
-    with pytest.raises(UserError, match="a set holds embeddings: dropping text .* empty text"):
+    with pytest.raises(UserError, match="a set contains embeddings: dropping text .* empty text"):
         text.stored_encoder(drops, "a set", [tmp_path])
     never = dataclasses.replace(drops, cond_drop_prob=0.0)
     assert text.stored_encoder(never, "a set", [tmp_path]) == recorded

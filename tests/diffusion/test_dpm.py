@@ -148,7 +148,7 @@ def test_spacings(process, spacing):
     [
         (V, "cosine", "spacing 'cosine' is not one of t, log_snr, karras"),
         (V, (1.0, 0.5), "has 2 levels where 4 are needed"),
-        (V, (1.0, 0.5, 0.5, 0.1), "must fall and stay above 0"),
+        (V, (1.0, 0.5, 0.5, 0.1), "must be decreasing and above 0"),
         (EDM(), "t", "elucidated cascades have no time"),
     ],
 )

@@ -147,7 +147,7 @@ def test_a_schedule_reaches_a_level_without_noise():
         (guidance.make_interval, (2.0, 1.0), "guidance_interval must be two noise levels"),
         (guidance.make_interval, (-1.0, 1.0), "got -1, 1"),
         (lambda s: guidance.make_schedule(s, LOG_SNR), "parabola", "'parabola' is not one of lin"),
-        (lambda s: guidance.make_schedule(s, LOG_SNR), (1.0, -1.0), "factors of at least 0"),
+        (lambda s: guidance.make_schedule(s, LOG_SNR), (1.0, -1.0), "factors, none below 0"),
         (lambda s: guidance.make_schedule(s, LOG_SNR), (1.0,), "two or more factors"),
     ],
 )

@@ -99,10 +99,10 @@ def test_images_do_not_depend_on_their_number_or_batch(run, monkeypatch, command
 
 
 def test_mistakes_are_named(run, command, tmp_path):
-    with pytest.raises(UserError, match="--num-images 0: at least 1."):
+    with pytest.raises(UserError, match="--num-images 0: must be at least 1."):
         command(run, "--num-images", "0")
     silent = dataclasses.replace(cascade(), condition_on_text=False)
     unets = tuple(dataclasses.replace(u, cond_on_text=False) for u in silent.unets)
     silent = dataclasses.replace(silent, unets=unets, text_encoder_name=silent.text_encoder_name)
-    with pytest.raises(UserError, match="must draw captions"):
+    with pytest.raises(UserError, match="needs a cascade with captions and three channels"):
         command(save_run(tmp_path / "silent", silent))

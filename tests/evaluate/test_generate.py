@@ -92,7 +92,7 @@ def test_images_of_another_cascade_are_refused(command, tmp_path, run):
     """Of equal settings and steps, from another run."""
     command(tmp_path / "out")
     other = save_run(tmp_path / "other", cascade())
-    with pytest.raises(UserError, match="holds images of other settings .model_hash: "):
+    with pytest.raises(UserError, match="contains images with other settings .model_hash: "):
         command(tmp_path / "out", "--checkpoint", other)
 
 
@@ -150,8 +150,8 @@ def test_prompts_of_scenes_and_of_coco(tmp_path):
     path.write_text(json.dumps({"annotations": notes}))
     assert generate.read_prompts(str(path), None) == ["a", "b"]
     path.write_text(json.dumps({"annotations": [1]}))
-    with pytest.raises(UserError, match="is not a file of COCO's captions"):
+    with pytest.raises(UserError, match="is not a COCO captions file"):
         generate.read_prompts(str(path), None)
     (tmp_path / "empty.txt").write_text("\n")
-    with pytest.raises(UserError, match="holds no prompt"):
+    with pytest.raises(UserError, match="contains no prompts"):
         generate.read_prompts(str(tmp_path / "empty.txt"), None)

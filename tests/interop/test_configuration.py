@@ -216,7 +216,7 @@ def test_the_clis_configuration_completes_a_state_dict(clis, tmp_path):
 def asked(file: Path, *config: Path) -> dict:
     """The JSON that the error message asks for."""
     options = [part for path in config for part in ("--config", path)]
-    with pytest.raises(ValueError, match="the tensors leave fields open") as caught:
+    with pytest.raises(ValueError, match="its tensors do not determine these fields") as caught:
         interop("inspect", file, *options)
     return json.loads(str(caught.value).partition("\n")[2])
 
@@ -301,7 +301,7 @@ def misspelt_unet(data: dict) -> dict:
     return params(unets=[first | dict(layer_atn="v"), second])(data)
 
 
-VIDEO = "video cascade; only those of pictures"
+VIDEO = "video cascade; only image cascades"
 
 
 @pytest.mark.parametrize(
@@ -339,7 +339,7 @@ def test_fields_of_video_that_change_nothing_are_passed_over(tmp_path):
     ("content", "reason"),
     [
         ("dim: 8", "is not JSON"),
-        ("[1]", "holds list, not a JSON object"),
+        ("[1]", "must contain a JSON object, not list"),
         ('{"imagen": 3}', "'imagen' is not a JSON object"),
         ('{"type": "video", "imagen": {}}', "type 'video' is neither"),
         ('{"unets": [{"dim": 8, "dim_mults": [1]}], "image_sizes": [8]}', "has 1 unets, the we"),
@@ -359,7 +359,7 @@ def test_what_cannot_be_converted_is_named():
     """Images that are not square, in theirs; a network in no cascade; more schedules than stages,
     which theirs cuts; a parameter that is not in the table."""
     config = dataclasses.replace(states.CASCADE, image_sizes=((5, 10), (8, 16)))
-    with pytest.raises(ValueError, match="U-Net 1 is 5 x 10: imagen-pytorch has square"):
+    with pytest.raises(ValueError, match="U-Net 1 is 5 x 10: imagen-pytorch supports only square"):
         configuration.to_theirs(config)
     shapes = shapes_of(dataclasses.replace(states.UNET, channels=1, channels_out=3))
     assert shapes["final_conv.weight"][0] == 3

@@ -73,7 +73,7 @@ def test_the_code_of_a_malicious_pickle_does_not_run(tmp_path):
     )
     assert done.returncode == 1 and done.stdout == ""
     (line,) = done.stderr.splitlines()
-    assert line.startswith(f"error: {file} could not be read as weights alone")
+    assert line.startswith(f"error: {file} could not be read as weights only")
     assert not mark.exists() and not out.exists()
     for arguments in (("inspect", file), ("verify", file, out)):
         refused("never executed", *arguments)
@@ -147,14 +147,14 @@ def itself(path: Path) -> None:
     ("make", "reason"),
     [
         (nothing, "does not exist"),
-        (text, "could not be read as weights alone"),
-        (saved_list, "holds no dictionary"),
-        (without_a_byte, "could not be read as weights alone"),
+        (text, "could not be read as weights only"),
+        (saved_list, "contains no dictionary"),
+        (without_a_byte, "could not be read as weights only"),
         (bomb, r"data/0 claims 16,777,216 bytes out of [\d,]+ in a file"),
         (bombs_header, "claims 3,221,225,472 bytes"),
         (stride_zero, "claims more bytes than are stored"),
         (stride_zero_within_the_files_size, "claims more bytes than are stored"),
-        (itself, "hold themselves"),
+        (itself, "contain themselves"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -167,7 +167,7 @@ def test_a_file_that_is_no_checkpoint_is_refused(make, reason, tmp_path):
 
 
 def test_safetensors_are_sent_to_their_own_commands(tmp_path):
-    refused("take from-safetensors", "from-torch", tmp_path / "x.safetensors", tmp_path / "out")
+    refused("use from-safetensors", "from-torch", tmp_path / "x.safetensors", tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -334,7 +334,7 @@ def test_a_disk_that_fills_up_leaves_the_old_one_whole(words, standing, monkeypa
 
 
 EXISTS = "exists: choose another name, or replace it with --overwrite"
-LINK, HOLDS = "is a symbolic link", "holds what is to be converted"
+LINK, HOLDS = "is a symbolic link", "contains what is to be converted"
 
 
 @pytest.mark.parametrize(
@@ -384,8 +384,8 @@ def test_what_a_link_inside_the_target_points_to_is_untouched(standing, tmp_path
 def test_a_damaged_safetensors_file_is_refused(damage, converted, tmp_path):
     file = tmp_path / "a.safetensors"
     file.write_bytes(damage((converted / "imagen.safetensors").read_bytes()))
-    refused("is damaged, or no safetensors file", "from-safetensors", file, tmp_path / "out")
-    refused("is damaged, or no safetensors file", "inspect", file)
+    refused("is damaged, or not a safetensors file", "from-safetensors", file, tmp_path / "out")
+    refused("is damaged, or not a safetensors file", "inspect", file)
     assert list(tmp_path.iterdir()) == [file]
 
 

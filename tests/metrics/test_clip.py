@@ -102,7 +102,7 @@ def test_scores():
 
 
 def test_what_does_not_fit_is_named(folder, tmp_path):
-    with pytest.raises(UserError, match="is not a folder of CLIP"):
+    with pytest.raises(UserError, match="is not a CLIP folder"):
         load_clip(tmp_path)
     data = json.loads((folder / "config.json").read_text())
     for name in ("model.safetensors", "tokenizer.json"):

@@ -69,7 +69,7 @@ def test_files_are_the_communitys(tmp_path):
     with pytest.raises(UserError, match="must hold mu and sigma; it holds mean"):
         Statistics.load(tmp_path / "bad.npz")
     (tmp_path / "text.npz").write_text("no zip")
-    with pytest.raises(UserError, match="is not a file of statistics"):
+    with pytest.raises(UserError, match="is not a statistics file"):
         Statistics.load(tmp_path / "text.npz")
 
 

@@ -168,7 +168,7 @@ def test_every_layout_gives_the_same_network(case, tmp_path):
 
 def test_other_files_are_refused(case, tmp_path):
     safetensors.numpy.save_file({"a": np.zeros(3)}, tmp_path / "a.safetensors")
-    with pytest.raises(UserError, match=r"is not the Inception of FID: conv \(missing"):
+    with pytest.raises(UserError, match=r"is not FID's Inception network: conv \(missing"):
         load_inception(tmp_path / "a.safetensors")
     (tmp_path / "b.pt").write_text("nothing")
     with pytest.raises(UserError, match="is not a TorchScript file"):

@@ -112,7 +112,7 @@ def test_bad_inputs_are_named():
     for change, message in (
         (dict(text_embeds=None), "this U-Net needs text"),
         (dict(x=np.zeros((2, 12, 12, 3), np.float32)), "needs multiples of 8"),
-        (dict(lowres_cond_img=given["x"]), "has no use for lowres_cond_img"),
+        (dict(lowres_cond_img=given["x"]), "does not take lowres_cond_img"),
         (dict(text_embeds=given["text_embeds"][..., :5]), "text_embeds are 5 wide"),
     ):
         with pytest.raises(UserError, match=message):

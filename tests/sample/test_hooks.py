@@ -91,7 +91,7 @@ def test_what_the_classifier_finds_unsafe_is_blanked_and_said(command, tmp_path,
     threshold = np.mean(np.sort(found)[-2:])
     checked = ("--safety-checker", open_nsfw.MODEL_PATH, "--safety-threshold", threshold)
     command(*checked, "--out", tmp_path)
-    assert "safety checker: 1 of 3 images flagged, which are blanked." in capsys.readouterr().out
+    assert "safety checker: 1 of 3 images flagged and blanked." in capsys.readouterr().out
     for index, path in drawn(tmp_path).items():
         pixels = np.asarray(Image.open(path))
         recipe = outputs.read_recipe(epath.Path(path))
@@ -251,10 +251,10 @@ def test_a_mistake_is_one_line_and_nothing_is_written(command, identity, tmp_pat
     old = tmp_path / "old.pem"
     old.write_bytes(certificate("signer", other_key, other_key, days=-1))
     mistakes = {
-        ("--safety-checker", chain): "chain.pem is not a model that onnxruntime reads",
+        ("--safety-checker", chain): "chain.pem is not a model that onnxruntime can read",
         ("--safety-checker", tmp_path / "no.onnx"): "no.onnx: No such file",
         ("--c2pa", chain, tmp_path / "no.pem"): "no.pem: No such file",
-        ("--c2pa", chain, chain): "is not a private key in PEM",
+        ("--c2pa", chain, chain): "is not an unencrypted private key in PEM",
         ("--c2pa", chain, other): "cannot sign: ",
         ("--c2pa", tmp_path / "root.pem", key): "cannot sign: ",
         ("--c2pa", old, other): "cannot sign: ",

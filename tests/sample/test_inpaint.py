@@ -56,7 +56,7 @@ def test_the_cut_holds_the_mask():
     again[0, 50] = True
     assert inpaint.find_box(again, (8, 16)) == inpaint.Box(0, 20, 30, 60)
     again[:, 10:60] = True
-    with pytest.raises(UserError, match="50 pixels wide; the largest cut of 16 : 16 .* has 30"):
+    with pytest.raises(UserError, match="50 pixels wide; the largest crop of 16 : 16 .* has 30"):
         inpaint.find_box(again, (16, 16))
 
 
@@ -76,9 +76,9 @@ def test_mistakes(run, command, tmp_path):
         assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
         return str(caught.value)
 
-    assert "mask.png is black: there is nothing to draw again" in message()
+    assert "mask.png has no white part: there is nothing to redraw" in message()
     Image.new("L", (16, 20), "white").save(tmp_path / "tall.png")
-    assert "tall.png is 20 x 16 pixels (height x width), " in message(
+    assert "tall.png is 20 x 16 pixels (height x width), but " in message(
         "--mask", tmp_path / "tall.png"
     )
     (tmp_path / "empty.png").touch()

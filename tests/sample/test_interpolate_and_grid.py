@@ -72,7 +72,7 @@ def test_eta_is_of_the_cells_that_draw_with_ddim(tmp_path):
     given = dict(checkpoint=tmp_path, sampler=("ddim", "heun"), steps=(5, 10), eta=0.5)
     rows, _ = grid.axes(grid.Settings(**given))
     assert [grid.cell(grid.Settings(**given), row).eta for row in rows] == [0.5, 0]
-    with pytest.raises(UserError, match=r"--eta 0.5 belongs to --sampler ddim"):
+    with pytest.raises(UserError, match=r"--eta 0.5 applies only to --sampler ddim"):
         grid.Settings(**given | dict(sampler=("heun",)))
 
 
@@ -95,13 +95,13 @@ def test_a_sheet_of_settings(run, command, tmp_path, caplog):
     "name, arguments, message",
     [
         ("interpolate", ("--prompt", "a"), "give two or more"),
-        ("interpolate", (*PROMPTS, "--frames", 1), "--frames 1: at least 2"),
+        ("interpolate", (*PROMPTS, "--frames", 1), "--frames 1: must be at least 2"),
         ("interpolate", (*PROMPTS, "--c2pa", "a", "b"), "--c2pa a: No such file"),
         ("grid", ("--prompt", "a"), "one or two of --sampler, --cond-scale, --steps must have"),
         (
             "grid",
             ("--prompt", "a", "--prompt", "b", "--steps", 1, 2),
-            "one text for all cells, not 2",
+            "give one text for all cells, not 2",
         ),
     ],
 )

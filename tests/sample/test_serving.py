@@ -126,12 +126,12 @@ def test_one_at_a_time_in_order_and_cancelled(drawing, tmp_path):
     other = line.join("other")
     first = serving.draw(drawing, line, ask(), tmp_path, "a")
     second = serving.draw(drawing, line, ask(), tmp_path, "b")
-    assert next(first).status == "In the queue: 1 before you."
-    assert next(second).status == "In the queue: 2 before you."
+    assert next(first).status == "In the queue: 1 ahead of you."
+    assert next(second).status == "In the queue: 2 ahead of you."
     assert "2 others are waiting" in drawn(drawing, tmp_path, line)[-1].status
     assert line.cancel("a") == 1 and line.cancel("nobody") == 0
     assert next(first).status == "Stopped; 0 of 1 images were finished."
-    assert next(second).status == "In the queue: 1 before you."
+    assert next(second).status == "In the queue: 1 ahead of you."
     line.leave(other)
     assert [*second][-1].status.startswith("Done.")
     assert line.place(line.join("c")) == 0, "the device is free again"
@@ -177,7 +177,7 @@ def test_listener_shows_few_and_stops():
         (dict(cond_scale=50.0), "guidance must be from 1 to 20"),
         (dict(seed=-1), "seed must be from 0 to"),
         (dict(steps=(3, 251)), "Steps must be from 1 to 250"),
-        (dict(sampler="none"), "sampler is one of ancestral"),
+        (dict(sampler="none"), "sampler must be one of ancestral"),
         (dict(task="upscale"), "Choose an image first"),
         (
             dict(task="upscale", image=np.zeros((1025, 1024, 3), np.uint8)),
@@ -198,7 +198,7 @@ def test_a_mistake_is_one_line(drawing, tmp_path, given, message):
 def test_a_long_prompt_is_cut_and_said(drawing, tmp_path):
     last = drawn(drawing, tmp_path, prompt="red apple " * 1000)[-1]
     assert "10,000" not in last.status and "has 9,999 characters" in last.status
-    assert "only the first 2,000 are read" in last.status and "is cut: it has" in last.status
+    assert "only the first 2,000 are read" in last.status and "is cut off: it has" in last.status
 
 
 def test_no_path_reaches_the_page(drawing, tmp_path, monkeypatch, capsys):
@@ -230,7 +230,7 @@ def test_sessions_and_results(tmp_path):
     (tmp_path / "secret.png").write_bytes(b"x")
     assert serving.result(folder, "a.png") == folder / "a.png"
     for name in ("b.png", "../secret.png", "notes.txt"):
-        with pytest.raises(UserError, match="no longer there"):
+        with pytest.raises(UserError, match="no longer exists"):
             serving.result(folder, name)
 
 
@@ -248,7 +248,7 @@ def test_files_that_are_no_images(tmp_path, monkeypatch):
 
 def test_the_page_needs_a_local_folder(drawing):
     given = dataclasses.replace(drawing.given, out=Path("gs://bucket/out"))
-    with pytest.raises(UserError, match="--out: the page shows files of a local folder"):
+    with pytest.raises(UserError, match="--out: the page can only show files in a local folder"):
         serving.local_root(dataclasses.replace(drawing, given=given))
 
 

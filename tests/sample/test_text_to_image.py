@@ -55,7 +55,7 @@ def test_as_a_user_runs_it(run, tmp_path):
     assert done.returncode == 0, done.stderr
     folder = run / "samples" / "text_to_image"
     for number in (1, 2):
-        note = f"holds no averaged weights (ema) of U-Net {number}: its online weights are used."
+        note = f"has no averaged weights (ema) for U-Net {number}: its online weights are used."
         assert done.stdout.count(note) == 1
     assert "demo encoder" in done.stdout and f"2 images in {folder}" in done.stdout
     assert "1-2 of 2, U-Net 1:" in done.stderr and "3/3" in done.stderr
@@ -175,7 +175,10 @@ def test_prompts_from_a_file_and_a_long_one(run, command, tmp_path, capsys):
     assert set(written(tmp_path / "out")) == {f"{name}.png" for name in (*names, "grid-0")}
     out, err = capsys.readouterr()
     assert "prompt 2 is not UTF-8; it is read as '\N{REPLACEMENT CHARACTER}'" in err
-    assert "cut: it has more tokens than the 16 that the cascade reads. Left out: 'word word" in out
+    assert (
+        "cut off: it has more than the 16 tokens that the cascade reads. Left out: 'word word"
+        in out
+    )
 
 
 def test_without_captions(command, tmp_path):
@@ -213,7 +216,7 @@ def test_ctrl_c_keeps_what_is_written(run, command, tmp_path, monkeypatch, reque
     [
         ((), "say what to draw"),
         (("--prompt", "a", "--prompt", " "), "prompt 2 of 2 is empty"),
-        (("--prompts-from", os.devnull), "holds no prompt"),
+        (("--prompts-from", os.devnull), "contains no prompts"),
         (("--prompts-from", "absent.txt"), "absent.txt: No such file"),
         (("--prompt", "a", "--steps", 1, 2, 3), "--steps has 3 values: give one, or one for each"),
         (("--prompt", "a", "--stop-at-unet-number", 3), "has 2 U-Nets"),
@@ -235,7 +238,7 @@ def test_a_folder_that_cannot_be_is_named_before_anything_is_drawn(
     image = tmp_path / "image.png"
     Image.new("RGB", (16, 16)).save(image)
     given = ("--image", image) if name in ("image_to_image", "upscale") else ()
-    with pytest.raises(UserError, match="image.png is a file: no folder can be there"):
+    with pytest.raises(UserError, match="image.png is a file, so no folder can be created there"):
         prompts = ("--prompt", "x") * (2 if name == "interpolate" else 1)
         command(run, *given, *prompts, "--out", image / "deeper", name=name)
     with pytest.raises(UserError, match="no permission to write there"):
@@ -246,10 +249,10 @@ def test_a_folder_that_cannot_be_is_named_before_anything_is_drawn(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--batch-size", "0"), "--batch-size 0: at least 1"),
-        (("--steps", "3", "0"), "--steps 3 0: at least 1"),
+        (("--batch-size", "0"), "--batch-size 0: must be at least 1"),
+        (("--steps", "3", "0"), "--steps 3 0: must be at least 1"),
         (("--seed", "-1"), "--seed -1 must lie in"),
-        (("--eta", "0.5"), "--eta 0.5 belongs to --sampler ddim"),
+        (("--eta", "0.5"), "--eta 0.5 applies only to --sampler ddim"),
     ],
 )
 def test_a_number_out_of_range(arguments, message, run, command):
@@ -287,7 +290,7 @@ def test_a_cascade_that_only_enlarges(command, tmp_path):
     config = cascade()
     config = dataclasses.replace(config, unets=(NullUnetConfig(), config.unets[1]))
     run = save_run(tmp_path / "enlarger", config, ())
-    with pytest.raises(ValueError, match="draws none from text"):
+    with pytest.raises(ValueError, match="cannot draw them from text"):
         command(run, "--prompt", "a")
 
 
@@ -354,10 +357,10 @@ def test_from_image_repeats_it_to_the_bit(run, command, tmp_path):
     with pytest.raises(UserError, match=r"was drawn by tiny, model hash \w+; that of .*other is"):
         command(other, *again)
     for more in (("--prompt", "z"), ("--seed", 9), ("--cond-scale", 5), ("--steps", 2)):
-        with pytest.raises(UserError, match=f"brings its own {more[0]}: leave it out"):
+        with pytest.raises(UserError, match=f"already sets {more[0]}: leave it out"):
             command(run, *again, *more)
     Image.new("RGB", (4, 4)).save(tmp_path / "plain.png")
-    for file, why in (("plain.png", "no recipe of imagen-jax"), ("none.png", "No such file")):
+    for file, why in (("plain.png", "it has no imagen-jax recipe"), ("none.png", "No such file")):
         with pytest.raises(UserError, match=f"{file}: {why}"):
             command(run, "--from-image", tmp_path / file)
 

@@ -64,7 +64,7 @@ def test_a_tile_is_drawn_as_without_tiles(run, command, tmp_path):
 def test_tiles_with_what_draws_from_noise(run):
     pipeline = Pipeline.load(run)
     tiles = tiling.make_tiles((32, 32), (16, 16), (4, 4))
-    with pytest.raises(UserError, match="of one super-resolution stage, which runs alone"):
+    with pytest.raises(UserError, match="tiles need a single super-resolution stage"):
         pipeline("x", tiles=tiles)
 
 

@@ -173,7 +173,9 @@ def test_stored_embeddings_of_another_encoder_are_refused(pictures):
     with pytest.raises(ValueError, match="'google/t5-v1_1-base' .sha256 b{12}. is not") as caught:
         open_feed(config, pictures, recorded)
     assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="holds embeddings: --embeddings elsewhere has no use"):
+    with pytest.raises(
+        UserError, match="already has embeddings: --embeddings elsewhere is not used"
+    ):
         open_feed(config, pictures, embeddings=Path("elsewhere"))
 
 
@@ -205,7 +207,7 @@ def test_the_file_beside_embeddings(tmp_path):
         found(b) is None and found("bundled", "https://localhost/0.tar", "memory://a/0.tar") is None
     )
     dataclasses.replace(one, sha256="2" * 64).write(b)
-    with pytest.raises(ValueError, match=f"is not the one of {a}/text_encoder.json"):
+    with pytest.raises(ValueError, match=f"is not that of {a}/text_encoder.json"):
         found(a, b)
     for junk in ("[]", "{", '{"name": 1, "sha256": ""}', '{"name": "x"}'):
         (a / "text_encoder.json").write_text(junk)

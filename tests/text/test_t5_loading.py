@@ -171,7 +171,7 @@ def test_a_model_has_one_hash_in_every_file_and_dtype(model, folder, tmp_path):
     rewrite(here, lambda tensors: tensors.update({k: v.bfloat16() for k, v in tensors.items()}))
     load_encoder(here).identity.check(known, "a run")
     rewrite(here, lambda tensors: tensors["encoder.final_layer_norm.weight"][3:4].add_(0.1))
-    with pytest.raises(ValueError, match=f"{here}.*is not the one of a run.*weights differ") as it:
+    with pytest.raises(ValueError, match=f"{here}.*is not that of a run.*weights differ") as it:
         load_encoder(here).identity.check(known, "a run")
     assert "\n" not in str(it.value)
 

@@ -157,11 +157,11 @@ def test_a_batch_of_the_recipe_is_split(monkeypatch):
         (
             base.main,
             ("--batch-size", "4", "--accumulate", "3"),
-            "--batch-size 4 does not split into --accumulate 3",
+            "--batch-size 4 cannot be split into --accumulate 3",
         ),
         (base.main, ("--mesh", "8y1"), "error: --mesh 8y1: must be auto, or DATAxMODEL as in 8x1"),
-        (base.main, ("--process-id", "0"), "--coordinator, --process-id and --num-processes go"),
-        (base.main, ("--no-captions", "--t5", "demo"), "error: --t5 has no use in a cascade"),
+        (base.main, ("--process-id", "0"), "--coordinator, --process-id and --num-processes must"),
+        (base.main, ("--no-captions", "--t5", "demo"), "error: --t5 is not used in a cascade"),
         (base.main, ("--config", "absent.json"), "error: .*No such file"),
     ],
 )
@@ -175,7 +175,7 @@ def test_mistaken_flags(monkeypatch, main, arguments, message):
     [
         ('{"image_size": 8}', "no field 'image_size'; did you mean 'image_sizes'?"),
         ('{"unets": [{}], "image_sizes": 8}', "UnetConfig needs the field 'dim'"),
-        ("[1, 2]", "holds list, not a JSON object"),
+        ("[1, 2]", "must contain a JSON object, not list"),
         ('{"imagen": 3}', "'imagen' is not a JSON object"),
         ('{"type": "original", "imagen": {"image_sizes": 8}}', "cascade.json: .*'unets'"),
         ("{", "is not JSON"),
@@ -215,7 +215,7 @@ def test_a_full_device_is_one_line(monkeypatch):
 
     monkeypatch.setattr(commands, "use_compilation_cache", lambda: None)
     monkeypatch.setattr(commands, "keep_writers_logs", list)
-    with pytest.raises(SystemExit, match="error: the device's memory is full"):
+    with pytest.raises(SystemExit, match="error: the device is out of memory"):
         commands.run(full)
 
 
@@ -251,9 +251,12 @@ def test_a_bug_keeps_its_traceback(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "message, line",
     [
-        ("RESOURCE_EXHAUSTED: Out of memory", "error: the device's memory is full: a smaller"),
-        ("UNAVAILABLE: TPU 3\nis gone", "error: a device does not answer: UNAVAILABLE: TPU 3"),
-        ("INTERNAL: CUDA_ERROR_ECC_UNCORRECTABLE: x", "error: a device does not answer: INTERNAL"),
+        ("RESOURCE_EXHAUSTED: Out of memory", "error: the device is out of memory: try a smaller"),
+        ("UNAVAILABLE: TPU 3\nis gone", "error: a device stopped responding: UNAVAILABLE: TPU 3"),
+        (
+            "INTERNAL: CUDA_ERROR_ECC_UNCORRECTABLE: x",
+            "error: a device stopped responding: INTERNAL",
+        ),
     ],
 )
 def test_a_device_that_is_full_or_gone_is_one_line(monkeypatch, message, line):

@@ -58,5 +58,5 @@ def test_embeddings_that_do_not_fit_are_refused(tmp_path):
     assert loop.run(support.settings(tmp_path, embeddings=stored, steps=1), 1)
     identity = stored / "text_encoder.json"
     identity.write_text(identity.read_text().replace('"sha256": "', '"sha256": "00'))
-    with pytest.raises(UserError, match="is not the one of this run"):
+    with pytest.raises(UserError, match="is not that of this run"):
         loop.run(support.settings(tmp_path, embeddings=stored, steps=2, resume=True), 1)

@@ -64,7 +64,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(straight, tmp_path, capsys):
     )._cache_size()
     first = support.settings(tmp_path, steps=2, resume=True)
     assert loop.run(first, 1)
-    began = "holds no step of U-Net 1: it begins at step 0"
+    began = "has no checkpoint of U-Net 1: starting at step 0"
     assert began in capsys.readouterr().out
     assert loop.run(dataclasses.replace(first, steps=4, resume=True), 1)
     assert began not in capsys.readouterr().out
@@ -215,7 +215,9 @@ def test_a_step_that_cannot_be_read_now_is_not_set_aside(straight, tmp_path, fai
     saved = checkpoint.steps(on.run, 1)
     with (
         mock.patch.object(ocp.StandardCheckpointer, "restore", side_effect=failure),
-        pytest.raises(UserError, match=r"cannot be read now; start again: .*(Stale|UNAVAILABLE)"),
+        pytest.raises(
+            UserError, match=r"cannot be read now; run the command again: .*(Stale|UNAVAILABLE)"
+        ),
     ):
         loop.run(on, 1)
     assert checkpoint.steps(on.run, 1) == saved
@@ -286,7 +288,7 @@ def test_weights_alone_cannot_be_resumed(straight, tmp_path):
     unets = [nn.bind(support.UNET_OF[1], params), nn.NullUnet()]
     settings = support.settings(tmp_path, resume=True)
     checkpoint.save(settings.run, Imagen(support.CASCADE, unets=unets))
-    with pytest.raises(ValueError, match="holds weights alone: .* --init-from"):
+    with pytest.raises(ValueError, match="contains only weights: .* --init-from"):
         loop.run(settings, 1)
 
 
@@ -313,17 +315,17 @@ def test_bad_pictures_are_skipped_counted_and_named(tmp_path, capsys):
     assert loop.run(settings, 1)
     printed, err = capsys.readouterr()
     before, _, after = printed.partition("devices: ")
-    assert f"left out: {len(heldout) + 4}, all named in" in before, printed
+    assert f"left out: {len(heldout) + 4}, all listed in" in before, printed
     assert f"1  smaller than 8x8 pixels (height x width) ({good[1]})" in before
     assert f"1  empty caption ({good[2]})" in before
     assert "1  a .psd file, which is not read (13.psd)" in before
-    assert f"left out: 1 more, all named in {settings.run}/unet1-skipped.jsonl" in after
+    assert f"left out: 1 more, all listed in {settings.run}/unet1-skipped.jsonl" in after
     assert "left out" not in err and "skipped" not in err
     named = (settings.run / "unet1-skipped.jsonl").read_text().splitlines()
     assert len(named) == len(heldout) + 5
     why = "smaller than 8x8 pixels (height x width): 5x5"
     assert {"name": good[1], "reason": why} in map(json.loads, named)
-    assert "note: with so few held out, eval/heldout is not measured" in before
+    assert "note: with so few images held out, eval/heldout is not measured" in before
     assert len(support.metrics(settings.run)) == 4
     assert not support.metrics(settings.run, "eval/heldout")
 
@@ -396,7 +398,7 @@ def test_stored_embeddings_of_another_width(tmp_path):
     for i in range(3):
         Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.png")
         np.save(tmp_path / f"{i}.npy", np.ones((2, 5), np.float32))
-    with pytest.raises(ValueError, match="text_embeds are 5 wide, text_embed_dim is 128"):
+    with pytest.raises(ValueError, match="text_embeds are 5 wide, but text_embed_dim is 128"):
         loop.run(support.settings(tmp_path, data=(str(tmp_path),), heldout_fraction=0.0), 1)
 
 
@@ -449,7 +451,7 @@ def test_language_is_judged_during_training(tmp_path, monkeypatch):
     assert {line[f"{kind}[right]"] for kind in scenes.KINDS} == {1.0}
     assert line["combinations[relation]"] == line["combinations[above]"] == 1
     assert not {"pairs[relation]", "combinations[inside]"} & set(line)  # none of the first six
-    with pytest.raises(UserError, match="--compose-every: the cascade must read captions"):
+    with pytest.raises(UserError, match="--compose-every needs a cascade with captions"):
         loop.run(dataclasses.replace(settings, no_captions=True, workdir=tmp_path / "other"), 1)
 
 
@@ -548,7 +550,7 @@ def test_another_run_goes_on_with_more_pictures_and_a_larger_batch(tmp_path, cap
     capsys.readouterr()
     assert loop.run(settings, 1)
     said = capsys.readouterr().out
-    assert f"going on from step 2 of {first.run}/unet1" in said
+    assert f"continuing from step 2 of {first.run}/unet1" in said
     for line in ("--batch-size was 4 and is 8", "--lr was 0.0001 and is 0.0002",
                  "--limit was 8 and is 16", "the number of pictures was 8 and is 16"):  # fmt: skip
         assert f"changed: {line}" in said, said
@@ -568,5 +570,5 @@ def test_another_run_goes_on_with_more_pictures_and_a_larger_batch(tmp_path, cap
     assert "changed: pred_objectives was v and is noise" in capsys.readouterr().out
     with pytest.raises(UserError, match="--optimizer was adam and is adafactor: that would not"):
         loop.run(dataclasses.replace(settings, workdir=tmp_path / "o", optimizer="adafactor"), 1)
-    with pytest.raises(UserError, match="one of them"):
+    with pytest.raises(UserError, match="give only one of them"):
         dataclasses.replace(settings, init_from=Path(first.run))

@@ -105,7 +105,7 @@ def test_processes_are_one(tmp_path, monkeypatch, mesh, then):
     first, said = finish(running, files)
     stopped = checkpoint.latest_step(settings.run, 1)
     assert f"SIGTERM: stopped after step {stopped}, saved" in said[0]
-    assert "left out: 1, all named in" in said[0]
+    assert "left out: 1, all listed in" in said[0]
     assert said[0].count("1  corrupt picture (5.png)") == 1
     assert said[1] == ""
 
@@ -194,7 +194,7 @@ def test_a_failure_in_one_process_ends_the_others_at_once(tmp_path):
 def test_a_folder_that_not_all_processes_share(tmp_path, holds_steps):
     """Each process has a folder of its own; in one case the first holds a step already."""
     workdirs = (tmp_path / "first", tmp_path / "second")
-    message = "process 1 of 2 does not see .* as process 0 writes it"
+    message = "process 1 of 2 does not see what process 0 wrote in .*: --workdir"
     if holds_steps:
         (workdirs[0] / "unet1" / "4").mkdir(parents=True)
         message = "the processes see different steps in .*unet1"
@@ -236,7 +236,7 @@ def test_gpus_of_a_task():
 
 
 def test_mistakes(monkeypatch):
-    with pytest.raises(ValueError, match="go together"):
+    with pytest.raises(ValueError, match="must be given together"):
         processes.start("localhost:1", None, 2)
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
     monkeypatch.setenv("JOB_COMPLETION_INDEX", "0")

@@ -98,9 +98,9 @@ def test_the_command_writes_what_t5_takes(tmp_path, monkeypatch, capsys):
     words = ["", "--out", str(out), "--steps", "2", "--batch-size", "8"]
     monkeypatch.setattr(sys, "argv", words)
     text_encoder.main()
-    assert "% are read completely right." in capsys.readouterr().out
+    assert "% of held-out combinations are read completely right." in capsys.readouterr().out
     first = text.load_encoder(out)
-    with pytest.raises(UserError, match="t5 holds an encoder: choose another --out"):
+    with pytest.raises(UserError, match="t5 contains an encoder: choose another --out"):
         text_encoder.main()
     words.append("--overwrite")
     text_encoder.main()
