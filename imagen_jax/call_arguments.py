@@ -1,5 +1,5 @@
-"""What a call of a `Pipeline` accepts: names of diffusers and of `Imagen.sample`, values one a
-prompt or one an image."""
+"""The arguments that a `Pipeline` call accepts: names of diffusers and of `Imagen.sample`, values
+per prompt or per image."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,9 +15,9 @@ PER_IMAGE = {
     *("cond_images", "inpaint_images", "inpaint_masks", "init_images", "start_image_or_video"),
     "mix",
 }
-"""Arguments of `Imagen.sample` that have a row an image."""
+"""Arguments of `Imagen.sample` that have one row per image."""
 THEIRS = {"prompt": "texts", "guidance_scale": "cond_scale", "num_inference_steps": "timesteps"}
-"""Names of `Imagen.sample` for arguments of a pipeline, which takes both."""
+"""Argument of a pipeline -> its name in `Imagen.sample`; a pipeline accepts both."""
 INSTEAD = {
     **dict.fromkeys(("key", "draws", "other_key"), "give seed or seeds"),
     **dict.fromkeys(("text_embeds", "text_masks"), "give prompt, or embeddings to `generate`"),
@@ -30,12 +30,12 @@ INSTEAD = {
     **dict.fromkeys(("height", "width"), "the cascade determines the sizes"),
     "return_pil_images": "give output_type",
 }
-"""Arguments of `Imagen.sample` and of diffusers that a call of a pipeline has in another form."""
+"""Argument of `Imagen.sample` or diffusers that a pipeline does not take -> what to do instead."""
 
 
 def renamed(arguments: dict[str, Any], **ours: Any) -> dict[str, Any]:
     """The arguments of a call under the names of `Imagen.sample`. Raises UserError for one that a
-    pipeline has in another form, and for one that is given under both of its names."""
+    pipeline does not take, or that is given under both of its names."""
     for name in INSTEAD.keys() & arguments.keys():
         raise UserError(f"{name} is not an argument of a pipeline: {INSTEAD[name]}.")
     for name, value in ours.items():
@@ -59,7 +59,7 @@ def one_each(negative: str | Sequence[str], count: int) -> list[str]:
 
 
 def one_seed_each(seed: int, seeds: Sequence[int] | None, count: int) -> list[int]:
-    """One an image."""
+    """One seed per image: `seeds`, or seeds derived from `seed`."""
     if count < 1:
         raise UserError(
             "nothing to draw: give at least one prompt, and at least one image per prompt."
@@ -73,7 +73,7 @@ def one_seed_each(seed: int, seeds: Sequence[int] | None, count: int) -> list[in
 
 
 def rows_of(name: str, arrays: Any, count: int, times: int) -> Any:
-    """Each of the arrays of an argument with a row an image; Nones, of U-Nets without one, stay."""
+    """The arrays of an argument with one row per image; None, for a U-Net without one, is kept."""
 
     def rows(array: AnyArray) -> AnyArray:
         if len(array) not in (count, count * times):

@@ -31,32 +31,32 @@ from imagen_jax.types import AnyArray, Image, Params, PRNGKey, TextEmbeds, TextM
 class Request:
     """What to sample. Fields marked * take one value, or one per U-Net.
 
-    Another key, text, guidance weight, number of steps (up to 1,024) or threshold compiles nothing
-    new; guidance on and off (`cond_scale` 1) are two programs, and so are other tiles.
+    Another key, text, guidance weight, number of steps (up to 1,024) or threshold does not
+    recompile; turning guidance on or off (`cond_scale` 1) does, and so do other tiles.
     """
 
     key: PRNGKey | RowKeys | None = None
-    """One key, or one per image: an image is a function of its own key, whatever its batch."""
+    """One key, or one per image: an image depends on its own key, not on its batch."""
     draws: Sequence[AnyArray] | None = None
-    """The noises of each stage that runs, in place of a key, in the reference's order: of the
-    low-resolution image, the initial one, then one a step (with inpainting: the known part's, the
-    step's, the renoising's)."""
+    """The noises of each stage that runs, instead of a key, in the reference's order: that of the
+    low-resolution image, the initial noise, then one per step (with inpainting: those of the known
+    part, the step and the renoising)."""
     other_key: PRNGKey | RowKeys | None = None
-    """With `mix`: noise lies between that of `key` and that of this one, spherically."""
+    """With `mix`: noise is interpolated spherically between that of `key` and that of this one."""
     mix: AnyArray | None = None
     """(b,) from 0, the noise of `key`, to 1, that of `other_key`."""
     tiles: Tiles | None = None
-    """Over an image larger than the one stage that runs: its size is then the tiles', and that of
-    `start_image_or_video` is to fit (tiling.py)."""
+    """Tiles over an image larger than the one stage that runs: the stage then has the size of the
+    tiled image, and `start_image_or_video` must fit it (tiling.py)."""
     tile_batch: int = 8
-    """Tiles that the network is given at once."""
+    """Tiles per call of the network."""
     text_embeds: TextEmbeds | None = None
     text_masks: TextMask | None = None
-    """A row that is False throughout is no text."""
+    """A row that is all False means no text."""
     negative_text_embeds: TextEmbeds | None = None
-    """What guidance leads away from, in place of no text. As `text_embeds` in shape."""
+    """What guidance steers away from, instead of no text. The same shape as `text_embeds`."""
     negative_text_masks: TextMask | None = None
-    """A row that is False throughout is no text."""
+    """A row that is all False means no text."""
     cond_images: AnyArray | None = None
     inpaint_images: AnyArray | None = None
     inpaint_masks: AnyArray | None = None
@@ -66,23 +66,23 @@ class Request:
     IF's pipelines do. None: 5, or 0 for a cascade in discrete steps."""
     inpaint_variance: RenoiseVariance = "exact"
     init_images: AnyArray | Sequence[AnyArray | None] | None = None
-    """* Added to the initial noise, as by the reference; with `strength` noised instead."""
+    """* Added to the initial noise, as in the reference; with `strength`, noised instead."""
     skip_steps: int | Sequence[int | None] | None = None
     """* Steps to leave out at the noisy end."""
     strength: float | None = None
-    """Share of the steps to take, in (0, 1], from noised `init_images` on (SDEdit, Meng et al.
-    2022; diffusers' image to image)."""
+    """Share of the steps to take, in (0, 1], starting from noised `init_images` (SDEdit, Meng et
+    al. 2022; diffusers' image to image)."""
     batch_size: int | None = None
     cond_scale: float | Sequence[float] = 1.0
-    """* Weight of guidance; 1 is none."""
+    """* Guidance weight; 1 is unguided."""
     cfg_remove_parallel_component: bool = True
     cfg_keep_parallel_frac: float = 0.0
     guidance_interval: tuple[float, float] | None = None
-    """Lowest and highest noise level sigma / alpha that is guided (diffusion/guidance.py)."""
+    """Lowest and highest noise level sigma / alpha at which to guide (diffusion/guidance.py)."""
     guidance_schedule: str | Sequence[float] | None = None
     """`linear`, `cosine`, or factors of `cond_scale` - 1 from noise to data."""
     guidance_rescale: float = 0.0
-    """In [0, 1]: how far the guided output gets the deviation of the conditional one."""
+    """In [0, 1]: how far to rescale the guided output to the conditional one's deviation."""
     lowres_sample_noise_level: float | Sequence[float | None] | None = None
     """* A time in [0, 1] on `lowres_noise_schedule`; None is the configuration's."""
     start_at_unet_number: int = 1
@@ -91,20 +91,20 @@ class Request:
     timesteps: int | Sequence[int | None] | None = None
     """* Number of steps; None is the configuration's."""
     sigma_min: float | Sequence[float | None] | None = None
-    """* Of elucidated cascades, in place of the configuration's."""
+    """* For elucidated cascades, instead of the configuration's."""
     sigma_max: float | Sequence[float | None] | None = None
     spacing: Spacing | None = None
-    """Of the noise levels: `t`, `log_snr`, `karras`, or a list of sigma / alpha
-    (diffusion/grids.py); None is the noise process's."""
+    """Spacing of the noise levels: `t`, `log_snr`, `karras`, or a list of sigma / alpha
+    (diffusion/grids.py); None is the noise process's default."""
     sampler: str | None = None
-    """A name in `samplers.SAMPLERS`; None is the noise process's."""
+    """A name in `samplers.SAMPLERS`; None is the noise process's default."""
     eta: float = 0.0
     """Noise of `ddim`, in [0, 1]."""
     progress: Progress | None = None
     on_step: OnStep | None = None
 
     def check(self, config: ImagenConfig) -> None:
-        """Raises ValueError for arguments that do not fit together, or not the cascade."""
+        """Raises ValueError for arguments that do not fit together, or do not fit the cascade."""
         check_text(config, self.text_embeds, None)
         for name in ("text_embeds", "negative_text_embeds"):
             value = getattr(self, name)
@@ -187,7 +187,7 @@ class Request:
         return list(range(first, last + 1))
 
     def rows(self, config: ImagenConfig) -> int:
-        """The batch size: that of the arrays, which must agree, or the one asked for, or 1."""
+        """The batch size: that of the arrays, which must agree, or `batch_size`, or 1."""
         arrays = {
             name: getattr(self, name) for name in ("text_embeds", *_IMAGES, "inpaint_masks", "mix")
         }
@@ -287,8 +287,8 @@ def sample_cascade(
 ) -> list[Image]:
     """Images (b, h, w, c) in [0, 1] of every stage that runs.
 
-    `params` are the parameters of each U-Net, None for one without weights; `dtypes` what each
-    computes in. Raises ValueError for unfit input.
+    `params` are the parameters of each U-Net, None for one without weights; `dtypes` are their
+    compute dtypes. Raises ValueError for invalid input.
     """
     request.check(config)
     b, outputs = request.rows(config), []
@@ -371,12 +371,12 @@ def _sample_stage(
         progress=request.progress,
         on_step=request.on_step,
     )
-    # Streamed weights leave the device before those of the next stage come.
+    # Streamed weights must leave the device before those of the next stage are copied to it.
     return images if weights is params else jax.block_until_ready(images)
 
 
 def check_text(config: ImagenConfig, text_embeds: TextEmbeds | None, count: int | None) -> None:
-    """Raises ValueError unless text is given exactly where the cascade needs it, of its width."""
+    """Raises ValueError unless text is given exactly when the cascade needs it, with its width."""
     if config.condition_on_text and text_embeds is None:
         raise UserError("this cascade is conditioned on text: give texts or text_embeds.")
     if text_embeds is None:

@@ -218,7 +218,7 @@ def _lost_files(step: epath.Path) -> list[str]:
 def choose(run: str | os.PathLike, unet_number: int, weights: Weights = "ema") -> Choice | None:
     """Chooses the newest complete step of a U-Net; None if there is none.
 
-    "ema" becomes "online" if the step has no average (`save`).
+    "ema" becomes "online" if the step has no average (as written by `save`).
     """
     path, passed = stage_path(run, unet_number), {}
     for step, reason in _surveyed(run, unet_number):
@@ -304,7 +304,7 @@ def read_meta(run: str | os.PathLike, unet_number: int, step: int) -> dict[str, 
 
 
 def _failure(path: epath.Path, error: Exception, what: str = "is damaged") -> UserError:
-    """`Damaged`; or, for a disk or store that fails, an error for which no step is passed over."""
+    """`Damaged`; or, if the disk or the store failed, an error for which no step is skipped."""
     if storage.is_passing(error):
         return UserError(f"{path} cannot be read now; run the command again: {first_line(error)}")
     return Damaged(f"{path} {what}: {first_line(error)}")
@@ -334,7 +334,7 @@ def load_params(
 
 
 def check_finite(tree: Any, where: str) -> None:
-    """Raises UserError for the first array of a tree with NaN or infinity. Of arrays that are
+    """Raises UserError for the first array of a tree with NaN or infinity. If arrays are
     distributed over machines, every process checks its own part."""
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         parts = [leaf]
@@ -362,12 +362,12 @@ def load(
 
     The networks compute in `dtype`. Parameters are read in `param_dtype`: float32 for training;
     for sampling only, `dtype` gives the same results. `mesh`, e.g. "8x1" or "auto", distributes
-    them over devices, each of which reads its part. `on_host`: they wait in the host's memory, and
-    are on the devices while their stage samples.
+    them over devices, each of which reads its part. With `on_host` they wait in the host's memory,
+    and are on the devices only while their stage samples.
     `unet_numbers` selects the U-Nets to load. Those not loaded, or never trained, are `NullUnet`s,
     which `Imagen.sample` rejects.
     `weights` "ema" falls back to the online ones if no average is stored. Newer steps that are
-    incomplete are skipped with a warning (`PassedOver`). `choices` (of `choose_all`) replace this
+    incomplete are skipped with a warning (`PassedOver`). `choices` (from `choose_all`) replace this
     selection, without warnings. Raises UserError if `run` holds no cascade, or weights are not
     finite.
     """

@@ -1,4 +1,4 @@
-"""Options of XLA that make this project's programs faster, where the compiler knows them."""
+"""XLA options that make this project's programs faster, where the compiler supports them."""
 
 import functools
 from typing import Any
@@ -8,16 +8,17 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 OPTIONS = {
-    # XLA's own convolutions and products, of its YNN library only the reductions: 10 % less time a
-    # step on two cores (benchmarks/README.md).
+    # XLA's own convolutions and products, and only the reductions of its YNN library: 10 % less
+    # time per step on two cores (benchmarks/README.md).
     "cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"},
-    # Otherwise libtpu gathers kernels of few input channels as sums of padded arrays, at twice the
-    # bytes. With it the paper-sized base sends 13.8 GB a step on v5e:16x16, without it 15.9.
+    # Otherwise libtpu gathers kernels with few input channels as sums of padded arrays, at twice
+    # the bytes. With it the paper-sized base sends 13.8 GB per step on v5e:16x16, without it 15.9.
     "tpu": {"xla_tpu_prefer_async_allgather_to_allreduce": "true"},
 }
 SAMPLING_OPTIONS = {
-    # Of few rows libtpu makes more, cutting each image into strips before every convolution and
-    # joining them after it: twice the memory of the 256 -> 1024 stage (benchmarks/README.md).
+    # If there are few rows, libtpu makes more by cutting each image into strips before every
+    # convolution and joining them after it, which doubles the memory of the 256 -> 1024 stage
+    # (benchmarks/README.md).
     "tpu": {
         "xla_tpu_run_space_to_batch": "false",
         "xla_tpu_run_space_to_batch_on_new_platforms": "false",
@@ -27,8 +28,8 @@ SAMPLING_OPTIONS = {
 
 @functools.cache
 def compiler_options(device: jax.Device, *, sampling: bool = False) -> dict[str, Any] | None:
-    """Options of a training step, or of denoising steps. They are experimental: a compiler that
-    does not know them goes without."""
+    """Options for a training step, or for denoising steps. They are experimental: None for a
+    compiler that does not support them."""
     options = (SAMPLING_OPTIONS if sampling else OPTIONS).get(device.platform)
     if options is None:
         return None

@@ -52,10 +52,10 @@ class ImagenConfig(Config):
     """A cascade. Fields are those of the reference's `Imagen`, without the video ones.
 
     `elucidated` and `discrete` are added: the hyper-parameters of an `ElucidatedImagen`, or of
-    discrete steps; None for an `Imagen`. So is `lowres_noise_range`: the times that the noise of
-    the low-resolution image is drawn from in training; and `lowres_sample_noise_level` may be one
-    per U-Net. All of the range, as in the reference, spends half
-    of the training on images in which the stage cannot see what it is to enlarge.
+    discrete steps; None for an `Imagen`. `lowres_noise_range` is added too: the range that the
+    times of the low-resolution image's noise are drawn from in training. The full range, as in the
+    reference, spends half of the training on images in which the stage cannot see what it should
+    upsample. `lowres_sample_noise_level` may be one per U-Net.
     The U-Nets are adapted as in the reference: the first has no low-resolution input, all others
     have one, and all get the cascade's text width and channels. After construction, `unets` and
     `image_sizes` are tuples. Each U-Net's size is an integer or (h, w), all of one aspect ratio.
@@ -241,8 +241,8 @@ class ImagenConfig(Config):
         )
 
     def with_size(self, unet_number: int, size: Size) -> "ImagenConfig":
-        """The cascade with images (height, width) at one stage, and those of the others in
-        proportion. Raises UserError for a size that does not divide so, or does not fit a U-Net."""
+        """The cascade with images of `size` (height, width) at one stage, and in proportion at the
+        others. Raises UserError if sizes are then not integers, or do not fit a U-Net."""
         own = pair(self.image_sizes[self._index(unet_number)])
         if size == own:
             return self
@@ -270,7 +270,7 @@ class ImagenConfig(Config):
 
     @property
     def reads_padding(self) -> bool:
-        """Whether a U-Net attends to all positions of a text, the padded ones too."""
+        """Whether a U-Net attends to all positions of a text, including padding."""
         return any(isinstance(unet, IFUnetConfig) for unet in self.unets)
 
     @property
@@ -361,7 +361,7 @@ def _sizes(sizes: int | Size | tuple[int | Size, ...], count: int) -> tuple[int 
 
 
 def _unet_from(data: Any) -> AnyUnet:
-    """The kind of network shows in fields that no other has."""
+    """The configuration of a U-Net; its kind is recognised by a field that no other kind has."""
     if not isinstance(data, Mapping):
         return data
     kinds = {"is_null": NullUnetConfig, "pool_heads": IFUnetConfig}

@@ -1,6 +1,7 @@
-"""Configurations of two kinds of diffusion besides the reference's own: EDM, and discrete steps.
+"""Configurations of two kinds of diffusion besides that of the reference's `Imagen`: EDM, and
+discrete steps.
 
-One value, or one per U-Net; as everywhere, a field keeps the form in which it was given.
+A field takes one value, or one per U-Net, and keeps the form in which it was given.
 """
 
 import dataclasses
@@ -20,8 +21,8 @@ Real = int | float  # the reference's config class has integers where both make 
 class ElucidatedConfig(Config):
     """Hyper-parameters of the reference's `ElucidatedImagen` (Karras et al., 2022).
 
-    `lowres_conditioning` is not in the reference: it selects the input of super-resolution, in
-    sampling, for the noise of the low-resolution image. `log_snr` is the same as in training;
+    `lowres_conditioning` is not in the reference: it selects what super-resolution is given, in
+    sampling, for the noise level of the low-resolution image. `log_snr` is the same as in training;
     `time` repeats a mistake of the reference, to reproduce its images.
     """
 
@@ -42,11 +43,11 @@ class ElucidatedConfig(Config):
         self._check_types()
 
     def process(self, i: int) -> EDM:
-        """That of U-Net i (from 0)."""
+        """The noise process of U-Net i (from 0)."""
         return EDM(**self._numbers(i, *(field.name for field in dataclasses.fields(EDM))))
 
     def options(self, i: int) -> Options:
-        """What Heun's sampler does at U-Net i by default."""
+        """The default options of Heun's sampler for U-Net i."""
         return Options(**self._numbers(i, "S_churn", "S_tmin", "S_tmax", "S_noise"))
 
     def _numbers(self, i: int, *names: str) -> dict[str, float]:
@@ -55,10 +56,11 @@ class ElucidatedConfig(Config):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DiscreteConfig(Config):
-    """Diffusion in discrete steps, as DeepFloyd IF's (diffusion/discrete.py), in diffusers' names.
+    """Diffusion in discrete steps, as in DeepFloyd IF (diffusion/discrete.py), with diffusers'
+    names.
 
-    The noise on low-resolution images has the first `betas`. `sample_max_value` is the most that
-    dynamic thresholding divides by (IF has 1.5 and 1.0).
+    The noise on low-resolution images uses the first of the `betas`. `sample_max_value` is the most
+    that dynamic thresholding divides by (1.5 and 1.0 in IF).
     """
 
     betas: Betas | tuple[Betas, ...] = "squaredcos_cap_v2"
@@ -76,7 +78,7 @@ class DiscreteConfig(Config):
     def process(
         self, i: int, *, learned_variance: bool = False, loss_type: Loss = "l2"
     ) -> Discrete:
-        """That of U-Net i (from 0)."""
+        """The noise process of U-Net i (from 0)."""
         return Discrete(
             betas=of_stage(self.betas, i),
             steps=self.num_train_timesteps,

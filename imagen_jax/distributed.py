@@ -1,6 +1,6 @@
-"""Several processes as one program, each with some of the devices.
+"""Several processes that run as one program, each with some of the devices.
 
-Every process runs the same commands in the same order on its own rows; process 0 alone prints, and
+Every process runs the same commands in the same order on its own rows; only process 0 prints, and
 writes what is not an array.
 """
 
@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 
 from imagen_jax.errors import UserError
 
-_LONGEST_WAIT = 60 * 60 * 1000  # milliseconds; a process that fails ends the others long before
+_LONGEST_WAIT = 60 * 60 * 1000  # milliseconds; if a process fails, the others end long before
 _agreements = itertools.count()
 
 
@@ -26,7 +26,7 @@ def talks() -> bool:
 
 
 def gather(text: str) -> list[str]:
-    """What every process says, in their order. All of them must ask."""
+    """The texts of all processes, in their order. All of them must call this."""
     if jax.process_count() == 1:
         return [text]
     own = np.frombuffer(text.encode(), np.uint8)
@@ -41,8 +41,8 @@ def gather(text: str) -> list[str]:
 def together() -> Iterator[None]:
     """If the body raises in one process, it raises in all, so that none blocks in a collective.
 
-    Nothing inside may wait for the others. Raises what was raised here; for an error of another
-    process a UserError if it was one, else a RuntimeError.
+    Nothing in the body may wait for other processes. Raises what was raised here; for an error in
+    another process, UserError if it was a UserError or OSError, else RuntimeError.
     """
     error = None
     try:
@@ -64,8 +64,8 @@ def together() -> Iterator[None]:
 class Agreement:
     """Numbers that all processes agree on, round after round, through JAX's coordinator.
 
-    Nothing runs on a device, so a thread beside the training loop can use one. Every process makes
-    its agreements in the same order, and takes part in every round.
+    Nothing runs on a device, so a thread beside the training loop can use it. Every process must
+    create its agreements in the same order, and take part in every round.
     """
 
     def __init__(self):
@@ -82,6 +82,6 @@ class Agreement:
             keys = (f"{this}/{i}" for i in range(count))
             given = [store.blocking_key_value_get(key, _LONGEST_WAIT) for key in keys]
             store.key_value_set(f"{this}/most", str(max(map(int, given))))
-            # Who gives a number has read the one before.
+            # A process that gives a number has read the result of the round before.
             store.key_value_delete(f"{self._name}/{number - 1}/")
         return int(store.blocking_key_value_get(f"{this}/most", _LONGEST_WAIT))

@@ -1,5 +1,5 @@
-"""The one exception class for a user's mistake, what a message quotes of another error, and how the
-library's commands are parsed and run."""
+"""The one exception class for a user's mistake, the part of another error that a message quotes,
+and how the library's commands are parsed and run."""
 
 import dataclasses
 import inspect
@@ -15,15 +15,16 @@ T = TypeVar("T")
 class UserError(ValueError):
     """A wrong argument, configuration, file or flag; its message is one line that says which.
 
-    Commands print the message without a traceback. Any other exception is a fault of this library
-    or of one below it, and keeps its traceback.
+    Commands print the message without a traceback. Any other exception is a bug in this library or
+    in one that it uses, and keeps its traceback.
     """
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a command of the library: a mistake or a failing disk ends it with one line.
+    """Runs a command of the library: a user's mistake or a failing disk ends it with one line.
 
-    Orbax warns, once for each tree that it reads, that a file is missing which it does not need.
+    Silences warnings of absl: for each tree that it reads, Orbax warns that a file is missing which
+    it does not need.
     """
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
@@ -35,7 +36,7 @@ def run(main: Callable[[], None]) -> None:
 
 
 def parse(kind: type[T], **given: Any) -> T:
-    """The command line as `kind`, by `tyro.cli`, which is given the rest."""
+    """Parses the command line as `kind` with `tyro.cli`, which gets the other arguments."""
     import tyro
 
     form = flags(kind, own_first=True)
@@ -43,11 +44,11 @@ def parse(kind: type[T], **given: Any) -> T:
 
 
 def flags(kind: type, defaults: Any = None, own_first: bool = False) -> type:
-    """A dataclass for tyro with the fields of the dataclass `kind`, without its checks: what they
-    refuse within tyro is shown in a frame, under the name of the class.
+    """A dataclass for tyro with the fields of the dataclass `kind` but without its checks: tyro
+    would show their errors in a frame, under the name of the class.
 
-    In --help each is explained by its docstring, filled to the width of the terminal, and a default
-    that is nothing is not shown. Required ones come first; with `own_first` then those that a class
+    In --help each field is explained by its docstring, filled to the width of the terminal, and an
+    empty default is not shown. Required fields come first, then with `own_first` those that a class
     does not inherit. `defaults` is an object of `kind` that has other defaults.
     """
     import docstring_parser
@@ -78,6 +79,6 @@ def _shown(default: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or the name of its class where it has none."""
+    """The first line of an error's message, or the name of its class if it has none."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return " ".join(lines[0].split())

@@ -1,4 +1,4 @@
-"""A stage's loss by noise level on given images: what runs are compared by."""
+"""A stage's loss by noise level on given images, for comparing runs."""
 
 import functools
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from imagen_jax.stage import Stage
 from imagen_jax.types import Params, PRNGKey
 
 LOG_SNR_EDGES = np.arange(-10.0, 10.1, 2.5, dtype=np.float32)
-"""Between them lie the bins of the evaluation; the first and the last are open."""
+"""The edges of the evaluation's bins; the first and the last bin are open."""
 
 
 def bin_labels() -> list[str]:
@@ -28,7 +28,7 @@ def bin_labels() -> list[str]:
 def make_eval_step(stage: Stage, dtype: DTypeLike, layout: Layout | None = None) -> Callable:
     """evaluate(params, batch, key) -> (sums, counts) of the loss in the bins of LOG_SNR_EDGES.
 
-    `batch` are the arguments of `training.stage_losses`: images, and text_embeds with text_masks.
+    `batch` holds arguments of `training.stage_losses`: images, and text_embeds with text_masks.
     """
     return _eval_step(stage, dtype, layout or single())
 

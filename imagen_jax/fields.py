@@ -19,7 +19,7 @@ class Config:
     """What the configurations share. A subclass calls `_check_types` when constructed."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested plain data, as JSON holds it."""
+        """Nested plain data, as in JSON."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     @classmethod
@@ -56,7 +56,7 @@ def _check_keys(where: str, data: Mapping[str, Any], known: list[str]) -> None:
 
 
 _hints = functools.cache(typing.get_type_hints)
-"""Of a class; they take longer than all checks together."""
+"""The type hints of a class; computing them takes longer than all checks together."""
 
 
 def _freeze(value: Any) -> Any:
@@ -64,8 +64,8 @@ def _freeze(value: Any) -> Any:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether plain data has the type of an annotation. An int will do for a float; inf and NaN
-    will not."""
+    """Whether plain data has the type of an annotation. An int is accepted as a float; inf and NaN
+    are not."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, arg) for arg in args)
@@ -95,7 +95,7 @@ _PLAIN = {
 
 
 def _spell(hint: Any) -> str:
-    """An annotation as a person says it: `one of 'cosine', 'linear', or a tuple of such`."""
+    """An annotation in words: `one of 'cosine', 'linear' or a tuple of these`."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         many = {tuple[arg, ...] for arg in args}
@@ -110,12 +110,12 @@ def _spell(hint: Any) -> str:
 
 
 def _named(value: Any) -> str:
-    """A value, or the name of its class where it has fields of its own."""
+    """A value, or the name of its class if it is a dataclass."""
     return type(value).__name__ if dataclasses.is_dataclass(value) else repr(value)
 
 
 def first_difference(there: Any, here: Any, name: str = "") -> str | None:
-    """The first field in which two configurations differ, as `unets.0.dim is 64 there, 32 here`."""
+    """The first difference of two configurations, e.g. `unets.0.dim is 64 there, 32 here`."""
     if dataclasses.is_dataclass(there) and type(there) is type(here):
         pairs = [
             (field.name, getattr(there, field.name), getattr(here, field.name))

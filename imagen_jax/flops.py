@@ -1,8 +1,8 @@
-"""How much arithmetic a function is, counted from its jaxpr, and how fast devices could do it.
+"""The FLOPs of a function, counted from its jaxpr, and the peak speeds of devices.
 
-Counted are matrix products and convolutions, two operations per multiplication and addition, with
-the lengths of loops multiplied in. The compiled program's own count takes a loop body once, and
-leaves out what runs in a library.
+Counts matrix products and convolutions, with two operations per multiply-add, and multiplies the
+body of a loop by its length. The compiled program's own count takes a loop body once, and leaves
+out what runs in a library.
 """
 
 import math
@@ -24,7 +24,7 @@ PEAKS = {
     "NVIDIA H100": 989e12,
     "NVIDIA GH200": 989e12,
     "NVIDIA H200": 989e12,  # nvidia.com: H200 data sheet
-    "NVIDIA B200": 2250e12,  # nvidia.com: DGX B200 data sheet, 36 PFLOPS sparse BF16 by 16
+    "NVIDIA B200": 2250e12,  # nvidia.com: DGX B200 data sheet, 36 PFLOPS sparse BF16 / 16
     "NVIDIA L4": 121e12,  # nvidia.com: L4 data sheet
     "NVIDIA L40S": 362e12,  # nvidia.com: L40S data sheet
     "NVIDIA V100": 125e12,  # nvidia.com: V100 data sheet; float16, it has no bfloat16
@@ -41,25 +41,25 @@ PEAKS = {
     "TPU v6e": 918e12,
     "TPU7x": 1153.5e12,  # 2307 per chip of two devices
 }
-"""Kinds of devices by the beginning of their `device_kind`; the longest that fits counts."""
+"""Kinds of devices by the start of their `device_kind`; the longest match counts."""
 
 
 def count(fn: Callable, *args: Any) -> int:
     """Floating-point operations of `fn(*args)`; arguments may be ShapeDtypeStructs.
 
     Loops must have a length known at tracing. A conditional counts as its most expensive branch.
-    Raises ValueError for a loop that runs until something happens.
+    Raises ValueError for a loop that runs until a condition is met.
     """
     return count_traced(jax.make_jaxpr(fn)(*args).jaxpr)
 
 
 def count_traced(jaxpr: Jaxpr) -> int:
-    """`count` of a function that is traced already."""
+    """`count` for a function that is already traced."""
     return _of_jaxpr(jaxpr)
 
 
 def peak(device_kind: str, dtype: DTypeLike = "bfloat16") -> float | None:
-    """Operations per second of such a device in `dtype`; None where no figure is known: for a
+    """Peak operations per second of a device in `dtype`; None where no figure is known: for a
     device that is not in `PEAKS`, and for any dtype but bfloat16."""
     if jnp.dtype(dtype) != jnp.bfloat16:
         return None
@@ -98,16 +98,16 @@ def _of_equation(equation: JaxprEqn) -> int:
 
 
 def _of_product(equation: JaxprEqn) -> int:
-    """Two for each number of the result and each of the contracted axis."""
+    """Two operations per element of the result and of the contracted axes."""
     (contracted, _), _ = equation.params["dimension_numbers"]
     lhs = equation.invars[0].aval.shape
     return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(lhs[i] for i in contracted)
 
 
 def _of_convolution(equation: JaxprEqn) -> int:
-    """Two for each number of the result, input channel of its group and tap of the kernel.
+    """Two operations per element of the result, input channel of its group and tap of the kernel.
 
-    Taps that lie on padding, or between the pixels of a dilated input, are not arithmetic.
+    Taps on padding, or between the pixels of a dilated input, do not count.
     """
     numbers, params = equation.params["dimension_numbers"], equation.params
     lhs, rhs = (x.aval.shape for x in equation.invars)
@@ -131,13 +131,13 @@ def _of_convolution(equation: JaxprEqn) -> int:
 def _taps(
     size: int, kernel: int, out: int, *, stride: int, before: int, spread: int, dilation: int
 ) -> int:
-    """Pairs of an output and a kernel position, along one axis, that meet an input."""
+    """Number of pairs of output and kernel positions, along one axis, that meet an input."""
     places = (o * stride + k * dilation - before for o in range(out) for k in range(kernel))
     return sum(p % spread == 0 and 0 <= p // spread < size for p in places)
 
 
 def _inner(equation: JaxprEqn) -> list[Jaxpr]:
-    """The jaxprs within an equation: of a jitted, recomputed or custom differentiated function."""
+    """The jaxprs in an equation: of a jitted, rematerialised or custom-differentiated function."""
     found = []
     for value in equation.params.values():
         for part in value if isinstance(value, (tuple, list)) else (value,):

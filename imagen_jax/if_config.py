@@ -1,8 +1,8 @@
 """The configuration of DeepFloyd IF's U-Net, as frozen data.
 
 It is the base U-Net of the Imagen paper (Saharia et al. 2022, appendix F.1) with another activation
-and head of output. diffusers' `UNet2DConditionModel` and the original `config.yml` spell the same
-numbers differently: `interop.deepfloyd` translates.
+and output head. diffusers' `UNet2DConditionModel` and the original `config.yml` name the same
+numbers differently: `interop.deepfloyd` translates them.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from imagen_jax.fields import Config
 from imagen_jax.unet_config import ResizeMode
 
 IF_TEXT_LENGTH = 77
-"""Tokens that a caption is padded and cut to. Padding is attended to: there is no mask."""
+"""Tokens that a caption is padded or cut to. Padding is attended to: there is no mask."""
 
 GROUPS = 32  # of every group norm
 
@@ -22,9 +22,9 @@ GROUPS = 32  # of every group norm
 class IFUnetConfig(Config):
     """One U-Net of DeepFloyd IF. Tuples run from fine to coarse.
 
-    Fields that `UnetConfig` has too mean the same there. `cond_dim` is the width of the text that
+    Fields that `UnetConfig` also has mean the same there. `cond_dim` is the width of the text that
     attention sees (original `encoder_channels`, diffusers `cross_attention_dim`), by default that
-    of the coarsest level; `time_cond_dim` that of the embedding of time and pooled text
+    of the coarsest level; `time_cond_dim` is the width of the embedding of time and pooled text
     (`time_embed_dim`), by default 4 `dim`.
     """
 
@@ -32,7 +32,7 @@ class IFUnetConfig(Config):
     dim_mults: tuple[int, ...] = (1, 2, 3, 4)
     num_resnet_blocks: int | tuple[int, ...] = 3
     layer_attns: tuple[bool, ...] = (False, True, True, True)
-    """Levels with attention, to the text and to the image at once."""
+    """Levels with attention, jointly to the text and to the image."""
     attn_dim_head: int = 64
     text_embed_dim: int | None = 4096
     cond_dim: int | None = None
@@ -51,9 +51,9 @@ class IFUnetConfig(Config):
     """What replaces a text that is dropped: zeros, as in the Imagen paper, or, as in DeepFloyd IF,
     the embedding of the empty text."""
     activation: Literal["gelu", "silu"] = "gelu"
-    """`gelu` with the error function, as IF; `silu` as the paper."""
+    """`gelu` with the error function, as in IF; `silu` as in the paper."""
     skip_scale: float = 1.0
-    """Residual blocks divide by it (IF's stage II: 1 / 0.7071)."""
+    """Residual blocks divide their output by it (IF's stage II: 1 / 0.7071)."""
 
     def __post_init__(self):
         self._check_types()
@@ -111,7 +111,7 @@ class IFUnetConfig(Config):
 
     @property
     def downsampling(self) -> int:
-        """The factor from the bottleneck's sides to the image's, which must be multiples of it."""
+        """The total downsampling factor; the image's sides must be multiples of it."""
         return 2 ** (len(self.dim_mults) - 1)
 
     @property

@@ -34,11 +34,11 @@ BLANK = "in this cascade missing text is encoded as the empty caption"
 class Imagen(nnx.Module):
     """A cascade of U-Nets.
 
-    `unets` are the networks of `config.unets`, or are initialised from `rngs`, to compute in
-    `dtype`. A `NullUnet` may replace any of them that is not at hand; it can be neither trained nor
-    sampled from. `layout` is the mesh that the parameters are on, None for one device.
-    `text_encoder` is the encoder that the cascade was trained with, if that is known: another is
-    refused. Raises UserError for networks of another configuration.
+    `unets` are the networks of `config.unets`; if not given, they are initialised from `rngs` and
+    compute in `dtype`. A `NullUnet` may replace any that is not available; it can be neither
+    trained nor sampled from. `layout` is the mesh that the parameters are on, None for one device.
+    `text_encoder` is the encoder that the cascade was trained with, if known: any other is
+    rejected. Raises UserError for networks with another configuration.
     """
 
     def __init__(
@@ -81,10 +81,10 @@ class Imagen(nnx.Module):
     ) -> Float[Array, ""]:
         """The training loss of one U-Net (reference `Imagen.forward`).
 
-        `images` are (b, h, w, c) of the cascade's aspect ratio, in [0, 1] or uint8, not smaller
-        than the stage. What `draws` leaves open is drawn from `key`. Where an absent text is the
-        empty one (`config.encodes_blank_text`), its embeddings come with those of the captions, as
-        `null_text_embeds`. Raises ValueError for unfit input.
+        `images` are (b, h, w, c) with the cascade's aspect ratio, in [0, 1] or uint8, not smaller
+        than the stage. What `draws` lacks is drawn from `key`. If no text means the empty text
+        (`config.encodes_blank_text`), `text_embeds` come with its embeddings, `null_text_embeds`.
+        Raises ValueError for invalid input.
         """
         config, null = self.config, null_text_embeds
         unet_number = _training_number(config, unet_number)
@@ -112,10 +112,10 @@ class Imagen(nnx.Module):
 
     @property
     def encoder(self) -> text.TextEncoder:
-        """The encoder that the configuration names, kept from its first use on.
+        """The encoder that the configuration names, loaded at its first use and then kept.
 
-        It is in the dtype of the networks, on their mesh. A name that is not in the local cache of
-        the Hugging Face hub is downloaded. Raises UserError as `text.cascade_encoder` does.
+        It has the dtype of the networks and is on their mesh. A model that is not in the local
+        Hugging Face cache is downloaded. Raises UserError as `text.cascade_encoder` does.
         """
         if self._encoder is None:
             dtypes = [unet.dtype for unet in self.unets if not isinstance(unet, nn.NullUnet)]
@@ -129,14 +129,14 @@ class Imagen(nnx.Module):
         return self._encoder
 
     def release_encoder(self) -> None:
-        """Gives the encoder's memory back; the next use reads it again."""
+        """Frees the encoder's memory; the next use loads it again."""
         self._encoder = None
 
     def encode_text(self, texts: Sequence[str]) -> tuple[TextEmbeds, TextMask]:
         """Embeddings, float32 (b, l, d), and mask (b, l) of captions, by `encoder`.
 
         Captions are encoded at 256 tokens and cut to the l = `config.text_len` that the U-Nets
-        read. Raises UserError for an empty caption, and for one string in place of a list.
+        read. Raises UserError for an empty caption, and for a string instead of a list.
         """
         return self.encoder(texts, length=self.config.text_len)
 
@@ -187,7 +187,7 @@ class Imagen(nnx.Module):
     ) -> Image | list[Image] | list[PILImage.Image] | list[list[PILImage.Image]]:
         """Images, (b, h, w, c) in [0, 1] or lists of PIL images (reference `sample`).
 
-        The arguments are the fields of `cascade.Request`. Raises UserError for unfit input.
+        The arguments are the fields of `cascade.Request`. Raises UserError for invalid input.
         """
         arguments = {k: v for k, v in locals().items() if k in Request.__dataclass_fields__}
         if self.config.condition_on_text:

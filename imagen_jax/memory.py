@@ -1,8 +1,8 @@
-"""Where weights are while nothing is computed with them: on the device, or in the host's memory.
+"""Where weights are while they are not in use: on the device, or in the host's memory.
 
 A cascade and its T5 together may need more memory than a device has, but no two of the networks are
-ever used at once. `streamed` weights wait in the host's memory (pinned, so that copies run at the
-bus's speed) and are copied to the device for as long as their network runs.
+ever used at once. `streamed` weights wait in the host's memory (pinned, so that copies run at full
+bus speed) and are on the device only while their network runs.
 """
 
 from typing import Literal
@@ -16,14 +16,14 @@ Memory = Literal["auto", "resident", "streamed"]
 
 HOST = "pinned_host"
 SHARE = 0.5
-"""Of a device's memory: weights that need more are streamed by `auto`. The rest is for activations,
-and for what the allocator cannot give."""
+"""Share of a device's memory: `auto` streams weights that need more. The rest is for activations,
+and for memory that the allocator cannot provide."""
 
 
 def streams(memory: Memory, nbytes: int, layout: Layout | None = None) -> bool:
     """Whether weights of `nbytes`, split over the layout's devices, are streamed.
 
-    `auto` decides by the device's memory, and keeps them resident where that is not known (a CPU).
+    `auto` decides by the device's memory, and keeps them resident if that is not known (on a CPU).
     """
     if memory != "auto":
         return memory == "streamed"
@@ -39,14 +39,14 @@ def nbytes(tree: PyTree) -> int:
 
 
 def to_host(tree: PyTree) -> PyTree:
-    """The arrays in the memory of the hosts of their devices, distributed as they are."""
+    """The arrays in the memory of their devices' hosts, with the same sharding."""
     return jax.device_put(
         tree, jax.tree.map(lambda leaf: leaf.sharding.with_memory_kind(HOST), tree)
     )
 
 
 def to_device(tree: PyTree) -> PyTree:
-    """Copies on the devices, of arrays that wait on the host; the tree itself if none does."""
+    """Copies the arrays that wait on the host to the devices; returns the tree if none does."""
     if not any(map(_waits, jax.tree.leaves(tree))):
         return tree
     return jax.device_put(

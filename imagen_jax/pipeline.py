@@ -1,10 +1,10 @@
-"""A cascade ready to sample: weights in their sampling dtype on a mesh, and the encoder.
+"""A cascade ready to sample from: weights in their sampling dtype on a mesh, and the encoder.
 
     pipeline = Pipeline.load("runs/demo", mesh="auto")
     result = pipeline("a red triangle", num_inference_steps=20, guidance_scale=2.0, seed=7)
     result.images[0].save("triangle.png")
 
-Commands are thin over it. What is expensive is read at its first use.
+The commands are thin wrappers around it. Networks and encoder are loaded at their first use.
 """
 
 import contextlib
@@ -41,17 +41,17 @@ from imagen_jax.sharding import Layout, make_layout
 from imagen_jax.streams import seed_keys
 
 STEPS = (20, 15, 10)
-"""Denoising steps of each stage by default; those after the last have as many as it."""
+"""Default denoising steps of each stage; further stages use the last number."""
 SAMPLER, SPACING = "dpm++2m", "log_snr"
 DISCRETE_SAMPLER = "dpm++2m-sde"
-"""Of cascades in discrete steps: a small one of IF's networks leaves noise in a third of its images
-without noise in every step (docs/deepfloyd.md), and IF's own sampler draws it too."""
+"""For cascades in discrete steps: without noise in every step, a small IF network leaves noise in a
+third of its images (docs/deepfloyd.md), and IF's own sampler draws noise too."""
 GUIDANCE = 3.0
-"""Of the base by default; the other stages run unguided, at half the work."""
+"""Default guidance weight of the base; the other stages run unguided, at half the cost."""
 
 
 class Embeddings(NamedTuple):
-    """Encoded prompts, on the host. A row whose mask is False throughout is no text."""
+    """Encoded prompts, on the host. A row whose mask is all False means no text."""
 
     embeds: Float[np.ndarray, "n l d"]
     masks: Bool[np.ndarray, "n l"]
@@ -59,7 +59,7 @@ class Embeddings(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Result:
-    """What a call of a `Pipeline` returns, one entry an image."""
+    """The result of a `Pipeline` call, one entry per image."""
 
     images: (
         list[PILImage.Image]
@@ -68,19 +68,19 @@ class Result:
         | list[list[Float[np.ndarray, "_ _ c"]]]
     )
     seeds: list[int]
-    """Each alone repeats its image, with the same arguments."""
+    """Each one alone reproduces its image, with the same arguments."""
     prompts: list[str | None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Pipeline:
-    """A loaded cascade. `load` makes one."""
+    """A loaded cascade, made by `load`."""
 
     run: str | os.PathLike
     config: ImagenConfig
     choices: Mapping[int, Choice]
-    """What is read of each U-Net that has weights, by its number: step, average or online, and what
-    was passed over. A command says these notes."""
+    """What is read for each U-Net that has weights, by its number: the step, averaged or online
+    weights, and notes on what was skipped, which commands print."""
     dtype: np.dtype
     layout: Layout | None
     text_encoder_name: str
@@ -100,14 +100,14 @@ class Pipeline:
     ) -> "Pipeline":
         """The cascade of a run directory.
 
-        `mesh`, as "8x1" or "auto", distributes weights and images over devices; None is the first
-        one. `dtype` is what weights are kept and computed in (default: `nn.compute_dtype`). `t5` is
-        the folder or name of the cascade's encoder, where that is not its `text_encoder_name`.
-        `memory` says where weights are while their network does not run: `resident` on the device,
-        `streamed` in the host's memory; `auto` streams what would take more than half of the
-        device's. `unet_numbers` are the U-Nets to load. What is read of each is decided here
-        (`choices`), before anything is loaded. Raises UserError if `run` is not a run directory, or
-        for a mesh that the devices do not have.
+        `mesh`, e.g. "8x1" or "auto", distributes weights and images over devices; None is the first
+        one. `dtype` is that of the weights and the computation (default: `nn.compute_dtype`). `t5`
+        is the folder or name of the cascade's encoder, if it is not its `text_encoder_name`.
+        `memory` decides where weights are while their network does not run: `resident` on the
+        device, `streamed` in the host's memory; `auto` streams them if they would take more than
+        half of the device's. `unet_numbers` are the U-Nets to load. What is read for each is
+        decided here (`choices`), before anything is loaded. Raises UserError if `run` is not a run
+        directory, or for a mesh that does not fit the devices.
         """
         config = run_config.read(run)
         return cls(
@@ -149,22 +149,22 @@ class Pipeline:
 
     @property
     def model_hash(self) -> str:
-        """Ten digits that differ from cascade to cascade and from step to step.
+        """Ten hexadecimal digits that differ between cascades and between steps.
 
-        A hash of the configuration and of which saved steps are read, not of the weights: those
+        A hash of the configuration and of which saved steps are read, not of the weights, which
         take seconds to hash.
         """
         read = {number: dataclasses.astuple(choice)[:2] for number, choice in self.choices.items()}
         found = hashlib.sha256(json.dumps([self.config.to_dict(), read]).encode())
         for number, choice in self.choices.items():
             step = checkpoint.stage_path(self.run, number) / str(choice.step)
-            written = step / "_CHECKPOINT_METADATA"  # Orbax's: when it was written, in nanoseconds
+            written = step / "_CHECKPOINT_METADATA"  # by Orbax: when it was written, in nanoseconds
             if written.exists():
                 found.update(written.read_bytes())
         return found.hexdigest()[:10]
 
     def _unet_bytes(self) -> int:
-        """Of the parameters of the U-Nets to load."""
+        """Bytes of the parameters of the U-Nets to load."""
         unets = [self.config.unets[number - 1] for number in self.choices]
         return sum(nbytes(nn.stored_shapes(nn.abstract(one)[1], self.dtype)) for one in unets)
 
@@ -183,18 +183,18 @@ class Pipeline:
         callback_on_step_end: OnStep | None = None,
         **arguments: Any,
     ) -> Result:
-        """Images of prompts, in the habits of a diffusers pipeline.
+        """Samples images for prompts, with the interface of a diffusers pipeline.
 
         `num_inference_steps` and `guidance_scale` take one number, or one per U-Net; their defaults
-        are those of `defaults`. A cascade without captions is given no prompt. `seeds` are one an
-        image; otherwise they are derived from `seed` and the image's place. `negative_prompt` is
+        are those of `defaults`. A cascade without captions takes no prompt. `seeds` has one per
+        image; otherwise they are derived from `seed` and the image's index. `negative_prompt` is
         one for all or one per prompt. "pil" images are 8-bit, "np" float arrays in [0, 1].
         `callback_on_step_end(unet_number, step, steps, estimates)` is called after every step, with
-        the images of the batch as they are estimated by then; raise in it to stop. `arguments` are
-        those of `Imagen.sample`, under its names; `texts`, `cond_scale` and `timesteps` are taken
-        in place of ours too. Arrays such as `inpaint_images` have a row an image, or one a prompt.
-        With `return_all_unet_outputs` an entry of `images` is a list, of every stage that ran.
-        Raises UserError for unfit input.
+        the current estimates of the batch's images; raise in it to stop. `arguments` are those of
+        `Imagen.sample`, under its names; its `texts`, `cond_scale` and `timesteps` are accepted
+        instead of ours too. Arrays such as `inpaint_images` have one row per image, or per prompt.
+        With `return_all_unet_outputs` an entry of `images` is a list of the images of every stage
+        that ran. Raises UserError for invalid input.
         """
         check_output(output_type)
         arguments = renamed(
@@ -230,11 +230,11 @@ class Pipeline:
         return Result(images=images, seeds=seeds, prompts=list(np.repeat(prompts, each)))
 
     def defaults(self) -> dict[str, Any]:
-        """What `generate` samples with where nothing else is asked for: few steps."""
+        """The default arguments of `generate`: few steps."""
         return sampling_defaults(self.config)
 
     def encode(self, prompts: Sequence[str], *, batch_size: int = 8) -> Embeddings:
-        """Embeddings of prompts, `batch_size` at a time, as `Imagen.encode_text` gives them."""
+        """Embeddings of prompts, as from `Imagen.encode_text`, computed `batch_size` at a time."""
         parts = [
             self.encoder([prompts[row] for row in rows], length=self.config.text_len)
             for rows in batches(len(prompts), batch_size)
@@ -243,7 +243,7 @@ class Pipeline:
         return Embeddings(*found)
 
     def encode_negative(self, prompts: Sequence[str], *, batch_size: int = 8) -> Embeddings:
-        """Embeddings of negative prompts; a blank one is no text."""
+        """Embeddings of negative prompts; a blank one means no text."""
         encode = functools.partial(self.encode, batch_size=batch_size)
         blank = self.config.encodes_blank_text
         return Embeddings(*text.encode_or_absent(encode, prompts, blank=blank))
@@ -260,14 +260,14 @@ class Pipeline:
         progress: Callable[[np.ndarray, int], Any] | None = None,
         **arguments: Any,
     ) -> Iterator[tuple[int, Any]]:
-        """Index and pixels, (h, w, c) in [0, 1], of image after image; one a seed.
+        """Yields index and pixels, (h, w, c) in [0, 1], of one image per seed.
 
-        An image is a function of its embedding, its seed and the arguments of `Imagen.sample`, not
-        of its batch or of the mesh, to rounding. `embeddings`, `negatives` and the arrays of
-        `per_image`, by their names there, have one row a seed. Batches are padded to a power of
-        two, at most `batch_size`, so that few sizes are compiled; or to `pad_to` exactly.
-        `progress(indices, count)` is a context that gives the batch's `Progress`. With
-        `return_all_unet_outputs` the pixels are a list, of every stage that ran.
+        Up to rounding, an image depends on its embedding, its seed and the arguments of
+        `Imagen.sample`, not on its batch or the mesh. `embeddings`, `negatives` and the arrays of
+        `per_image`, by their names there, have one row per seed. Batches are padded to a power of
+        two, at most `batch_size`, so that few sizes are compiled, or to exactly `pad_to`.
+        `progress(indices, count)` is a context manager that yields the batch's `Progress`. With
+        `return_all_unet_outputs` the pixels are a list with those of every stage that ran.
         """
         arguments = self.defaults() | arguments
         guided = np.any(np.asarray(arguments["cond_scale"]) != 1)
@@ -304,10 +304,10 @@ class Pipeline:
                 yield from zip(fresh.tolist(), np.asarray(images), strict=False)
 
     def warm_up(self, *, batch_size: int = 1, **arguments: Any) -> None:
-        """Compiles every stage for batches of a size, by drawing one step of each.
+        """Compiles every stage for batches of `batch_size`, by sampling one step of each.
 
-        `arguments` are those of `generate` that later calls will be given: guidance on or off, the
-        sampler, inpainting and the like decide which programs there are.
+        `arguments` are those that later calls of `generate` will get: guidance on or off, the
+        sampler, inpainting and the like decide which programs are compiled.
         """
         embeddings = self.encode(["-"]) if self.config.condition_on_text else None
         given = dict(arguments, timesteps=1, batch_size=batch_size, pad_to=batch_size)
@@ -318,12 +318,12 @@ class Pipeline:
 def sampling_defaults(config: ImagenConfig) -> dict[str, Any]:
     """Arguments of `Imagen.sample` for a good image in few steps; see docs/samplers.md.
 
-    The reference samples with `sampler=None`, `spacing=None` and `timesteps=None` instead.
+    `sampler=None`, `spacing=None` and `timesteps=None` sample as the reference does instead.
     """
     count = len(config.unets)
     guided = config.condition_on_text and config.cond_drop_prob > 0
     if config.discrete is not None:
-        # DeepFloyd IF's own: plain guidance, of both stages.
+        # As in DeepFloyd IF: plain guidance, in both stages.
         guided_by = (7.0,) + (4.0,) * (count - 1) if guided else (1.0,) * count
         return dict(
             sampler=DISCRETE_SAMPLER,
@@ -341,7 +341,7 @@ def sampling_defaults(config: ImagenConfig) -> dict[str, Any]:
 
 
 def own_spacing(config: ImagenConfig) -> str:
-    """The name of the noise levels that a cascade's process has of its own: of `spacing=None`."""
+    """The name of the spacing that a cascade's process has by default, with `spacing=None`."""
     return "t" if config.elucidated is None else "karras"
 
 
@@ -360,9 +360,9 @@ def padded(count: int, most: int) -> int:
 
 
 def batches(count: int, batch_size: int, *, fill: bool = False) -> Iterator[np.ndarray]:
-    """Indices of batch after batch, all of one shape: the last repeats index `count` - 1.
+    """Yields the indices of each batch, all of one shape: the last repeats index `count` - 1.
 
-    With `fill` a batch is not smaller than `batch_size` even where `count` is.
+    With `fill` a batch has `batch_size` rows even if `count` is smaller.
     """
     size = batch_size if fill else min(count, batch_size)
     for first in range(0, count, size):

@@ -9,13 +9,13 @@ from PIL import Image
 from imagen_jax.errors import UserError
 
 CHANNELS = (1, 3, 4)
-"""Of an image: grey, RGB, RGB with alpha."""
+"""Numbers of channels of an image: grey, RGB, RGB with alpha."""
 
 
 def to_uint8(
     image: UInt8[np.ndarray, "..."] | Float[np.ndarray, "..."],
 ) -> UInt8[np.ndarray, "..."]:
-    """Float images in [0, 1] to uint8, rounded and clipped; uint8 as it is.
+    """Float images in [0, 1] to uint8, rounded and clipped; uint8 is returned unchanged.
 
     Raises UserError for values that are not finite: they would come out black.
     """
@@ -39,7 +39,7 @@ def to_pil(image: UInt8[np.ndarray, "..."] | Float[np.ndarray, "..."]) -> Image.
 
 
 def png(image: UInt8[np.ndarray, "..."] | Float[np.ndarray, "..."]) -> bytes:
-    """One image, as `to_pil` takes it, as the bytes of a PNG."""
+    """The bytes of a PNG of one image, given as for `to_pil`."""
     file = io.BytesIO()
     to_pil(image).save(file, format="PNG")
     return file.getvalue()

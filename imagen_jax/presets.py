@@ -14,7 +14,7 @@ from imagen_jax.if_config import IFUnetConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a stage of a preset is trained. The fields are flags of `train.base`, which takes them
+    """How a stage of a preset is trained. The fields are flags of `train.base`, which uses them
     as its defaults."""
 
     steps: int
@@ -62,15 +62,15 @@ def SRUnet1024(**overrides) -> UnetConfig:
 
 
 def ImagenBase64(**overrides) -> IFUnetConfig:
-    """The paper's own base (appendix F.1), text to 64 x 64: text and image attended to at once,
+    """The paper's own base (appendix F.1), text to 64 x 64: joint attention to text and image,
     BigGAN's resampling, pooled text. 2.3 billion parameters with T5-XXL."""
     paper = dict(dim=512, activation="silu", learned_variance=False)
     return IFUnetConfig(**paper | overrides)
 
 
 def IFStageI(size: Literal["M", "L", "XL"] = "XL", **overrides) -> IFUnetConfig:
-    """DeepFloyd IF's base, text to 64 x 64: 0.4, 0.9 or 4.3 billion parameters. Of M and L no
-    configuration is public: their widths are inferred from published sizes."""
+    """DeepFloyd IF's base, text to 64 x 64: 0.4, 0.9 or 4.3 billion parameters. The configurations
+    of M and L are not public: their widths are inferred from published sizes."""
     return IFUnetConfig(**dict(dim={"M": 192, "L": 320, "XL": 704}[size]) | overrides)
 
 
@@ -93,8 +93,8 @@ def imagen() -> ImagenConfig:
     """The paper-sized cascade, 64 -> 256 -> 1024, super-resolution on 256-pixel crops at 1024.
 
     Super-resolution predicts v: memory-efficient U-Nets drift in colour when they predict noise
-    (imagen-pytorch issue 72). Small images are means, as those that the base is trained on; every
-    fourth pixel, the reference's default, is not what a base draws (docs/quality.md).
+    (imagen-pytorch issue 72). Low-resolution images are means, like those that the base is trained
+    on; every fourth pixel, the reference's default, is not what a base draws (docs/quality.md).
     """
     return ImagenConfig(
         unets=(BaseUnet64(), SRUnet256(), SRUnet1024()),
@@ -110,7 +110,7 @@ def paper() -> ImagenConfig:
     """The cascade of the paper's appendix F: its own base, then its efficient U-Nets.
 
     All predict noise, in 1,000 steps where the paper's time is continuous; the schedules are
-    cosine, cosine and linear; thresholding has no limit to speak of. `imagen` is the reference's
+    cosine, cosine and linear; thresholding is practically unlimited. `imagen` is the reference's
     reading of the same appendix.
     """
     return ImagenConfig(
@@ -163,11 +163,12 @@ def demo() -> ImagenConfig:
 def scenes() -> ImagenConfig:
     """Three stages, 8 -> 16 -> 32, for the captioned shapes of `data.scenes`, on a laptop.
 
-    What made it learn which colour goes where, by the table in docs/quality.md: noise levels around
-    those at which it is decided (`P_mean`; the reference's objectives give them next to no weight),
-    an encoder from whose embeddings it can be read (`train.text_encoder`), no attention pool, and a
-    base that is so small that it sees many images. What made it draw shapes: small images that are
-    means (`area`), as the base draws them, with so much noise that shapes come from the text.
+    What made it learn which colour goes where (see the table in docs/quality.md): noise levels
+    around those at which this is decided (`P_mean`; the reference's objectives give them almost no
+    weight), an encoder from whose embeddings it can be read (`train.text_encoder`), no attention
+    pool, and a base small enough to see many images. What made it draw shapes: low-resolution
+    images that are means (`area`), like those that the base draws, with so much noise that shapes
+    come from the text.
     """
     text = dict(max_text_len=24, cond_dim=64, attn_pool_text=False)
     shared = dict(attn_dim_head=32, attn_heads=4, init_cross_embed_kernel_sizes=(3, 7), **text)

@@ -74,7 +74,7 @@ def nearest_indices(n_in: int, n_out: int) -> np.ndarray:
 @functools.cache
 def weights(n_in: int, n_out: int, mode: Mode) -> Float[np.ndarray, "n_out n_in"]:
     """One axis of a mode as a matrix: `bicubic` is Keys' kernel with a = -0.75, `bilinear_corners`
-    aligns the corners to enlarge (DeepFloyd IF) and reduces by area."""
+    upsamples with aligned corners (DeepFloyd IF) and downsamples by area."""
     match mode:
         case "bilinear":
             return _gather(np.maximum(_centres(n_in, n_out), 0.0), n_in, _linear)

@@ -2,10 +2,10 @@
 
     {"imagen": ImagenConfig,
      "training": {"unet1": settings, ...},
-     "origin": what was recorded of the file that weights were converted from,
+     "origin": what was recorded about the file that weights were converted from,
      "text_encoder": name and hash of the one used in training}
 
-All but the first are there if they are known. `checkpoint` reads and writes the weights beside it.
+All but the first are present only if known. `checkpoint` reads and writes the weights beside it.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ def read(run: str | os.PathLike) -> ImagenConfig:
 
 
 def read_origin(run: str | os.PathLike) -> dict[str, Any] | None:
-    """What was recorded of the file that the weights were converted from, or None."""
+    """What was recorded about the file that the weights were converted from, or None."""
     return _read_json(run).get("origin")
 
 
@@ -82,7 +82,7 @@ def write(
 def check(run: str | os.PathLike, config: ImagenConfig) -> None:
     """Raises UserError if the run directory exists and holds another cascade.
 
-    Where the identity of the text encoder is recorded, that decides, and not where its files are.
+    If the identity of the text encoder is recorded, that counts, and not where its files are.
     """
     path = storage.folder(run) / "config.json"
     if not path.exists():

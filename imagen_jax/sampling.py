@@ -1,11 +1,11 @@
-"""A stage's sampling: three compiled programs, and the host's loop over them.
+"""Sampling from one stage: three compiled programs, and the host's loop over them.
 
     start    noise and conditioning, prepared once
     advance  a slice of the denoising steps; the host repeats it, for progress and cancelling
     finish   images in [0, 1]
 
-Each image's noise is a function of its own key, so that it does not depend on its batch; or noises
-are given as a sequence, in the reference's order.
+Each image's noise is a function of its own key, so that it does not depend on the batch.
+Alternatively, noises are given as a sequence, in the reference's order.
 """
 
 import contextlib
@@ -40,9 +40,9 @@ SLICES = 20
 """The compiled loop is called this many times per stage, so progress is reported that often."""
 
 Progress = Callable[[int, int, int], None]
-"""progress(unet_number, steps done, steps in all). Raise in it to stop."""
+"""progress(unet_number, steps done, total steps). Raise in it to stop."""
 OnStep = Callable[[int, int, int, Image], None]
-"""on_step(unet_number, steps done, steps in all, estimates in [0, 1]), after every step."""
+"""on_step(unet_number, steps done, total steps, estimates in [0, 1]), after every step."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,9 +56,9 @@ class Program:
     remove_parallel_component: bool = True
     inpaint_variance: RenoiseVariance = "exact"
     tiles: Tiles | None = None
-    """Where the network is applied, over an image larger than it was trained on."""
+    """Where the network is applied, in an image larger than it was trained on."""
     tile_batch: int = 8
-    """Tiles that the network is given at once."""
+    """Tiles per call of the network."""
 
     def __post_init__(self):
         samplers.find_sampler(self.sampler)
@@ -69,7 +69,7 @@ class Program:
 
 
 class Numbers(NamedTuple):
-    """Numbers that may change from call to call without another compilation."""
+    """Numbers that may change from call to call without recompiling."""
 
     guidance: Guidance
     percentile: Float[AnyArray, ""]
@@ -78,22 +78,22 @@ class Numbers(NamedTuple):
 
 
 class Given(NamedTuple):
-    """Arrays that a stage's images are generated from, images in [0, 1] or uint8."""
+    """Arrays that a stage's images are generated from; images are in [0, 1] or uint8."""
 
     text_embeds: TextEmbeds | None = None
     text_masks: TextMask | None = None
     negative_embeds: TextEmbeds | None = None
-    """What guidance leads away from, in place of no text; with None also for no text."""
+    """What guidance steers away from; None means no text."""
     negative_masks: TextMask | None = None
     previous: Float[AnyArray, "b h2 w2 c"] | None = None
-    """Images of the stage before."""
+    """Images of the previous stage."""
     lowres_noise_level: Float[AnyArray, ""] | None = None
-    """Time of the noise put on them."""
+    """Time of the noise added to them."""
     cond_images: AnyArray | None = None
     init_images: AnyArray | None = None
     """Added to the initial noise, as the reference does."""
     source_images: AnyArray | None = None
-    """Noised to the first level of the grid, in place of pure noise."""
+    """Noised to the first level of the grid, instead of pure noise."""
     inpaint_images: AnyArray | None = None
     inpaint_masks: Bool[AnyArray, "b h3 w3"] | None = None
     resample_times: Int[AnyArray, ""] | None = None
@@ -105,18 +105,18 @@ class Randomness(NamedTuple):
     keys: RowKeys | None = None
     noises: Float[AnyArray, "count b h w c"] | None = None
     other_keys: RowKeys | None = None
-    """Noise is on the way from that of `keys` to that of these, spherically."""
+    """Noise is interpolated spherically from that of `keys` to that of these."""
     mix: Float[AnyArray, "b"] | None = None
     """How far, from 0 to 1."""
 
     def image(self, name: str, place: int, shape: tuple[int, ...]) -> Array:
-        """Noise for a named purpose, which is at `place` among given ones."""
+        """Noise for a named purpose; among given noises it is at index `place`."""
         if self.keys is None:
             return jnp.asarray(self.noises[place])
         return self._normal(lambda keys: stream(keys, name), shape)
 
     def steps(self, grid: samplers.Grid, first: int, shape, times: Array | None) -> samplers.Noise:
-        """The noises of the steps; given ones begin at `first`."""
+        """The noises of the steps; given ones start at index `first`."""
         if self.keys is None:
             return samplers.given_noises(self.noises[first:], grid, times)
 
@@ -148,7 +148,7 @@ def start(
 ) -> tuple[samplers.State, Conditioning, samplers.Inpaint | None]:
     """The state at the first level of the grid, the conditioning inputs, and the known part.
 
-    With guidance the conditioning has two rows an image: with the text and without.
+    With guidance the conditioning has two rows per image: with the text and without.
     """
     stage, b = program.stage, batch_size
     fit = functools.partial(resize, size=stage.size, mode=stage.resize_mode)
@@ -187,9 +187,9 @@ def start(
 
 
 def _pairs(given: Given) -> tuple[TextEmbeds, TextMask, Bool[Array, "b2"]]:
-    """Embeddings, masks and keep mask of guided rows: with the text, and against it.
+    """Embeddings, masks and keep mask of guided rows: with the text, and with the negative or none.
 
-    A text without a token is no text.
+    A text without tokens means no text.
     """
     embeds, masks = given.text_embeds, given.text_masks
     has_text = jnp.any(masks, axis=1)
@@ -219,7 +219,7 @@ def advance(
     *,
     program: Program,
 ) -> samplers.State:
-    """Steps `first` up to `last` (excluded) of the grid."""
+    """Runs steps `first` up to `last` (excluded) of the grid."""
     stage = program.stage
     place = 1 + (conditioning.lowres is not None)
     times = None if inpaint is None else inpaint.resample_times
@@ -242,7 +242,7 @@ def advance(
 
 
 def compiled_advance(device: jax.Device) -> Callable[..., samplers.State]:
-    """`advance`, compiled for such devices; it donates the state."""
+    """`advance`, compiled for this kind of device; it donates the state."""
     options = compiler_options(device, sampling=True) or {}
     return _compiled_advance(tuple(options.items()))
 
@@ -257,7 +257,7 @@ def _compiled_advance(options: tuple[tuple[str, str], ...]) -> Callable[..., sam
 def estimator(
     params: Params, conditioning: Conditioning, numbers: Numbers, program: Program
 ) -> Condition | Guided:
-    """The network as the samplers call it, guidance applied."""
+    """The network as the samplers call it, with guidance applied."""
     network = nn.bind(program.stage.network, params, dtype=program.dtype)
     if program.tiles is not None:
         network = Tiled(network, program.tiles, program.tile_batch)
@@ -288,7 +288,7 @@ def sample_stage(
     progress: Progress | None = None,
     on_step: OnStep | None = None,
 ) -> Image:
-    """Runs one stage: prepares, loops in slices and finishes; images (b, h, w, c) in [0, 1].
+    """Runs one stage: prepares, loops in slices, finishes. Returns images (b, h, w, c) in [0, 1].
 
     `layout` is the mesh that the parameters are on, None for one device.
     """

@@ -88,7 +88,7 @@ class SamplingDefaults:
     num_steps: int
     percentile: float
     most: float
-    """What dynamic thresholding divides by, at most."""
+    """The most that dynamic thresholding divides by."""
     lowres_noise_level: float
     """A time of the low-resolution process, in [0, 1]."""
     options: Options

@@ -1,4 +1,4 @@
-"""Files of run directories, on a disk or in an object store (`gs://`, `s3://`), by etils.epath.
+"""Files of run directories, on a disk or in an object store (`gs://`, `s3://`), via etils.epath.
 
 An object store has no rename, no lock, no append and no empty directories; a file appears there
 complete or not at all. A disk has all four, and may lose power in the middle of a write.
@@ -22,9 +22,9 @@ except ImportError:  # Windows
     fcntl = None
 
 
-STORES = ("gs://", "s3://", "az://")  # those that epath reaches
+STORES = ("gs://", "s3://", "az://")  # those that epath supports
 
-# How TensorStore begins its messages of a disk or store that fails.
+# How TensorStore's messages about a failing disk or store start.
 _PASSING = re.compile(
     r"\b(UNKNOWN|CANCELLED|DEADLINE_EXCEEDED|PERMISSION_DENIED|RESOURCE_EXHAUSTED|ABORTED|"
     r"UNAVAILABLE|UNAUTHENTICATED): "
@@ -33,7 +33,7 @@ _PASSING = re.compile(
 
 def folder(path: str | os.PathLike) -> epath.Path:
     """The path, local or remote. A `pathlib.Path` of `gs://bucket/run` has lost a slash, which is
-    put back."""
+    restored."""
     text = os.fspath(path)
     if found := re.match(r"(gs|s3|az):/+", text):
         return epath.Path(f"{found[1]}://{text[found.end() :]}")
@@ -41,8 +41,8 @@ def folder(path: str | os.PathLike) -> epath.Path:
 
 
 def check_clients(path: epath.Path) -> None:
-    """Raises UserError if what reaches Google's object store is not installed: gcsfs, and the
-    client with which Orbax deletes old steps."""
+    """Raises UserError if a client for Google's object store is not installed: gcsfs, or the one
+    with which Orbax deletes old steps."""
     if not os.fspath(path).startswith("gs://"):
         return
     try:
@@ -64,7 +64,7 @@ def check_writable(path: epath.Path) -> None:
 
 
 def is_remote(path: str | os.PathLike) -> bool:
-    """Whether this is an object store."""
+    """Whether the path is in an object store."""
     return "://" in os.fspath(path)
 
 
@@ -74,7 +74,7 @@ def write_text(path: epath.Path, text: str) -> None:
 
 
 def write_bytes(path: epath.Path, content: bytes) -> None:
-    """Writes a file so that readers see the old one or the new one, never a part."""
+    """Writes a file so that readers see the old one or the new one, never a partial one."""
     if is_remote(path):
         path.write_bytes(content)
         return
@@ -82,13 +82,13 @@ def write_bytes(path: epath.Path, content: bytes) -> None:
     with partial.open("wb") as file:
         file.write(content)
         file.flush()
-        os.fsync(file.fileno())  # or a power cut may leave the new name with nothing in it
+        os.fsync(file.fileno())  # or a power cut may leave an empty file under the new name
     partial.replace(path)
 
 
 def is_passing(error: Exception) -> bool:
-    """Whether an error of reading is of the disk or the store, and says nothing of what is stored:
-    another attempt may succeed. TensorStore raises ValueError for these too."""
+    """Whether a read error is due to the disk or the store, and not to what is stored: another
+    attempt may succeed. TensorStore raises ValueError for these too."""
     if isinstance(error, OSError):
         return not isinstance(error, (FileNotFoundError, IsADirectoryError, NotADirectoryError))
     return bool(_PASSING.search(str(error)))
@@ -96,7 +96,7 @@ def is_passing(error: Exception) -> bool:
 
 @contextlib.contextmanager
 def alone(path: epath.Path) -> Iterator[None]:
-    """One process at a time in this directory, where the file system has locks."""
+    """Allows one process at a time in this directory, if the file system has locks."""
     if fcntl is None or is_remote(path):
         yield
         return

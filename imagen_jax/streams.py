@@ -1,6 +1,6 @@
 """Named streams of randomness: no two purposes share a key.
 
-    run key -> stream(key, name) -> unit numbers (U-Net, step, row, ...) by fold_in
+    run key -> stream(key, name) -> numbers (U-Net, step, row, ...) by fold_in
 
 `jax.random.fold_in(k, i)` equals `jax.random.split(k, n)[i]`, so keys that are derived by small
 numbers alone collide as soon as two places count from zero. A stream's name is hashed to 32 bits
@@ -25,7 +25,7 @@ RUN = ("init", "train", "evaluation", "preview")
 
 
 def stream(key: PRNGKey | RowKeys, name: str, *numbers: int | Int[Array, ""]) -> PRNGKey | RowKeys:
-    """The key of a named stream, and of a place in it; of each row where `key` is one per row."""
+    """The key of a named stream, or of a place in it; one per row if `key` has one per row."""
     if key.ndim:
         return jax.vmap(lambda one: stream(one, name, *numbers))(key)
     key = jax.random.fold_in(key, zlib.crc32(name.encode()))
@@ -38,8 +38,8 @@ class ParamKeys(nnx.Rngs):
     """The keys of `nnx.Rngs(params=key)`, counted in Python.
 
     The count of `nnx.Rngs` is an array. In a traced function every draw asks it for its sharding,
-    which a tracer refuses with a message that takes a walk over the trace so far: of 15 seconds
-    that tracing a paper-sized network took, 13 went there.
+    and a tracer raises an error whose message needs a walk over the trace so far: this took 13 of
+    the 15 seconds of tracing a paper-sized network.
     """
 
     def __init__(self, key: PRNGKey):
@@ -51,7 +51,7 @@ class ParamKeys(nnx.Rngs):
 
 
 def row_keys(key: PRNGKey | RowKeys, count: int) -> RowKeys:
-    """A key for each of `count` rows: those given, or derived from one key and the row's place."""
+    """A key for each of `count` rows: those given, or derived from one key and the row's index."""
     if not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
         raise UserError(f"key must be made by jax.random.key(seed), not {key!r:.40}.")
     if not key.ndim:
@@ -62,8 +62,8 @@ def row_keys(key: PRNGKey | RowKeys, count: int) -> RowKeys:
 
 
 def image_seeds(seed: int, count: int) -> list[int]:
-    """A seed for each of `count` images: the first has `seed` itself, so that any of them alone
-    repeats its image; the others are derived from it and their places, in [0, 2**32)."""
+    """A seed for each of `count` images: the first is `seed` itself, so that any of them, given
+    alone, reproduces its image; the others are derived from it and their index, in [0, 2**32)."""
     derived = (int(np.random.SeedSequence([seed, i]).generate_state(1)[0]) for i in range(1, count))
     return [seed, *derived][:count]
 
@@ -74,13 +74,13 @@ def seed_keys(seeds: list[int]) -> RowKeys:
 
 
 def normal(keys: RowKeys, shape: tuple[int, ...]) -> Array:
-    """Standard normal rows of a shape, each a function of its own key alone."""
+    """Standard normal rows of a shape, each a function of its own key only."""
     return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
 
 def spherical(a: Array, b: Array, fraction: Float[Array, "b"]) -> Array:
-    """From rows a (at 0) to b (at 1) along the great circle (Shoemake 1985): the norm is kept, so
-    that what lies between two noises is as noisy as they are. Equal rows stay as they are."""
+    """Interpolates from rows a (at 0) to b (at 1) along the great circle (Shoemake 1985): the norm
+    is kept, so that anything between two noises is as noisy as they are. Equal rows are kept."""
     axes = tuple(range(1, a.ndim))
     norm = jnp.sqrt(jnp.sum(a * a, axes) * jnp.sum(b * b, axes))
     angle = jnp.arccos(jnp.clip(jnp.sum(a * b, axes) / norm, -1.0, 1.0))

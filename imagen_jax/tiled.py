@@ -1,8 +1,8 @@
 """A network applied to overlapping tiles of a sample larger than it was trained on.
 
-    answer = sum over tiles of window x network(tile)
+    output = sum over tiles of window x network(tile)
 
-Every step's answers are blended, so that samplers, guidance and thresholds see one large sample.
+Outputs are blended at every step, so that samplers, guidance and thresholds see one large sample.
 """
 
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from imagen_jax import tiling
 
 
 class Tiled(NamedTuple):
-    """Called as the network is. `batch` tiles are computed at once."""
+    """Called like the network. `batch` tiles are computed at once."""
 
     network: Any
     tiles: tiling.Tiles
@@ -33,7 +33,7 @@ class Tiled(NamedTuple):
         key: Any = None,
         **images: Array | None,
     ) -> Array:
-        """`images` are cut as x is: lowres_cond_img, cond_images and self_cond."""
+        """`images` are cut like x: lowres_cond_img, cond_images and self_cond."""
         b, k = x.shape[0], self.batch
         repeat = lambda tree: jax.tree.map(lambda a: jnp.concatenate([a] * k), tree)  # noqa: E731
         shared = repeat((time, text_cond, lowres_noise_times))
@@ -76,7 +76,7 @@ class Tiled(NamedTuple):
         return lax.dynamic_slice(image, (0, origin[0], origin[1], 0), sizes)
 
     def _chunks(self) -> tuple[Array, Array, Array]:
-        """Origins and windows, `batch` tiles to a chunk; the last is filled with windows of 0."""
+        """Origins and windows, `batch` tiles per chunk; the last is padded with windows of 0."""
         tiles, missing = self.tiles, -len(self.tiles.origins) % self.batch
         rows = tiling.windows(tiles.tops, tiles.tile[0], tiles.image[0])
         columns = tiling.windows(tiles.lefts, tiles.tile[1], tiles.image[1])

@@ -1,4 +1,4 @@
-"""Large images as overlapping tiles: where they lie, and the windows they are blended by.
+"""Large images as overlapping tiles: where they are, and the windows that blend them.
 
 Each axis has its own tiles; windows over them sum to one at every pixel, so that tiles that agree
 blend to exactly what they agree on:
@@ -8,11 +8,11 @@ blend to exactly what they agree on:
 A window is a raised cosine over its tile, sin^2(pi (i + 1/2) / n), divided by the sum of all: it
 vanishes smoothly at the tile's border, where a network sees least of the surroundings.
 
-The network is applied to tiles of one large sample, and its answers are blended at every step
+The network is applied to tiles of one large sample, and its outputs are blended at every step
 (MultiDiffusion, Bar-Tal et al. 2023), in tiled.py. Blending finished tiles is cheaper to compile,
-and was measured first: on the demo cascade tiles that shared all noise still differed by 54 of 255
-levels where they overlapped, and bands of colour were plain to see. What is blended at every step
-has one trajectory, one noise and one dynamic threshold.
+and was measured first: on the demo cascade, tiles that shared all noise still differed by 54 of 255
+levels where they overlapped, and bands of colour were clearly visible. Blending at every step gives
+one trajectory, one noise and one dynamic threshold.
 """
 
 from collections.abc import Sequence
@@ -49,9 +49,9 @@ class Tiles(NamedTuple):
 
 
 def make_tiles(image: Size, tile: Size, overlap: Size) -> Tiles:
-    """Tiles that cover an image, which is not smaller than one, and overlap by at least `overlap`.
+    """Tiles that cover an image and overlap by at least `overlap`.
 
-    All in (height, width). Raises UserError for an image smaller than a tile.
+    All sizes are (height, width). Raises UserError for an image smaller than a tile.
     """
     if image[0] < tile[0] or image[1] < tile[1]:
         raise UserError(f"an image of {image} is smaller than a tile of {tile}: pad it first.")
@@ -61,7 +61,7 @@ def make_tiles(image: Size, tile: Size, overlap: Size) -> Tiles:
 
 
 def positions(length: int, tile: int, overlap: int) -> tuple[int, ...]:
-    """First pixels of the tiles of one axis: the fewest that overlap enough, evenly spread."""
+    """First pixels of the tiles along one axis: the fewest that overlap enough, evenly spaced."""
     if not 0 <= overlap < tile:
         raise UserError(f"an overlap of {overlap} pixels must lie in 0 .. {tile - 1}.")
     count = max(1, -(-(length - overlap) // (tile - overlap)))
@@ -79,6 +79,6 @@ def windows(starts: Sequence[int], tile: int, length: int) -> Float[np.ndarray, 
 
 
 def pad(image: Shaped[np.ndarray, "h w c"], least: Size) -> Shaped[np.ndarray, "h2 w2 c"]:
-    """The image continued by reflection, below and to the right, to at least (height, width)."""
+    """The image padded by reflection, below and to the right, to at least (height, width)."""
     missing = (max(0, wanted - has) for wanted, has in zip(least, image.shape[:2], strict=True))
     return np.pad(image, [*((0, more) for more in missing), (0, 0)], mode="reflect")

@@ -79,8 +79,8 @@ def stage_losses(
     self-conditioning does not change the target (there it replaces x_0 by the prediction), and it
     conditions on x_0 for every objective. `cond_images` are cropped with the image. If the stage
     crops, noise drawn from the key has the size of the crop; given noise may have either size.
-    `null_text_embeds` take the place of the text where it is dropped, for networks to which no text
-    is the empty text (`ImagenConfig.encodes_blank_text`).
+    `null_text_embeds` replace the text where it is dropped, for networks for which no text means
+    the empty text (`ImagenConfig.encodes_blank_text`).
     """
     images = jnp.asarray(images)
     check_images(stage, images)
@@ -220,7 +220,7 @@ def _on_its_own_prediction(
 
 
 def split_rows(tree: PyTree) -> PyTree:
-    """Splits the batch over the devices. Arrays of four axes are images, scalars have no batch."""
+    """Splits the batch over the devices. Arrays with four axes are images; scalars are kept."""
 
     def split(x: Array) -> Array:
         return constrain(x, "b h w _" if x.ndim == 4 else "b ...") if x.ndim else x

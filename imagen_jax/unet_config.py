@@ -160,7 +160,7 @@ class UnetConfig(Config):
 
     @property
     def downsampling(self) -> int:
-        """The factor from the bottleneck's sides to the image's, which must be multiples of it."""
+        """The total downsampling factor; the image's sides must be multiples of it."""
         return 2 ** (len(self.dim_mults) - (0 if self.memory_efficient else 1))
 
     def levels(self, name: str) -> tuple[Any, ...]:

@@ -1,6 +1,6 @@
-"""The theory of diffusion as pure functions; it knows no network and no configuration of one.
+"""The theory of diffusion as pure functions, independent of any network and its configuration.
 
-    process     noise levels, predictions, the protocol of a noise process, and what follows for all
+    process     noise levels, predictions, the protocol of noise processes, and what they share
     vp          the variance-preserving process, by schedule and objective
     edm         the process of EDM, and its preconditioning
     schedules   t -> log-SNR -> alpha, sigma
@@ -8,5 +8,5 @@
     guidance    classifier-free guidance and thresholds
     samplers    a table of step functions, and the loop that runs them; heun: one more of them
 
-A network enters as a callable, `network(x, level) -> raw answer`.
+A network is passed as a callable, `network(x, level) -> raw output`.
 """

@@ -1,9 +1,9 @@
 """The variance-preserving process in discrete steps: DeepFloyd IF's, after Improved DDPM.
 
 Steps run from 0, nearly the data, to T - 1, noise. With betas b_t and abar_t = prod (1 - b_s), a
-level has alpha^2 = abar_t, sigma^2 = 1 - abar_t; the network is given t and answers with the noise,
-and if it learns the variance with as many channels v, which say where between its two bounds the
-log variance of a step lies:
+level has alpha^2 = abar_t, sigma^2 = 1 - abar_t; the network is given t and predicts the noise. If
+it learns the variance, it also has as many channels v, which interpolate the log variance of a step
+between its two bounds:
 
     log var = f log b_t + (1 - f) log b~_t,   f = (v + 1) / 2,   b~_t of the posterior        (1)
 
@@ -11,10 +11,10 @@ log variance of a step lies:
 
 Spacings of sampling grids:
 
-    leading    diffusers' `num_inference_steps`: multiples of T // N from 0 on
-    trailing   evenly from T - 1 down
+    leading    diffusers' `num_inference_steps`: multiples of T // N from 0 up
+    trailing   evenly spaced from T - 1 down
     log_snr, karras, a list of sigma / alpha: the steps nearest to those of grids.py
-    fast27, smart27, smart50, smart100, smart185, super27, super40, super100: IF's own, of T = 1000
+    fast27, smart27, smart50, smart100, smart185, super27, super40, super100: IF's own, for T = 1000
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ from imagen_jax.types import PRNGKey
 Betas = Literal["squaredcos_cap_v2", "linear"]
 
 LOG_SNR_OF_DATA = 40.0
-"""In place of infinity, at the position -1."""
+"""Replaces infinity, at the position -1."""
 
 PRESETS: dict[str, tuple[int, ...]] = {
     "fast27": (10, 10, 3, 2, 2),
@@ -58,7 +58,7 @@ PRESETS: dict[str, tuple[int, ...]] = {
     "super40": (2, 2, 2, 2, 2, 2, 3, 4, 6, 15),
     "super100": (4, 4, 6, 6, 8, 8, 10, 10, 14, 30),
 }
-"""How many steps are taken of each of so many equal sections of the process, from data to noise."""
+"""The number of steps taken from each of several equal sections of the process, data to noise."""
 
 SPACINGS = ("leading", "trailing", *PRESETS)
 
@@ -80,7 +80,7 @@ class Discrete:
         return jax.random.uniform(key, (count,))
 
     def training_level(self, draw: PerSample) -> Level:
-        """At the step in whose part of [0, 1] the time lies."""
+        """The level of the step whose part of [0, 1] contains the time."""
         time = jnp.asarray(draw)
         return self.level(jnp.clip(jnp.floor(time * self.steps + 1e-3), 0, self.steps - 1))
 
@@ -91,7 +91,7 @@ class Discrete:
         return Level(alpha[row], sigma[row], log_snr[row], position)
 
     def at(self, ratio: PerSample) -> Level:
-        """The nearest step's."""
+        """The nearest step's level."""
         log_snr = jnp.asarray(_tables(self.betas, self.steps)[2])
         wanted = -2 * jnp.log(ratio)
         nearest = jnp.argmin(jnp.abs(log_snr[None, 1:] - wanted[:, None]), axis=1)
@@ -106,8 +106,9 @@ class Discrete:
         return noise
 
     def losses(self, network: Network, x0: Sample, noise: Sample, level: Level) -> PerSample:
-        """The noise's error; with a learned variance also its bound, through which no gradient
-        reaches the noise (Nichol & Dhariwal 2021, Eq. 16, where lambda is 1 / 1000 of T terms)."""
+        """The error of the noise; with a learned variance also the variational bound, through which
+        no gradient reaches the noise (Nichol & Dhariwal 2021, Eq. 16, where lambda is 1 / 1000 and
+        the bound has T terms)."""
         x = q_sample(x0, level, noise)
         eps, fraction = self._split(network(x, level), x)
         error = losses.per_sample(eps, noise, self.loss_type)
@@ -125,7 +126,7 @@ class Discrete:
         sigma_min: float | None = None,
         sigma_max: float | None = None,
     ) -> Float[np.ndarray, "points"]:
-        """Steps, falling, and -1; IF's own spacings have as many as they have."""
+        """Steps in descending order, then -1; IF's own spacings have a fixed number of steps."""
         grids.refuse_range(sigma_min, sigma_max)
         if num_steps > self.steps:
             raise UserError(f"num_steps = {num_steps}: the process has only {self.steps}.")
@@ -144,7 +145,7 @@ class Discrete:
     def _bound(
         self, x0: Sample, x: Sample, estimate: Sample, fraction: Sample, level: Level
     ) -> PerSample:
-        """The term L_{t-1} of the variational bound, in bits a dimension; at t = 0 the likelihood
+        """The term L_{t-1} of the variational bound, in bits per dimension; at t = 0 the likelihood
         of 8-bit data (Ho et al. 2020, Eq. 13)."""
         before = self.level(level.conditioning - 1)
         true_mean, _ = posterior(x, x0, level, before)
@@ -164,7 +165,8 @@ class Discrete:
         return jnp.mean(nats, axis=range(1, x.ndim)) / np.log(2)
 
     def _log_bounds(self, level: Level, before: Level) -> tuple[PerSample, PerSample]:
-        """Those of (1). At t = 0 the shorter is that of t = 1, as in Improved DDPM: it is 0."""
+        """The log variances of (1). At t = 0 the smaller variance is 0; its logarithm is replaced
+        by that at t = 1, as in Improved DDPM."""
         short, long = posterior_bounds(level, before)
         one, zero = (self.level(jnp.full_like(level.alpha, t)) for t in (1.0, 0.0))
         floor, _ = posterior_bounds(one, zero)
@@ -184,7 +186,7 @@ class Discrete:
         low = max(float(log_snr[-1]), LOG_SNR_MIN)
         wanted = grids.log_snrs(spacing, low, float(log_snr[0]), num_steps)
         nearest = np.abs(log_snr[None] - wanted[:, None]).argmin(axis=1)
-        for i in range(1, num_steps):  # several may be nearest to one step
+        for i in range(1, num_steps):  # several levels may have the same nearest step
             nearest[i] = min(nearest[i], nearest[i - 1] - 1)
         return np.maximum(nearest, np.arange(num_steps)[::-1])
 
@@ -194,7 +196,7 @@ def _tables(betas: Betas, steps: int) -> tuple[np.ndarray, np.ndarray, np.ndarra
     """alpha, sigma and log-SNR by position + 1, in float32; the first row is the data's."""
     i = np.arange(steps + 1) / steps
     if betas == "squaredcos_cap_v2":
-        # Nichol & Dhariwal 2021, Eq. 17, betas cut at 0.999
+        # Nichol & Dhariwal 2021, Eq. 17, betas clipped to 0.999
         curve = np.cos((i + 0.008) / 1.008 * np.pi / 2) ** 2
         values = np.minimum(1 - curve[1:] / curve[:-1], 0.999).astype(np.float32)
     elif betas == "linear":
@@ -211,13 +213,13 @@ def _tables(betas: Betas, steps: int) -> tuple[np.ndarray, np.ndarray, np.ndarra
 
 
 def _sections(counts: tuple[int, ...], total: int) -> np.ndarray:
-    """The steps that a preset keeps, rising: each section's evenly, its ends among them."""
+    """The steps that a preset keeps, ascending: evenly spaced in each section, ends included."""
     size, extra = divmod(total, len(counts))
     kept, start = [], 0
     for place, count in enumerate(counts):
         length = size + (place < extra)
         at, stride = 0.0, (length - 1) / max(count - 1, 1)
-        for _ in range(count):  # summed, not multiplied: a half is rounded as the original does
+        for _ in range(count):  # summed, not multiplied, to round halves as the original does
             kept.append(start + round(at))
             at += stride
         start += length

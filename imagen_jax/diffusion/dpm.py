@@ -1,4 +1,4 @@
-"""DPM-Solver++: multistep samplers of second and third order, one network evaluation a step.
+"""DPM-Solver++: multistep samplers of second and third order, one network evaluation per step.
 
 With lambda = log(alpha / sigma), half the log-SNR, h = lambda' - lambda and D(u) the estimate of
 x_0 at lambda + u, the probability flow and its stochastic form have the exact solutions
@@ -7,12 +7,12 @@ x_0 at lambda + u, the probability flow and its stochastic form have the exact s
     x' = (sigma' / sigma) e^-h x + 2 alpha' int_0^h e^(2 (u - h)) D(u) du
          + sigma' sqrt(1 - e^(-2h)) z                                                          (2)
 
-A step knows D(0) and extrapolates from the estimates of the steps before: constant (first order,
-which is DDIM), with a slope (2M), or with a curvature too (3M).
+A step knows D(0) and extrapolates from the estimates of earlier steps: as a constant (first order,
+which is DDIM), with a slope (2M), or also with a curvature (3M).
 
 Lu et al. 2022, "DPM-Solver++: Fast Solver for Guided Sampling", Eq. 9 and Algorithm 2. 2M and its
 SDE form take the slope at the middle of the step, as diffusers' `DPMSolverMultistepScheduler` does.
-The third order there takes half of the curvature, and stays second; 3M here integrates (1).
+Third order there takes half of the curvature, and remains second order; 3M here integrates (1).
 """
 
 from typing import NamedTuple
@@ -23,11 +23,11 @@ from jaxtyping import Array
 from imagen_jax.diffusion.process import PerSample, Sample, beside
 
 SERIES_BELOW = 1e-2
-"""From this h down the integrals of 3M are taken from their series: their closed forms cancel."""
+"""Below this h the integrals of 3M use their series: the closed forms suffer from cancellation."""
 
 
 class History(NamedTuple):
-    """The estimates of x_0 of the two levels before, and their lambdas; infinite for none."""
+    """The estimates of x_0 at the two previous levels, and their lambdas; infinite for none."""
 
     newer: Sample
     lambda_newer: PerSample
@@ -41,13 +41,13 @@ class History(NamedTuple):
 
 
 class _Known(NamedTuple):
-    """What is known of D: its value and divided differences at u = 0, zero where unknown."""
+    """What is known about D: its value and divided differences at u = 0, zero where unknown."""
 
     value: Sample
     first: Sample
     second: Sample
     back: PerSample
-    """From the level before to this one."""
+    """Distance in lambda from the previous level to this one."""
     h: PerSample
 
 
@@ -86,7 +86,7 @@ def dpm_3m(state, estimate, step):
 
 
 def _look(state, estimate, step):
-    """D at this level and its differences to the levels before; the state that remembers them."""
+    """D at this level, its differences from previous levels, and the state that remembers them."""
     value = estimate(state.x, step.now, state.x0).x0
     past = state.memory
     here = (step.now.log_snr / 2).astype(past.lambda_newer.dtype)
@@ -104,7 +104,7 @@ def _look(state, estimate, step):
 
 
 def _slope(change: Array, distance: PerSample) -> Array:
-    """Zero where there is nothing at a distance above zero."""
+    """`change` / `distance`; zero where the distance is not above zero."""
     exists = distance > 0
     return beside(exists / jnp.where(exists, distance, 1.0), change) * change
 

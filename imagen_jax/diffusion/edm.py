@@ -6,8 +6,9 @@
     c_skip = sd^2 / (sigma^2 + sd^2)                   c_in = 1 / sqrt(sigma^2 + sd^2)
     c_out  = sigma sd / sqrt(sigma^2 + sd^2)           c_noise = ln(sigma) / 4
 
-with sd = sigma_data (Table 1). Training draws ln(sigma) ~ N(P_mean, P_std^2) and weighs the squared
-error of D by 1 / c_out^2; sampling runs over Karras' grid (Eq. 5), by Heun with churn by default.
+with sd = sigma_data (Table 1). Training draws ln(sigma) ~ N(P_mean, P_std^2) and weights the
+squared error of D by 1 / c_out^2; sampling runs over Karras' grid (Eq. 5), by default with Heun's
+method and churn.
 """
 
 import dataclasses
@@ -109,7 +110,7 @@ class EDM:
         return np.append(sigmas, 0).astype(np.float32)
 
     def prior(self, noise: Sample, level: Level) -> Sample:
-        """Noise as strong as the first level's. (The reference starts from sigma_max even where
+        """Noise scaled to the first level. (The reference starts from sigma_max even where
         `skip_steps` starts later.)"""
         return beside(level.sigma, noise) * noise
 
@@ -121,8 +122,9 @@ class EDM:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RawTimeVP(VP):
-    """The low-resolution process as the reference's elucidated cascades sample with it: the network
-    is given the time itself, where training gave the log-SNR (a bug of elucidated_imagen.py)."""
+    """The low-resolution process as the reference's elucidated cascades use it in sampling: the
+    network is given the time itself, although training gave it the log-SNR (a bug in
+    elucidated_imagen.py)."""
 
     def training_level(self, draw: PerSample) -> Level:
         return super().training_level(draw)._replace(conditioning=jnp.asarray(draw))

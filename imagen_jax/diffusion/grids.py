@@ -2,7 +2,7 @@
 
     log_snr   equal steps of the log-SNR (DPM-Solver, Lu et al. 2022)
     karras    equal steps of (sigma / alpha)^(1 / rho) (Karras et al. 2022, Eq. 5)
-    a list    sigma / alpha of every level, falling, as diffusers' `sigmas`
+    a list    sigma / alpha of every level, descending, like diffusers' `sigmas`
 
 `t`, equal steps of time, belongs to processes that have a time.
 """
@@ -20,7 +20,7 @@ SPACINGS = ("t", "log_snr", "karras")
 
 
 def refuse_range(sigma_min: float | None, sigma_max: float | None) -> None:
-    """Raises UserError for a range of noise given to a process whose schedule has its own."""
+    """Raises UserError if a noise range is given to a process whose schedule has its own."""
     if sigma_min is not None or sigma_max is not None:
         raise UserError(
             "sigma_min and sigma_max are for elucidated cascades; this one has a schedule."
@@ -30,9 +30,9 @@ def refuse_range(sigma_min: float | None, sigma_max: float | None) -> None:
 def log_snrs(
     spacing: str | Sequence[float], low: float, high: float, count: int
 ) -> Float[np.ndarray, "count"]:
-    """`count` log-SNRs, rising from `low` to `high`; those of a list's own levels.
+    """`count` log-SNRs, ascending from `low` to `high`; for a list, those of its levels.
 
-    Raises UserError for an unknown spacing, or a list that does not fall or has another length.
+    Raises UserError for an unknown spacing, or a list that is not descending or has another length.
     """
     if spacing == "log_snr":
         return np.linspace(low, high, count)

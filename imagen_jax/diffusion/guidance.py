@@ -1,17 +1,17 @@
 """Classifier-free guidance, and the thresholds that keep a guided x_0 in range.
 
-Guidance combines the network's answers with and without the text, in the network's own
+Guidance combines the network's outputs with and without the text, in the network's own
 parameterisation. With u = cond - null,
 
     plain        null + s u                      = cond + (s - 1) u
     orthogonal   cond + (s - 1) (u_orth + f u_par)      u_par: u's part along cond, per sample
 
-The orthogonal form is imagen-pytorch 2.1.0's default (2.0.0 had the plain one only); it follows
+The orthogonal form is imagen-pytorch 2.1.0's default (2.0.0 had only the plain one); it follows
 Adaptive Projected Guidance, Sadat et al. 2024, applied to the raw output rather than to x_0.
 
 The weight may depend on the noise level: only levels in an interval are guided (Kynkäänniemi et al.
-2024), or the weight follows a schedule (Wang et al. 2024). A rescaled output has the deviation of
-the conditional one (Lin et al. 2023).
+2024), or the weight follows a schedule (Wang et al. 2024). A rescaled output has the standard
+deviation of the conditional one (Lin et al. 2023).
 """
 
 import math
@@ -34,24 +34,24 @@ LOG_SNR_RANGE = 80.0
 
 
 class Schedule(NamedTuple):
-    """Factors of `scale - 1` at rising log-SNRs, linear between them."""
+    """Factors of `scale - 1` at ascending log-SNRs, linear between them."""
 
     log_snr: Float[AnyArray, "knots"]
     factor: Float[AnyArray, "knots"]
 
 
 class Guidance(NamedTuple):
-    """Settings of guidance. Numbers may change without another compilation; None is static."""
+    """Settings of guidance. Numbers may change without recompiling; None is static."""
 
     scale: Number
     keep_parallel_frac: Number = 0.0
     rescale: Number | None = None
     interval: tuple[Number, Number] | None = None
-    """Lowest and highest log-SNR that is guided. Elsewhere the null half is not computed."""
+    """Lowest and highest log-SNR at which to guide. Elsewhere the null half is not computed."""
     schedule: Schedule | None = None
 
     def scale_at(self, level: Level) -> Scale:
-        """The weight at a level: one number, or one a sample."""
+        """The weight at a level: one number, or one per sample."""
         scale = jnp.asarray(self.scale, jnp.float32)
         if self.schedule is not None:
             log_snr = jnp.clip(level.log_snr, -LOG_SNR_RANGE, LOG_SNR_RANGE)
@@ -88,8 +88,9 @@ def make_interval(interval: tuple[float, float]) -> tuple[float, float]:
 def make_schedule(name: str | Sequence[float], log_snr: Float[np.ndarray, "points"]) -> Schedule:
     """The schedule over the levels of a sampling grid.
 
-    `name` is one of `SCHEDULES`, or factors at equal numbers of steps from noise to data; `log_snr`
-    rises, and may end in equal values. Raises UserError for another name, or factors below 0.
+    `name` is one of `SCHEDULES`, or factors at equal intervals of steps from noise to data;
+    `log_snr` ascends, and may end in equal values. Raises UserError for another name, or factors
+    below 0.
     """
     if isinstance(name, str):
         if name not in SCHEDULES:
@@ -116,7 +117,7 @@ def guide(
     remove_parallel_component: bool = True,
     keep_parallel_frac: float | Float[AnyArray, ""] = 0.0,
 ) -> Sample:
-    """The guided output; `scale` is one number, or one a sample.
+    """The guided output; `scale` is one number, or one per sample.
 
     imagen_pytorch.py, `Unet.forward_with_cond_scale`. `remove_parallel_component=False` is the
     plain form, and so is `keep_parallel_frac=1`.
@@ -131,7 +132,7 @@ def guide(
 
 
 def rescale(guided: Sample, cond: Sample, fraction: Number) -> Sample:
-    """The guided output, scaled by `fraction` of the way to the deviation of the conditional one.
+    """The guided output, rescaled `fraction` of the way to the conditional one's deviation.
 
     Lin et al. 2023, "Common Diffusion Noise Schedules and Sample Steps are Flawed", Eq. 15-16;
     diffusers' `guidance_rescale`. Deviations are those of each sample.
@@ -147,8 +148,9 @@ def project(x: Sample, onto: Sample) -> tuple[Sample, Sample]:
     """The parts of x parallel and orthogonal to `onto`, each sample as one long vector.
 
     The reference computes in float64. Here the two sums are dot products in float32, which XLA
-    accumulates blockwise: 1e-7 relative for a 64 to 1024 pixel picture, a plain `sum` being four
-    times slower. `onto` is first scaled by its length (at least 1e-12), so zero projects to zero.
+    accumulates blockwise: a relative error of 1e-7 for images of 64 to 1024 pixels; a plain `sum`
+    is four times slower. `onto` is first divided by its length (at least 1e-12), so zero projects
+    to zero.
     """
     flat, axis = (a.reshape(a.shape[0], -1).astype(jnp.float32) for a in (x, onto))
     length = jnp.sqrt(_dot(axis, axis))
@@ -183,8 +185,8 @@ def dynamic_threshold(
     percentile: float | Float[AnyArray, ""],
     most: float | Float[AnyArray, ""] = np.inf,
 ) -> Sample:
-    """Clips each sample to [-s, s] and divides by s, its |x_0|'s quantile, but at least 1 and at
-    most `most` (diffusers' `sample_max_value`).
+    """Clips each sample to [-s, s] and divides by s, the quantile of its |x_0|, but at least 1 and
+    at most `most` (diffusers' `sample_max_value`).
 
     Imagen (Saharia et al. 2022), Section 2.3; imagen_pytorch.py, `Imagen.p_mean_variance`.
     `percentile` is a fraction in [0, 1].
@@ -197,23 +199,23 @@ def dynamic_threshold(
 def quantile(x: Float[AnyArray, "b n"], q: float | Float[AnyArray, ""]) -> Float[Array, "b"]:
     """The q-quantile of each row of **non-negative** float32s, linear between neighbours.
 
-    Exactly what sorting gives, without the sort: non-negative floats are ordered as their bits
-    are, so 31 counts find the bits of the k-th smallest one by one. XLA sorts slowly on a CPU:
-    measured on two cores, 4 x 64 x 64 x 3 in 0.5 ms for 7.4, 1024 x 1024 x 3 in 32 ms for 763.
-    A row with a NaN that the rank does not reach is ranked with it at the end.
+    Exactly what sorting gives, without the sort: non-negative floats are ordered like their bits,
+    so 31 counts find the bits of the k-th smallest one by one. XLA sorts slowly on a CPU: measured
+    on two cores, 4 x 64 x 64 x 3 takes 0.5 ms instead of 7.4, and 1024 x 1024 x 3 takes 32 ms
+    instead of 763. NaNs rank last: they do not matter where the rank does not reach them.
     """
     bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
     rank = jnp.asarray(q, jnp.float32) * (x.shape[1] - 1)
     k = jnp.floor(rank).astype(jnp.int32)
-    # Both neighbours in one loop, whose operand is computed once: outside of it XLA may compute x
-    # again, rounded otherwise, and a search for the next number would find the same one.
+    # Both neighbours in one loop, whose operand is computed once: outside it XLA may recompute x
+    # with other roundings, and a search for the next number would find the same one.
     found = _kth_smallest(bits, jnp.stack([k, jnp.minimum(k + 1, x.shape[1] - 1)]))
     low, high = lax.bitcast_convert_type(found, jnp.float32).T
     return low + (rank - k) * (high - low)
 
 
 def _kth_smallest(bits: UInt32[Array, "b n"], ranks: Int32[Array, "r"]) -> UInt32[Array, "b r"]:
-    """For each rank k the largest number that at most k of a row are below, highest bit first."""
+    """For each rank k the largest number with at most k of a row below it, highest bit first."""
 
     def settle(i, found):
         tried = found | (jnp.uint32(1) << (30 - i).astype(jnp.uint32))

@@ -20,7 +20,7 @@ from jaxtyping import Array
 from imagen_jax.diffusion.process import Level, beside, q_sample
 
 NO_SIGNAL = 1e4
-"""From this s on a step is Euler's: the slope at s' would be multiplied by s^, and x is noise."""
+"""From this s up, a step is Euler's: the slope at s' would be multiplied by s^, and x is noise."""
 
 
 def heun(state, estimate, step):

@@ -1,12 +1,12 @@
-"""What noise means: levels, predictions, and the protocol of a noise process.
+"""Noise levels, predictions, and the protocol of a noise process.
 
-A level scales a sample x_0 and the noise eps, one pair of numbers a sample:
+A level scales a sample x_0 and the noise eps, with one pair of numbers per sample:
 
     x = alpha x_0 + sigma eps,    log-SNR l = 2 log(alpha / sigma)                           (1)
 
-Variance-preserving processes have alpha^2 + sigma^2 = 1, EDM has alpha = 1. From (1) alone follow,
-for every process, the posterior between two levels, l' > l being the less noisy one, and the way
-back from it (RePaint):
+Variance-preserving processes have alpha^2 + sigma^2 = 1, EDM has alpha = 1. For every process, the
+posterior between two levels, l' > l being the less noisy one, and the way back from it (RePaint)
+follow from (1) alone:
 
     q(x' | x, x_0) = N(alpha' (x (1 - c) / alpha + c x_0), sigma'^2 c),   c = -expm1(l - l')  (2)
     q(x | x')      = N((alpha / alpha') x', sigma^2 c)                                       (3)
@@ -14,9 +14,9 @@ back from it (RePaint):
 (1), (2): Variational Diffusion Models, Kingma et al. 2021, Eq. 1 and 32-33. Arrays are `b *dims`,
 images and videos alike.
 
-A process is a frozen, hashable dataclass. It owns its schedule or its distribution of noise levels,
-the preconditioning of the network, the objective, the weight of the loss, and its sampling grid. A
-network enters as a callable of (x, level) and answers in whatever form the objective asks for.
+A process is a frozen, hashable dataclass. It defines its schedule or its distribution of noise
+levels, the preconditioning of the network, the objective, the weight of the loss, and its sampling
+grid. A network is passed as a callable of (x, level) and returns whatever the objective asks for.
 """
 
 from collections.abc import Callable
@@ -36,7 +36,7 @@ RenoiseVariance = Literal["exact", "reference"]
 
 
 class Level(NamedTuple):
-    """One noise level a sample. See (1).
+    """One noise level per sample. See (1).
 
     `log_snr` is kept beside the scales, since it cannot be recovered from them once they are
     rounded. `conditioning` is what the network is given for the level.
@@ -59,7 +59,7 @@ class Prediction(NamedTuple):
 
 
 Network = Callable[[Sample, Level], Array]
-"""network(x, level) -> its raw answer: the channels of x, and those of a learned variance."""
+"""network(x, level) -> its raw output: the channels of x, and those of a learned variance."""
 
 
 @runtime_checkable
@@ -67,7 +67,7 @@ class Process(Protocol):
     """A noise process. `VP` is the reference's `GaussianDiffusionContinuousTimes`."""
 
     sampler: ClassVar[str]
-    """Name of the sampler that suits the process: the default."""
+    """Name of the process's default sampler."""
 
     def draw(self, key: PRNGKey, count: int) -> PerSample:
         """Random numbers that decide the levels of training, as `training_level` takes them."""
@@ -84,7 +84,7 @@ class Process(Protocol):
         """The network's estimates at x. Preconditioning happens here and in `losses`."""
 
     def target(self, x0: Sample, noise: Sample, level: Level) -> Sample:
-        """What the network should answer; the inverse of `predict`."""
+        """What the network should output; the inverse of `predict`."""
 
     def losses(self, network: Network, x0: Sample, noise: Sample, level: Level) -> PerSample:
         """Weighted loss of each sample, in float32."""
@@ -97,8 +97,8 @@ class Process(Protocol):
         sigma_min: float | None = None,
         sigma_max: float | None = None,
     ) -> Float[np.ndarray, "points"]:
-        """num_steps + 1 positions, from noise to data; `spacing` is one of grids.py, None the
-        process's own. Raises UserError for a range or a spacing that the process does not have."""
+        """num_steps + 1 positions, from noise to data; `spacing` is one from grids.py, None the
+        process's own. Raises UserError for a range or spacing that the process does not support."""
 
     def prior(self, noise: Sample, level: Level) -> Sample:
         """What sampling starts from at the first level of its grid."""
@@ -115,7 +115,7 @@ def eps_from_x0(x: Sample, x0: Sample, level: Level) -> Sample:
 
 
 def posterior_bounds(level: Level, less_noisy: Level) -> tuple[PerSample, PerSample]:
-    """Logarithms of the variances of (2) and (3), at least 1e-20: the shortest and the longest that
+    """Logarithms of the variances of (2) and (3), at least 1e-20: the smallest and the largest that
     a step can have (Nichol & Dhariwal 2021, Section 3.1)."""
     c = -jnp.expm1(level.log_snr - less_noisy.log_snr)
     short, long = less_noisy.sigma**2 * c, level.sigma**2 * c
@@ -123,7 +123,7 @@ def posterior_bounds(level: Level, less_noisy: Level) -> tuple[PerSample, PerSam
 
 
 def posterior(x: Sample, x0: Sample, level: Level, less_noisy: Level) -> tuple[Sample, Array]:
-    """Mean and log variance (of the variance, at least 1e-20) of (2).
+    """Mean and log variance of (2); the variance is at least 1e-20.
 
     imagen_pytorch.py, `GaussianDiffusionContinuousTimes.q_posterior`.
     """
@@ -138,8 +138,8 @@ def renoise(
 ) -> Sample:
     """A draw from (3): takes x back to the noisier level (RePaint, Lugmayr et al. 2022).
 
-    `reference` adds the difference of the standard deviations instead of the root of that of the
-    variances (imagen_pytorch.py, `q_sample_from_to`), which leaves too little noise.
+    `reference` adds noise by the difference of the standard deviations, not by the root of the
+    difference of the variances (imagen_pytorch.py, `q_sample_from_to`), which is too little.
     """
     match variance:
         case "exact":

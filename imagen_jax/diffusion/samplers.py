@@ -1,22 +1,22 @@
-"""Reverse-time samplers: one step function each in one table, and one loop for all.
+"""Reverse-time samplers: a table with a step function for each, and one loop for all.
 
 A step takes x at a level to x' at the next, less noisy one. It may ask for the estimate of
-(x_0, eps) as often as it likes. With alpha, sigma at the level and alpha', sigma' at the next:
+(x_0, eps) any number of times. With alpha, sigma at the level and alpha', sigma' at the next:
 
     ancestral   x' = mean + std z      of the posterior q(x' | x, x_0)                         (1)
     ddim        x' = alpha' x_0 + sqrt(sigma'^2 - s^2) eps + s z,
                 s = eta sigma' sqrt(1 - exp(l - l'))                                           (2)
     heun        second order, with churn: heun.py
-    dpm++       second and third order, from the steps before: dpm.py
+    dpm++       second and third order, from previous steps: dpm.py
 
-(1): Ho et al. 2020, as imagen-pytorch samples; (2): Song et al. 2021, Eq. 12; eta = 1 is (1).
+(1): Ho et al. 2020, as in imagen-pytorch; (2): Song et al. 2021, Eq. 12; eta = 1 is (1).
 
 The last step of a deterministic sampler returns the estimate of x_0: a schedule may end with a
-little noise, which nothing would remove.
+little noise, which nothing else would remove.
 
-The loop runs over a grid of positions of the process, padded to a fixed length, between bounds that
-are traced: the number of steps is data up to the padding (1,024 steps, then 2,048, ...), and the
-caller can run the loop in slices, to show progress or to stop.
+The loop runs over a grid of positions of the process, padded to a fixed length, between traced
+bounds: another number of steps does not recompile up to the padding (1,024 steps, then 2,048, ...),
+and the caller can run the loop in slices, to show progress or to stop.
 """
 
 import difflib
@@ -55,31 +55,31 @@ Noise = Callable[[Array, Array, int], Sample]
 
 
 class Grid(NamedTuple):
-    """Positions from noise to data, and the number of steps between them; data, not shape."""
+    """Positions from noise to data, and the number of steps between them, which is traced too."""
 
     positions: Float[AnyArray, "padded"]
     num_steps: Count
     planned_steps: Count
-    """Those of the complete grid, the skipped ones included."""
+    """Steps of the complete grid, skipped ones included."""
 
 
 class State(NamedTuple):
-    """What one step hands to the next."""
+    """What one step passes to the next."""
 
     x: Sample
     x0: Sample
     """The latest estimate, in range; zeros before the first step."""
     memory: Any = ()
-    """What a sampler of several steps remembers."""
+    """What a multistep sampler remembers."""
 
 
 class Options(NamedTuple):
-    """Numbers of the samplers; they may change without another compilation."""
+    """Numbers of the samplers; they may change without recompiling."""
 
     eta: Scalar = 0.0
     """Noise of `ddim`: 0 is deterministic, 1 ancestral."""
     S_churn: Scalar = 0.0
-    """Noise of `heun`, by its names in the paper; 0 is deterministic."""
+    """Noise of `heun`, with the paper's names; 0 is deterministic."""
     S_tmin: Scalar = 0.0
     S_tmax: Scalar = float("inf")
     S_noise: Scalar = 1.0
@@ -94,7 +94,7 @@ class Step(NamedTuple):
     noise: Sample
     last: Bool[AnyArray, ""]
     num_steps: Count
-    """Of the complete grid."""
+    """Steps of the complete grid."""
     options: Options
 
 
@@ -105,15 +105,15 @@ Estimate = Callable[[Sample, Level, Sample], Prediction]
 class Sampler(NamedTuple):
     step: Callable[[State, Estimate, Step], State]
     memory: Callable[[Sample], Any] = lambda x: ()
-    """Of the initial x: what the sampler remembers before its first step."""
+    """Initial x -> what the sampler remembers before its first step."""
 
 
 class Inpaint(NamedTuple):
     """The known part of an image (RePaint): where `mask` is True, `image` (in [-1, 1]) is kept.
 
-    The mask is (b, h, w, 1). Every step is repeated `resample_times` times, going back between, and
-    begins with the known part as noisy as the rest. With 0 each is taken once, and the known part
-    is never noisy: so do DeepFloyd IF's pipelines.
+    The mask is (b, h, w, 1). Every step is repeated `resample_times` times, going back in between,
+    and starts with the known part as noisy as the rest. With 0, each step is taken once and the
+    known part is never noisy, as in DeepFloyd IF's pipelines.
     """
 
     image: Sample
@@ -122,7 +122,7 @@ class Inpaint(NamedTuple):
 
 
 def ancestral(state: State, estimate: Estimate, step: Step) -> State:
-    """A draw from the posterior (1), with the variance that the network learned if it did."""
+    """A draw from the posterior (1), with the variance that the network predicts if it does."""
     prediction = estimate(state.x, step.now, state.x0)
     mean, log_variance = posterior(state.x, prediction.x0, step.now, step.next)
     if prediction.fraction is not None:
@@ -171,9 +171,9 @@ def make_grid(
     sigma_max: float | None = None,
     multiple: int = 1024,
 ) -> Grid:
-    """The grid of `num_steps` steps, without the first `skip_steps`, or with the last share
-    `strength` of them, at least one; `spacing` as in grids.py. IF's own spacings have as many steps
-    as they have.
+    """The grid of `num_steps` steps, without the first `skip_steps`, or with only the last share
+    `strength` of them, at least one; `spacing` as in grids.py. IF's own spacings have a fixed
+    number of steps.
 
     Padded with its last entry to a multiple of `multiple`, plus one. Raises ValueError unless at
     least one step is left.
@@ -205,9 +205,9 @@ def given_noises(
 ) -> Noise:
     """Draws from a run's recorded noises, in the reference's order (`Imagen.p_sample_loop`).
 
-    One a step; with inpainting (`times` resamplings), for every resampling the known part's, the
-    step's and the renoising's, the last one only where x goes back: not before the next step, and
-    not in the last. With 0 resamplings the step's alone. `count_noises` says how many.
+    One per step; with inpainting (`times` resamplings), for every resampling those of the known
+    part, the step and the renoising, the last of these only where x goes back: not before the next
+    step, and not in the last. With 0 resamplings, only the step's. `count_noises` gives the total.
     """
     noises = jnp.asarray(noises)
 
@@ -242,12 +242,11 @@ def run_slice(
     inpaint: Inpaint | None = None,
     variance: RenoiseVariance = "exact",
 ) -> State:
-    """Steps `first` to `stop` (excluded) of the grid; numbers and arrays may all be traced.
+    """Runs steps `first` to `stop` (excluded) of the grid; numbers and arrays may all be traced.
 
-    `network(x, level)`, and with `self_cond` `network(x, level, previous x_0)`, answers as the
-    process asks. `percentile` chooses dynamic thresholding, by at most `most`, None static.
-    `variance` is that of
-    `renoise`, between resamplings.
+    `network(x, level)`, or with `self_cond` `network(x, level, previous x_0)`, returns what the
+    process asks for. `percentile` selects dynamic thresholding, which divides by at most `most`;
+    None selects static thresholding. `variance` is that of `renoise`, between resamplings.
     """
 
     def at(i: Array) -> Level:
@@ -283,6 +282,6 @@ def run_slice(
 
 
 def finish(x: Sample, inpaint: Inpaint | None = None) -> Sample:
-    """The sample in [-1, 1], its known part put back as it was given."""
+    """The sample in [-1, 1], with its known part restored as given."""
     x = jnp.clip(x, -1.0, 1.0)
     return x if inpaint is None else jnp.where(inpaint.mask, inpaint.image, x)

@@ -1,11 +1,11 @@
-"""Noise schedules: functions from a time t in [0, 1] (0 the picture, 1 noise) to the log-SNR l.
+"""Noise schedules: functions from a time t in [0, 1] (0 is data, 1 is noise) to the log-SNR l.
 
 Everything else about the forward process follows from l = log(alpha^2 / sigma^2) alone:
 
     x_t = alpha x_0 + sigma eps,   alpha^2 = sigmoid(l),   sigma^2 = sigmoid(-l)
 
 The two schedules are the reference's, evaluated in float32 in the reference's order of operations:
-near both ends the cosine amplifies a rounding a thousandfold, the network is given l itself, and so
+near both ends the cosine amplifies rounding a thousandfold, the network is given l itself, and so
 the rounding is part of what a trained checkpoint has seen.
 """
 
@@ -32,7 +32,7 @@ def log_snr(
 
     imagen_pytorch.py, `alpha_cosine_log_snr` and `beta_linear_log_snr`. The cosine ends at
     l(0) = 8.77 and, because float32's pi / 2 is not quite pi / 2, at l(1) = -33.89; the linear one
-    at 9.21 and -10. Raises ValueError for a schedule of another name.
+    at 9.21 and -10. Raises ValueError for an unknown schedule.
     """
     xp = jnp if isinstance(t, jax.Array) else np
     t = xp.asarray(t, dtype=np.float32)

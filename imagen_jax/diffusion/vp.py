@@ -1,7 +1,7 @@
 """The variance-preserving process in continuous time: the reference's `Imagen`.
 
 Times run from 0 (data) to 1 (noise); a schedule maps them to log-SNRs, which are the positions of
-the process and what the network is given. The network answers with the noise, with x_0, or with v:
+the process and what the network is given. The network predicts the noise, x_0, or v:
 
     v = alpha eps - sigma x_0,   x_0 = alpha x - sigma v                                     (4)
 
@@ -95,8 +95,8 @@ class VP:
         sigma_min: float | None = None,
         sigma_max: float | None = None,
     ) -> Float[np.ndarray, "points"]:
-        """log-SNRs at equal steps of time, or of another spacing from the log-SNR -10.2 on, below
-        which the cosine schedule has next to no signal (Lu et al. 2022, Section 6.1)."""
+        """log-SNRs at equal steps of time, or with another spacing from the log-SNR -10.2 up, below
+        which the cosine schedule has almost no signal (Lu et al. 2022, Section 6.1)."""
         grids.refuse_range(sigma_min, sigma_max)
         if spacing in (None, "t"):
             return schedules.log_snr(time_grid(num_steps), self.schedule)
@@ -124,7 +124,7 @@ def x0_from_output(x: Sample, output: Sample, level: Level, objective: Objective
     """The estimate of x_0 in a network's output.
 
     For `noise` alpha is kept above 1e-8, as in the reference: at t = 1 of the cosine schedule it
-    is 4.4e-8, and the estimate enormous until it is thresholded.
+    is 4.4e-8, and the estimate is enormous until it is thresholded.
     """
     alpha, sigma = beside(level.alpha, x), beside(level.sigma, x)
     match objective:

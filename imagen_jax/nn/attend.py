@@ -6,7 +6,7 @@
 
 The fused forms never write the logits: b * n * p * m float32s, 0.5 GB for one 64 x 64 feature map
 with 8 heads. They are used from FUSED_FROM queries and keys up; below that, logits are not much
-larger than the queries. They do not support an additive bias, which T5 has, in float32.
+larger than the queries. They do not support an additive float32 bias, which T5 has.
 """
 
 import functools

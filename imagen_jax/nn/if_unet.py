@@ -2,12 +2,12 @@
 
     time          sinusoids of the step -> two layers -> a vector `t`
     low-res time  the same for the noise of the low-resolution image, added to `t`
-    text          pooled by attention and added to `t`; and, projected, among the keys and values
+    text          pooled by attention and added to `t`; also projected to keys and values
     low-res image concatenated to the input
 
 `t` scales and shifts the features in every residual block. Attention layers attend to the text and
-to the image with one softmax, over all tokens: IF was trained with the padding in sight. Levels are
-joined by residual blocks that resample (BigGAN). Reference: diffusers' `UNet2DConditionModel` with
+to the image with one softmax, over all tokens: IF was trained without masking the padding. Residual
+blocks that resample join the levels (BigGAN). Reference: diffusers' `UNet2DConditionModel` with
 `SimpleCrossAttn` blocks; source of the design: Nichol & Dhariwal 2021, Dhariwal & Nichol 2021.
 """
 
@@ -115,8 +115,8 @@ class IFUnet(nnx.Module):
         """Everything the text contributes to a step.
 
         Embeddings are those of all tokens, padding included; there is no mask, and `text_mask` has
-        no effect. Rows with `keep_mask` False get zeros, as in the Imagen paper; where `null_text`
-        is "encoded", no row is: the empty text is given like any other.
+        no effect. Rows with `keep_mask` False get zeros, as in the Imagen paper; if `null_text` is
+        "encoded", there are no such rows: the empty text is given like any other.
         """
         config = self.config
         if text_embeds.shape[-1] != config.text_embed_dim:
@@ -148,11 +148,11 @@ class IFUnet(nnx.Module):
         self_cond: Image | None = None,
         key: PRNGKey | None = None,
     ) -> Float[Array, "b h w c_out"]:
-        """The network's answer for a noisy image `x` at the step `time`: the noise, and with
-        `learned_variance` as many channels that interpolate its variance.
+        """Predicts the noise from a noisy image `x` at the step `time`, and with `learned_variance`
+        as many more channels, which interpolate the variance.
 
-        Text is given as `text_embeds`, or as `text_cond`, a result of `encode_text`. Without text
-        the attention sees the image alone. `lowres_noise_times` is a step too. Raises UserError for
+        Text is given as `text_embeds`, or as `text_cond`, a result of `encode_text`. Without text,
+        attention sees only the image. `lowres_noise_times` is a step too. Raises UserError for
         missing or unexpected inputs.
         """
         self._check_inputs(x, lowres_cond_img, lowres_noise_times, cond_images, self_cond)
@@ -173,7 +173,7 @@ class IFUnet(nnx.Module):
         return self._trunk(x, self.act(t), text_cond)
 
     def _trunk(self, x: FeatureMap, t: Array, text: IFTextCond | None) -> Array:
-        """The answer, from the first convolution's output and the activated embedding of time."""
+        """Computes the prediction from the first convolution's output and the activated `t`."""
         step = functools.partial(run, remat=self.remat)
         skips = [x]
         for i, level in enumerate(self.downs):
@@ -220,7 +220,7 @@ class IFUnet(nnx.Module):
 
 
 class Level(nnx.Module):
-    """The blocks of one resolution, each with its attention, and the block that leaves it."""
+    """The blocks of one resolution, each with its attention, and the block that changes it."""
 
     def __init__(
         self,
@@ -243,10 +243,11 @@ class Level(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Norm, activation, convolution, twice, around a scale and shift by time (`ResnetBlock2D`).
+    """Norm, activation and convolution, twice; time scales and shifts the second norm's output
+    (`ResnetBlock2D`).
 
-    `resample` halves the resolution by means or doubles it by repeating, before the first
-    convolution and on the skip connection alike.
+    `resample` halves the resolution by averaging or doubles it by repeating, both before the first
+    convolution and on the skip connection.
     """
 
     def __init__(
@@ -298,7 +299,7 @@ class Attention(nnx.Module):
         self.o = linear(dim, dim, kernel_init=_ZEROS, bias_init=_ZEROS, **make)
 
     def project_text(self, tokens: Float[Array, "b l d"]) -> KeyValue:
-        """The norm's groups are taken over all tokens, padding included."""
+        """The norm's statistics are over all tokens, padding included."""
         tokens = self.text_norm(tokens)
         return KeyValue(*(split_heads(to(tokens), self.heads) for to in (self.text_k, self.text_v)))
 

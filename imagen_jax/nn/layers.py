@@ -84,8 +84,8 @@ def conv(
 
 
 class Linear(nnx.Linear):
-    """A linear layer as a product of two matrices. The gradient of its kernel is then one as well,
-    without a transpose (on a CPU, a tenth of a training step)."""
+    """A linear layer as a product of two matrices. The gradient of its kernel is then one too,
+    without a transpose (which on a CPU took a tenth of a training step)."""
 
     def __call__(self, x: Float[Array, "*s c_in"]) -> Float[Array, "*s c_out"]:
         return _product(x, self.kernel[...], self.bias, self.dtype)
@@ -94,7 +94,7 @@ class Linear(nnx.Linear):
 class Pointwise(nnx.Conv):
     """A 1 x 1 convolution, computed as a matrix product.
 
-    On a TPU XLA's convolution does the same; on a CPU the gradient of its kernel is several times
+    On a TPU, XLA's convolution does the same; on a CPU, the gradient of its kernel is several times
     slower.
     """
 
@@ -310,8 +310,8 @@ class ConvPair(nnx.Module):
 
 
 def check_image(x: AnyArray, *, channels: int, multiple: int) -> None:
-    """Raises UserError for a noisy image that a U-Net of these channels cannot take; its sides must
-    be multiples of `multiple`."""
+    """Raises UserError for a noisy image that does not fit a U-Net: it must have `channels`
+    channels, and sides that are multiples of `multiple`."""
     if x.shape[-1] != channels:
         raise UserError(f"x has {x.shape[-1]} channels; this U-Net takes {channels}.")
     if any(size % multiple for size in x.shape[1:3]):

@@ -1,4 +1,4 @@
-"""Running a network's blocks one by one, with what the forward pass saves of each (`remat`)."""
+"""Runs a network's blocks one by one; `remat` decides what the forward pass saves of each."""
 
 from typing import Any
 

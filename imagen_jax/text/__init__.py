@@ -1,11 +1,11 @@
 """Captions in, embeddings out: the T5 tokenizer and a frozen T5 encoder (Raffel et al., 2020).
 
     encoder = load_encoder("demo")               # needs no files; a Hugging Face folder or name
-    encoder = cascade_encoder(config)            # the one of a cascade, of its width
+    encoder = cascade_encoder(config)            # that of a cascade, with its width checked
     embeds, mask = encoder(captions, length=config.text_len)
 
 All captions become embeddings through `TextEncoder`, in training, sampling and the library: encoded
-at 256 tokens, then cut. `Identity` is what runs and stored embeddings record of an encoder.
+at 256 tokens, then cut. `Identity` is what runs and stored embeddings record about an encoder.
 """
 
 from imagen_jax.text.encoder import (

@@ -1,8 +1,8 @@
-"""Captions as DeepFloyd IF was trained on them: cleaned, twice, of what web pages leave in them.
+"""Captions as DeepFloyd IF was trained on them: with the remains of web pages removed, twice.
 
-The rules and their order are those of diffusers' `IFPipeline._clean_caption`, its slips included:
+The rules and their order are those of diffusers' `IFPipeline._clean_caption`, mistakes included:
 another caption is another picture. They need the extra `captions` (beautifulsoup4, ftfy); without
-it captions are put in lower case and trimmed, as diffusers does.
+it captions are lower-cased and trimmed, as in diffusers.
 """
 
 import functools
@@ -47,10 +47,10 @@ _MARKS = _rules(
     ("[‘’]", "'"),
     ("&quot;?", ""),
     ("&amp", ""),
-    (r"\d{1,3}(?:\.\d{1,3}){3}", " "),  # addresses
+    (r"\d{1,3}(?:\.\d{1,3}){3}", " "),  # IP addresses
     (r"\d:\d\d\s+$", ""),
     (r"\\n", " "),
-    (r"#\d{1,3}\b", ""),  # numbers of articles
+    (r"#\d{1,3}\b", ""),  # article numbers
     (r"#\d{5,}\b", ""),
     (r"\b\d{6,}\b", ""),
     (rf"\S+\.(?:{_FILES})", ""),
@@ -59,9 +59,9 @@ _MARKS = _rules(
     (r"[#®•©™&@·º½¾¿¡§~)(\]\[}{|\\/*]+", " "),
     (r"\s+\.\s+", " "),
 )
-_JOINED = re.compile("[-_]")  # words, where there are many
+_JOINED = re.compile("[-_]")  # in place of spaces, if there are many
 _WORDS = _rules(
-    (r"\b[a-zA-Z]{1,3}\d{3,15}\b", ""),  # names of products
+    (r"\b[a-zA-Z]{1,3}\d{3,15}\b", ""),  # product names
     (r"\b[a-zA-Z]+\d+[a-zA-Z]+\b", ""),
     (r"\b\d+[a-zA-Z]+\d+\b", ""),
     (r"(?:worldwide\s+)?(?:free\s+)?shipping", ""),
@@ -82,7 +82,7 @@ _WORDS = _rules(
 
 
 def clean(caption: str) -> str:
-    """The caption as IF's text encoder is to read it; it may be empty."""
+    """The caption as IF's text encoder should read it; it may be empty."""
     if not can_clean():
         return caption.lower().strip()
     return _once(_once(caption))

@@ -1,8 +1,8 @@
 """`TextEncoder`: a tokenizer and a frozen T5 in one value, from a folder, a name, or `demo`.
 
 No pretrained T5 is small enough to ship, so `demo` is a small T5 v1.1 with weights drawn from a
-fixed seed. It knows no language. But it maps different captions to clearly different embeddings,
-always the same, which is enough for a network to learn what each caption it was shown means.
+fixed seed. It knows no language, but it maps different captions to clearly different embeddings,
+always the same, which is enough for a network to learn what each of its training captions means.
 """
 
 import dataclasses
@@ -50,12 +50,12 @@ _DEMO_SEED = 5
 class TextEncoder:
     """A tokenizer and a frozen T5 encoder: the only way from captions to embeddings.
 
-    Captions are encoded at 256 tokens, as by the reference, and the embeddings are cut to what is
-    read. (T5 sees a caption in both directions: encoding fewer tokens gives other embeddings.)
-    `params` is a pure dict for `encode`, in the dtype that the encoder computes in, placed as
-    `layout` says. With `keeps_padding` captions are encoded at the length that is read, cut to it
-    with their end, and the embeddings of padded positions are kept: networks such as DeepFloyd
-    IF's attend to them.
+    Captions are encoded at 256 tokens, as in the reference, and the embeddings are cut to what is
+    read. (T5 is bidirectional: encoding fewer tokens gives other embeddings.) `params` is a pure
+    dict for `encode`, in the dtype that the encoder computes in, placed by `layout`. With
+    `keeps_padding` captions are cut to the length that is read, keeping the end token, and encoded
+    at that length; embeddings of padded positions are kept: networks such as DeepFloyd IF's attend
+    to them.
     """
 
     name: str
@@ -75,17 +75,17 @@ class TextEncoder:
 
     @property
     def is_demo(self) -> bool:
-        """Whether the weights are random: a command must say so."""
+        """Whether the weights are random, which a command must print."""
         return self.name == DEMO
 
     @property
     def identity(self) -> Identity:
-        """What a run and stored embeddings record of it."""
+        """What a run and stored embeddings record about it."""
         return Identity(name=self.name, sha256=self.sha256)
 
     @property
     def dtype(self) -> np.dtype:
-        """What it computes in; embeddings are float32 all the same."""
+        """The compute dtype; embeddings are always float32."""
         return self.params["embedding"].dtype
 
     def tokenize(self, captions: Sequence[str]) -> Int32[np.ndarray, "b 256"]:
@@ -95,11 +95,11 @@ class TextEncoder:
         return tokenizer.tokenize(self.tokenizer, captions, blank=self.keeps_padding)
 
     def left_out(self, caption: str, length: int) -> str:
-        """The end of a caption of which nothing is read at `length` tokens; empty where all is."""
+        """The end of a caption that is not read at `length` tokens; empty if all of it is read."""
         if self.cleans:
             caption = cleaning.clean(caption)
         encoded = self.tokenizer.encode(tokenizer.valid(caption))
-        # Of 256 tokens, or where padding is kept, the last one is the end token.
+        # At 256 tokens, or if padding is kept, the last one is the end token.
         read = length - 1 if self.keeps_padding else min(length, TEXT_LENGTH - 1)
         if len(encoded.ids) - 1 <= read:
             return ""
@@ -111,7 +111,8 @@ class TextEncoder:
         """Embeddings (b, length, d) and mask of tokens (`tokenize`), on the device.
 
         The embeddings are cut to `length`, or padded with zeros. Compiled once for each shape of
-        `tokens`, so `trim` them: rows of several processes to the `columns` that the longest needs.
+        `tokens`, so `trim` them; with several processes, trim all rows to the `columns` that the
+        longest needs.
         """
         rows = None if self.layout is None else self.layout.rows(len(tokens))
         compiled = _embed(self.config, length, self.layout, rows, self.keeps_padding)
@@ -146,7 +147,7 @@ def encode_or_absent(
 
     With `blank` it is encoded like any other (`ImagenConfig.encodes_blank_text`).
     """
-    if blank or isinstance(texts, str):  # one string is refused there
+    if blank or isinstance(texts, str):  # `encode` rejects a single string
         return encode(texts)
     absent = np.array([not text.strip() for text in texts])
     embeds, masks = encode(
@@ -159,7 +160,7 @@ def encode_or_absent(
 def empty_text(
     encoder: TextEncoder, count: int, length: int, layout: Layout
 ) -> Float[Array, "b l d"]:
-    """The embeddings of the empty text as `count` rows of a batch, for dropped texts where
+    """The embeddings of the empty text as `count` rows of a batch, for dropped texts if
     `ImagenConfig.encodes_blank_text`. Encoded once."""
     one, _ = encoder([""], length=length)
     rows = len(layout.own_rows(count))
@@ -196,9 +197,8 @@ def cascade_encoder(
 ) -> TextEncoder:
     """The text encoder of a cascade, as `load_encoder` reads it.
 
-    `name` is where to find it instead of `text_encoder_name`. `recorded` is the encoder that the
-    cascade was trained with, where that is known. Raises UserError for another one, or one of
-    another width.
+    `name` replaces `text_encoder_name` as the place to find it. `recorded` is the encoder that the
+    cascade was trained with, if known. Raises UserError for another one, or one with another width.
     """
     name = name or config.text_encoder_name
     encoder = load_encoder(name, dtype=dtype, layout=layout)
@@ -217,10 +217,11 @@ def cascade_encoder(
 def stored_encoder(
     config: ImagenConfig, source: str, folders: Iterable[str | os.PathLike]
 ) -> Identity | None:
-    """Whose embeddings a set stores (`read_beside`), for a cascade to read in place of captions.
+    """The encoder of the embeddings that a dataset stores (`read_beside`), for a cascade that reads
+    them instead of captions.
 
-    Raises UserError if the cascade drops text in favour of the empty text's embedding, which no
-    such set has.
+    Raises UserError if the cascade replaces dropped text by the empty text's embedding, which no
+    such dataset has.
     """
     if config.encodes_blank_text and config.cond_drop_prob > 0:
         raise UserError(
@@ -233,13 +234,13 @@ def stored_encoder(
 def load_encoder(
     name_or_folder: str | Path, *, dtype: DTypeLike = jnp.float32, layout: Layout | None = None
 ) -> TextEncoder:
-    """`demo`, a Hugging Face folder with a T5 (full or encoder), or such a model's name.
+    """Loads `demo`, a Hugging Face folder with a T5 (full or encoder), or such a model by name.
 
     A name is looked up in the hub's local cache and downloaded if it is not there; T5-XXL's encoder
-    is 19 GB in float32. `dtype` (float32, bfloat16, float16) is what the weights are kept and
-    computed in; embeddings are float32 all the same. With a `layout` the weights are split over its
-    mesh: no device ever holds all of them. Raises UserError with one line for whatever is missing,
-    does not fit, or is not finite.
+    is 19 GB in float32. `dtype` (float32, bfloat16, float16) is that of the weights and the
+    computation; embeddings are always float32. With a `layout` the weights are split over its mesh:
+    no device ever holds all of them. Raises UserError with one line for whatever is missing, does
+    not fit, or is not finite.
     """
     dtype = jnp.dtype(dtype)
     if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):

@@ -1,11 +1,11 @@
 """Which encoder made an embedding: its name, and a hash of its weights.
 
 The hash is of every weight, rounded to bfloat16: copies of one model in float32 and in bfloat16,
-in one file or in shards, with a decoder or without, have one hash. It does not depend on the dtype
-or the mesh that the weights are loaded in.
+in one file or in shards, with a decoder or without, have the same hash. It does not depend on the
+dtype or the mesh that the weights are loaded with.
 
 Stored embeddings carry it in `text_encoder.json`, in the folder that holds them or their shards:
-{"name": ..., "sha256": ...}. `Identity.write` makes the file.
+{"name": ..., "sha256": ...}. `Identity.write` writes the file.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ class Identity(Config):
         return f"{self.name!r} (sha256 {self.sha256[:12]})"
 
     def check(self, recorded: "Identity | None", what: str) -> None:
-        """Raises UserError if what is `recorded` of `what` is another encoder; names may differ."""
+        """Raises UserError if the encoder `recorded` for `what` is another; names may differ."""
         if recorded is not None and recorded.sha256 != self.sha256:
             raise UserError(
                 f"the text encoder {self} is not that of {what}, {recorded}: its weights differ."
@@ -55,7 +55,8 @@ class Identity(Config):
 def read_beside(folders: Iterable[str | os.PathLike]) -> Identity | None:
     """The encoder of the embeddings in folders.
 
-    None where no file says so. Raises UserError for a file that cannot be read, or two that differ.
+    None if no folder has a record. Raises UserError for a file that cannot be read, or two that
+    differ.
     """
     found: dict[epath.Path, Identity] = {}
     for path in (storage.folder(folder) / FILE for folder in folders):
@@ -75,7 +76,7 @@ def _read(path: epath.Path) -> Identity:
 def digest(tensor: np.ndarray) -> bytes | None:
     """SHA-256 of a tensor's values in bfloat16, row by row; None if one of them is not finite.
 
-    0.6 to 0.8e9 values a second on one core of an AMD EPYC: 6 to 8 s for T5-XXL's encoder.
+    0.6 to 0.8e9 values per second on one core of an AMD EPYC: 6 to 8 s for T5-XXL's encoder.
     """
     bits = np.ascontiguousarray(tensor, ml_dtypes.bfloat16).view(np.uint16)
     if np.max(bits & _INFINITE, initial=0) == _INFINITE:

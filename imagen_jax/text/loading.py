@@ -1,8 +1,8 @@
-"""A Hugging Face T5 folder, or a name on the hub, to the parameters of our encoder.
+"""Loads a Hugging Face T5, from a folder or by its hub name, as the parameters of our encoder.
 
-The correspondence of names is the table `_TABLE`. Tensors are read one at a time, cast on the
-host and put on the device, so that the peak is the model in its final dtype and one tensor. All
-that does not fit is gathered and raised once.
+`_TABLE` maps the names. Tensors are read one at a time, cast on the host and put on the device, so
+that peak memory is the model in its final dtype plus one tensor. All mismatches are gathered and
+raised once.
 """
 
 import dataclasses
@@ -26,9 +26,9 @@ from imagen_jax.text import identity
 from imagen_jax.text.t5 import T5Config, abstract_encoder
 from imagen_jax.types import Params
 
-# Name in the checkpoint, path in our parameters, and whether the matrix is transposed (torch keeps
-# (out, in)); {0} is the number of a block, {1} one of the words listed. A path is written under
-# the name of its first row: a full T5 names its table `shared`, some encoders `embed_tokens`.
+# Name in the checkpoint, path in our parameters, and whether the matrix is transposed (torch stores
+# (out, in)); {0} is the number of a block, {1} one of the words listed. A path is written under the
+# name in its first row: a full T5 calls its embedding table `shared`, some encoders `embed_tokens`.
 _BLOCK = "encoder.block.{0}.layer."
 _TABLE: tuple[tuple[str, str, bool, str], ...] = (
     ("shared.weight", "embedding", False, ""),
@@ -123,7 +123,7 @@ def load_params(
     dtype: DTypeLike = jnp.float32,
     layout: Layout | None = None,
 ) -> tuple[Params, str]:
-    """The encoder's weights in `dtype`, by name, strictly, placed as the `layout` says; their hash.
+    """The encoder's weights in `dtype`, matched strictly by name, placed by `layout`; their hash.
 
     Raises UserError with all missing, unknown and misshapen names, and those of tensors that hold
     NaN or infinity.
@@ -149,7 +149,7 @@ def load_params(
                 continue
             path = paths[target]
             if path in loaded:
-                continue  # the table under its second name
+                continue  # the embedding table under its second name
             tensor = read()
             tensor = tensor.T if transpose else tensor
             if tensor.shape != shapes[path].shape:
@@ -189,8 +189,8 @@ def _few(names: list[str]) -> str:
 def stored_dtype(path: tuple[Any, ...], dtype: DTypeLike) -> DTypeLike:
     """The dtype of the parameter at `path` in an encoder of `dtype`.
 
-    Norm scales and the position bias stay float32 (they are used so and are tiny); so does `wo` in
-    float16, see `FeedForward`.
+    Norm scales and the position bias stay float32 (they are used in float32 and are tiny); so does
+    `wo` in float16, see `FeedForward`.
     """
     wide = path[-1] in ("scale", "position_bias") or (dtype == jnp.float16 and "wo" in path)
     return jnp.float32 if wide else dtype
@@ -217,13 +217,13 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def tensors(folder: Path) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
-    """Those of all weight files of a Hugging Face folder, as `_tensors` gives them."""
+    """The tensors of all weight files of a Hugging Face folder, in the form of `_tensors`."""
     for file in weight_files(folder):
         yield from _tensors(file)
 
 
 def _tensors(file: Path) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
-    """Names, and a function that reads the tensor: what is not wanted is never read."""
+    """Yields names and functions that read the tensors, so that unwanted ones are never read."""
     if file.suffix != ".safetensors":
         state = read_torch_file(file)
         if not isinstance(state, dict):
@@ -240,7 +240,8 @@ def _tensors(file: Path) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
 
 
 def _translate(name: str, *, back: bool = False) -> tuple[str | None, bool]:
-    """A name of the checkpoint as our path, or `back`; and whether the matrix is transposed."""
+    """Our path for a name in the checkpoint, or `back` the name for a path; and whether the matrix
+    is transposed."""
     for row in _TABLE:
         source, target = (row[1], row[0]) if back else row[:2]
         pattern = re.escape(source).replace(r"\{0\}", r"(\d+)").replace(r"\{1\}", f"({row[3]})")

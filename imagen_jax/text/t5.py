@@ -3,11 +3,11 @@
     x <- x + Attention(norm(x))          norm(x) = scale · x / rms(x)
     x <- x + FeedForward(norm(x))        FeedForward = relu(x W) Wo, or gelu(x W0) · (x W1) Wo
 
-T5 departs from the usual transformer in three ways: logits are not divided by sqrt(d_kv), the only
-trace of position is a bias per (bucketed distance, head), shared by all layers, and nothing but
-the norms' scale is added to the matrices. The residual stream, norms and softmax are float32
-whatever the compute dtype: activations of the large models reach thousands, where bfloat16 has
-lost the units and float16 overflows.
+T5 departs from the usual transformer in three ways: logits are not divided by sqrt(d_kv), positions
+enter only as a bias per (bucketed distance, head), shared by all layers, and apart from matrices
+the only parameters are the norms' scales. The residual stream, norms and softmax are float32
+whatever the compute dtype: activations of the large models reach thousands, where bfloat16 no
+longer resolves units and float16 overflows.
 """
 
 import dataclasses
@@ -70,7 +70,7 @@ class T5Config:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "T5Config":
-        """From a parsed `config.json`; what concerns the decoder or training is left aside."""
+        """From a parsed `config.json`; fields for the decoder or training are ignored."""
         kind = data.get("model_type", "t5")
         if kind not in ("t5", "mt5"):
             raise UserError(f"model_type = {kind!r} is not a T5 (one of 't5', 'mt5').")
@@ -233,7 +233,7 @@ def encode(
 ) -> tuple[TextEmbeds, TextMask]:
     """Embeddings, float32 and zero where the tokens are padding (0), and the mask of real tokens.
 
-    With `keeps_padding` the encoder's output is kept there (it looks at the real tokens alone).
+    With `keeps_padding` the encoder's output is kept there (it attends only to the real tokens).
 
     Computes in the dtype that the parameters were loaded in. Jit with `config` static. As in the
     reference's `t5_encode_tokenized_text`.

@@ -20,17 +20,17 @@ from imagen_jax.unet_config import TEXT_LENGTH
 
 END = 1  # the id of T5's end token
 SHORTEST = 32
-"""Columns of tokens that `trim` leaves at least."""
+"""The fewest columns of tokens that `trim` leaves."""
 
 _BUNDLED = Path(__file__).parent / "assets" / "tokenizer.json"
 _T5_SPIECE_SHA256 = "d60acb128cf7b7f2536e8f38a5b18a05535c9e14c7a355904270e15b0945ea86"
 
 
 def load_tokenizer(folder: str | Path | None = None) -> Tokenizer:
-    """The tokenizer of a Hugging Face folder; the bundled one where there is none, or no folder.
+    """The tokenizer of a Hugging Face folder; the bundled one if it has none, or without a folder.
 
-    Google's folders of v1.1 hold only `spiece.model`. T5's own is known by its checksum and needs
-    nothing; another one is converted by transformers, which needs sentencepiece and protobuf.
+    Google's v1.1 folders hold only `spiece.model`. T5's own is recognised by its checksum and needs
+    nothing else; any other is converted by transformers, which needs sentencepiece and protobuf.
     """
     path, spiece = _BUNDLED, None
     if folder is not None:
@@ -56,8 +56,8 @@ def tokenize(
 ) -> Int32[np.ndarray, "b {max_length}"]:
     """Token ids, padded with 0; a longer caption is cut and still ends with the end token.
 
-    Raises UserError that names a caption without text, counted from 1, unless `blank` allows it: it
-    is then the end token alone.
+    Raises UserError for a caption without text, naming its number from 1, unless `blank` allows it:
+    it is then only the end token.
     """
     if isinstance(texts, str):
         raise UserError(f"texts must be a list of captions, not one string: {texts[:40]!r}.")
@@ -76,10 +76,10 @@ def tokenize(
 
 
 def trim(tokens: Int32[np.ndarray, "b l"]) -> Int32[np.ndarray, "b l2"]:
-    """Without most of the columns in which every row is padding.
+    """Removes most of the columns in which every row is padding.
 
     32, 64, 128 or 256 columns are left, so that an encoder is compiled for few shapes. Padding is
-    masked: the embeddings of the real tokens are those of all columns, to rounding.
+    masked: up to rounding, the embeddings of the real tokens are the same as with all columns.
     """
     return tokens[:, : columns(tokens != 0)]
 
@@ -97,7 +97,7 @@ def fitted(tokens: Int32[AnyArray, "b l"], length: int) -> Int32[Array, "b l2"]:
 
 
 def valid(text: str) -> str:
-    """Half surrogate pairs, which JSON and arguments that are not UTF-8 can bring, as U+FFFD."""
+    """Replaces lone surrogates, from JSON or arguments that are not UTF-8, with U+FFFD."""
     return re.sub("[\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", text)
 
 
@@ -114,7 +114,7 @@ def _convert(spiece: Path) -> Tokenizer:
 
 
 def _plain(tokenizer: Tokenizer) -> Tokenizer:
-    """Padding and truncation are ours; a file may bring its own."""
+    """Turns off the padding and truncation that a file may define: ours are used."""
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
