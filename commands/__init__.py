@@ -1,12 +1,12 @@
-"""What the commands share: one clear line for a mistake, a log of failures, compiled programs kept.
+"""What the commands share: one clear line for a mistake, an error log, a compilation cache.
 
     if __name__ == "__main__":
         commands.run(main)
 
 A `UserError`, an OSError such as a full disk, or a device that is full or gone ends the command
 with one line and exit status 1. Anything else is a bug and keeps its traceback. Either way the
-traceback is in RUN/error.log where a command has named its run directory. Where several processes
-run as one, all of them end.
+traceback is in RUN/error.log if a command has named its run directory. If several processes run as
+one, all of them end.
 """
 
 import datetime
@@ -32,7 +32,7 @@ from imagen_jax.errors import UserError, first_line
 STAGES = {"base": 1, "sr256": 2, "sr1024": 3}
 """Names of stages, accepted wherever a number is."""
 LOST = r"^(UNAVAILABLE|DATA_LOSS|ABORTED|DEADLINE_EXCEEDED)\b|CUDA_ERROR_"
-"""Of JAX's errors those about a device that was taken away or is broken."""
+"""JAX's errors about a device that was taken away or is broken."""
 
 _error_log: Path | None = None
 
@@ -44,7 +44,7 @@ def run(main: Callable[[], None]) -> None:
     logged = keep_writers_logs()
     try:
         main()
-    except BrokenPipeError:  # the reader of the output has closed it, as `head` does
+    except BrokenPipeError:  # the output's reader has closed it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except KeyboardInterrupt:
@@ -65,21 +65,21 @@ def run(main: Callable[[], None]) -> None:
 
 
 def errors_go_to(folder: Path) -> None:
-    """From here on a failure leaves its traceback in error.log in this folder, if it exists by
-    then."""
+    """From now on a failure writes its traceback to error.log in this folder, if the folder exists
+    by then."""
     global _error_log
     _error_log = folder / "error.log"
 
 
 def use_precision(dtype: DTypeLike) -> None:
-    """Computes float32 in float32: GPUs and TPUs round the factors of products, to TF32 or
+    """Computes float32 in full precision: GPUs and TPUs round the factors of products, to TF32 or
     bfloat16, unless asked not to. JAX_DEFAULT_MATMUL_PRECISION in the environment overrides it."""
     if jnp.dtype(dtype) == jnp.float32 and jax.config.jax_default_matmul_precision is None:
         jax.config.update("jax_default_matmul_precision", "highest")
 
 
 def use_compilation_cache() -> None:
-    """Keeps compiled programs for the next run, unless the environment chose a place already."""
+    """Keeps compiled programs for the next run, unless the environment already names a folder."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
         jax.config.update("jax_compilation_cache_dir", str(home / "imagen-jax" / "xla"))
@@ -88,8 +88,8 @@ def use_compilation_cache() -> None:
 def keep_writers_logs() -> list[str]:
     """Collects what Orbax and TensorStore log; returns the growing list.
 
-    They raise what goes wrong and log the traceback of every array besides: thousands of lines when
-    a disk is full. Those belong into error.log.
+    They raise errors and also log the traceback of every array: thousands of lines when a disk is
+    full. Those belong in error.log.
     """
     kept = _Kept()
     for name in ("absl", "asyncio"):
@@ -99,7 +99,7 @@ def keep_writers_logs() -> list[str]:
 
     def show(unraisable: object) -> None:
         error = unraisable.exc_value
-        # An array too late to fail, or one whose reading was given up.
+        # An array that failed too late, or whose reading was abandoned.
         closed = str(error) == "Event loop is closed"
         if closed or isinstance(error.__cause__, (GeneratorExit, CancelledError)):
             kept.texts.append("".join(traceback.format_exception(error)))
@@ -139,7 +139,7 @@ class _Kept(logging.Handler):
 
 
 def _line(error: Exception) -> str | None:
-    """What the user can act on; None for a bug."""
+    """A line that the user can act on; None for a bug."""
     if isinstance(error, (UserError, OSError)):
         return str(error)
     if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
@@ -153,7 +153,7 @@ def _line(error: Exception) -> str | None:
 
 
 def _write_error_log(error: Exception, logged: list[str]) -> Path | None:
-    """The file written, None without a run directory."""
+    """The file that was written; None without a run directory."""
     if _error_log is None or not _error_log.parent.is_dir():
         return None
     number = processes.own_number()
@@ -162,7 +162,7 @@ def _write_error_log(error: Exception, logged: list[str]) -> Path | None:
     parts = [f"{when}  {' '.join(sys.argv)}\n", *traceback.format_exception(error), *logged]
     try:
         path.write_text("\n".join(part.rstrip() for part in parts) + "\n", encoding="utf-8")
-    except OSError as full:  # often the same full disk: the error itself is what must be shown
+    except OSError as full:  # often the same full disk: the error itself must still be shown
         print(f"note: {path} could not be written: {full}", file=sys.stderr)
         return None
     return path

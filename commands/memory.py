@@ -1,4 +1,4 @@
-"""Memory of a process on a CPU."""
+"""Keeps a process's memory on a CPU."""
 
 import ctypes
 import sys
@@ -14,9 +14,9 @@ MOST = 2**31 - 1
 def keep_memory() -> None:
     """On a CPU: freed memory stays with the process, for the next step's temporaries.
 
-    glibc gives a program's buffers back after each step, and the kernel maps and clears them again
-    at the next: a third of a training step (benchmarks/README.md). Call it before JAX starts its
-    threads, each of which would take its own arena, whose large blocks are always given back.
+    glibc returns a program's buffers to the kernel after each step, and the kernel maps and clears
+    them again at the next: a third of a training step (benchmarks/README.md). Call it before JAX
+    starts its threads: each would have its own arena, whose large blocks are always returned.
     """
     accelerated = entry_points(group="jax_plugins") or find_spec("libtpu")
     if sys.platform != "linux" or (accelerated and jax.config.jax_platforms != "cpu"):

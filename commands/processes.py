@@ -1,7 +1,7 @@
-"""Joining the other processes of a run, and ending together with them.
+"""Joins the other processes of a run, and ends together with them.
 
-`start` finds them by the cluster's environment or by an address. A process that fails says so in
-the key-value store of JAX's coordinator, where a thread of each of the others reads it.
+`start` finds them by the cluster's environment or by an address. A process that fails reports it in
+the key-value store of JAX's coordinator, where a thread in each of the others reads it.
 """
 
 import importlib.util
@@ -23,7 +23,7 @@ from imagen_jax.errors import UserError
 _FAILED = "imagen_jax/failed"  # key of the first failure
 _GRACE = 1.0  # seconds
 _ending = threading.Event()  # this process is printing its own error
-_HEARTBEAT = 30  # seconds without a sign of life after which a killed process is given up
+_HEARTBEAT = 30  # seconds without a heartbeat after which a process counts as dead
 
 
 def start(
@@ -32,9 +32,9 @@ def start(
     """Joins the other processes, if there are any; on a single machine it does nothing.
 
     Call it before anything touches a device. `coordinator` is the address of process 0, as
-    `host:port`. Without it the environment of a cluster is looked for: a TPU slice, Slurm, an
-    indexed job of Kubernetes, Open MPI; `num_processes` 1 alone joins nobody. Raises UserError if
-    only some of the three are given, or the others cannot be reached.
+    `host:port`. Without it a cluster's environment is detected: a TPU slice, Slurm, an indexed job
+    of Kubernetes, Open MPI; `num_processes` 1 on its own joins none. Raises UserError if only some
+    of the three are given, or the others cannot be reached.
     """
     if num_processes == 1:
         return
@@ -50,7 +50,7 @@ def start(
             "finding the other pods of a Kubernetes job needs: pip install -e '.[k8s]'. Or give "
             "--coordinator, --process-id and --num-processes; --num-processes 1 runs on its own."
         )
-    # It would take SIGTERM for itself; train/interrupt.py hears it, and agrees with the others.
+    # It would take SIGTERM for itself; train/interrupt.py handles it, and agrees with the others.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
@@ -65,7 +65,7 @@ def start(
         raise UserError(f"the processes did not find each other: {error}") from error
     threading.Thread(target=_end_with_others, daemon=True).start()
     if not distributed.talks():
-        # The file itself: libraries below Python talk too.
+        # The file descriptor: native libraries print too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -80,12 +80,12 @@ def own_number() -> int:
 
 
 def end_all(message: str) -> NoReturn:
-    """Ends this process, which has failed, and the others within seconds: they may be waiting for
-    it in a collective, and would wait until its heartbeat is missed."""
+    """Ends this failed process, and the others within seconds: they may be waiting for it in a
+    collective, and would wait until its heartbeat is missed."""
     _ending.set()
     message = json.dumps([own_number(), message])
     global_state.client.key_value_set(_FAILED, message, allow_overwrite=True)
-    if own_number() == 0:  # it holds the store that the others read
+    if own_number() == 0:  # it has the store that the others read
         time.sleep(2 * _GRACE)
     sys.stdout.flush()
     os._exit(1)  # `exit` would wait for the others
@@ -97,17 +97,17 @@ def _end_with_others() -> None:
         time.sleep(_GRACE / 4)
         try:
             found = global_state.client.key_value_try_get(_FAILED)
-        except (jax.errors.JaxRuntimeError, AttributeError):  # none has; or this one is closing
+        except (jax.errors.JaxRuntimeError, AttributeError):  # none failed; or this one is closing
             continue
         number, message = json.loads(found)
-        if _ending.wait(_GRACE):  # the same error was on its way here, and says it better
+        if _ending.wait(_GRACE):  # this process got the same error, and prints it better
             return
         print(f"error: process {number}: {message}", file=sys.stderr, flush=True)
         os._exit(1)
 
 
 def in_cluster(environment: Mapping[str, str]) -> bool:
-    """Whether this process is one of several, or of a TPU slice, by what its launcher has set."""
+    """Whether its launcher's environment makes this process one of several, or of a TPU slice."""
     slurm, mpi = (
         int(environment.get(name, 1)) > 1
         for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
@@ -116,11 +116,11 @@ def in_cluster(environment: Mapping[str, str]) -> bool:
 
 
 def local_devices(environment: Mapping[str, str]) -> list[int] | None:
-    """Which of the visible GPUs are this process's, where several of Slurm or Open MPI share a
-    machine; None leaves it to JAX.
+    """Which of the visible GPUs are this process's, if several processes of Slurm or Open MPI share
+    a machine; None leaves it to JAX.
 
-    JAX takes the one with the number of the task on its machine. That is wrong where the launcher
-    shows every task its own GPU alone, as number 0, and where one task has all of them.
+    JAX takes the GPU with the task's number on its machine. That is wrong if the launcher shows
+    every task only its own GPU, as number 0, and if one task has all of them.
     """
     tasks = environment.get("SLURM_STEP_TASKS_PER_NODE")
     tasks = tasks or environment.get("OMPI_COMM_WORLD_LOCAL_SIZE")
@@ -141,8 +141,8 @@ def _installed(package: str) -> bool:
 
 
 def _on_tpu(environment: Mapping[str, str]) -> bool:
-    """A machine with TPU chips may be one of a slice: only its metadata server knows, which JAX
-    asks. Alone, it joins nobody."""
+    """A machine with TPU chips may be part of a slice: only its metadata server knows, which JAX
+    asks. A single machine joins no others."""
     if environment.get("JAX_PLATFORMS", "") not in ("", "tpu"):
         return False
     chips = any(Path("/dev").glob("accel[0-9]*")) or any(Path("/dev/vfio").glob("[0-9]*"))

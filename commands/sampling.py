@@ -1,4 +1,4 @@
-"""What commands that sample share: their settings, loading the cascade, bars of progress.
+"""What commands that sample share: their settings, loading the cascade, progress bars.
 
 class Settings(Sampling): ...             # and the command's own flags
 pipeline = open_pipeline(given, say)      # with notes on the weights that it uses
@@ -30,7 +30,7 @@ from imagen_jax.sampling import Progress
 
 T = TypeVar("T")
 NotAFlag = Annotated[T, tyro.conf.Suppress, tyro.conf.Fixed]
-"""Of a field that a command inherits and has no use for."""
+"""For a field that a command inherits but does not use."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,7 +117,7 @@ class Sampling:
 
     @property
     def samplers_given(self) -> tuple[str | None, ...]:
-        """All that are drawn with."""
+        """All samplers to draw with."""
         return (self.sampler,)
 
     @property
@@ -140,7 +140,7 @@ class Sampling:
         return nn.compute_dtype(None if self.dtype == "auto" else self.dtype)
 
     def last_stage(self, config: ImagenConfig) -> int:
-        """Number of the last U-Net to run. Raises ValueError if the cascade has none such."""
+        """Number of the last U-Net to run. Raises ValueError if the cascade has no such U-Net."""
         count = len(config.unets)
         if self.stop_at_unet_number is None:
             return count
@@ -228,7 +228,7 @@ def open_pipeline(
 ) -> Pipeline:
     """The cascade of a run; its weights are read when they are needed.
 
-    Says which steps are passed over, and where no average is stored. Raises UserError.
+    Reports which steps are skipped, and where no average is stored. Raises UserError.
     """
     commands.use_precision(given.compute_dtype)
     pipeline = Pipeline.load(
@@ -252,15 +252,16 @@ def open_pipeline(
 
 
 _seen: set[int] = set()
-"""U-Nets of which this process has drawn a step."""
+"""U-Nets with which this process has drawn a step."""
 
 
 @contextlib.contextmanager
 def progress_bars(indices: np.ndarray, count: int) -> Iterator[Progress]:
-    """The `progress` of `Imagen.sample` as one bar a stage, with the time left.
+    """The `progress` of `Imagen.sample` as one bar per stage, with the time left.
 
-    `indices` are those of the batch's images, of `count` in all. Until its first steps are done, a
-    stage that is new to this process says that it is compiled, or read from the cache.
+    `indices` are those of the batch's images, of `count` in total. Until its first steps are done,
+    the bar of a stage that is new to this process says that it is being compiled (or read from the
+    cache).
     """
     first, last = indices[0] + 1, indices[-1] + 1
     label = f"image {last} of {count}" if first == last else f"images {first}-{last} of {count}"
@@ -284,6 +285,6 @@ def progress_bars(indices: np.ndarray, count: int) -> Iterator[Progress]:
                 bars[unet_number].set_postfix_str("")
             bars[unet_number].update(done - bars[unet_number].n)
             if done == steps:
-                bars[unet_number].refresh()  # the last update may come too soon to be shown
+                bars[unet_number].refresh()  # the last update may be too soon to be shown
 
         yield progress

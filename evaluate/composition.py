@@ -57,7 +57,7 @@ class Settings(Sampling):
 
 
 class Measured(NamedTuple):
-    """The scenes of a level, what was drawn of their captions (n, h, w, 3), and the verdicts."""
+    """The scenes of a level, the images drawn for them (n, h, w, 3), and the verdicts."""
 
     scenes: list[scenes.Scene]
     images: np.ndarray
@@ -69,7 +69,7 @@ class Measured(NamedTuple):
 
     @property
     def by_relation(self) -> dict[str, dict[str, composition.Share]]:
-        """The summary of each of the relations that the captions name."""
+        """The summary for each relation that the captions name."""
         return composition.by_relation([scene.content for scene in self.scenes], self.verdicts)
 
 
@@ -111,7 +111,7 @@ def judged(pipeline: Pipeline, given: Settings, options: dict) -> dict[str, Meas
 def draw(
     pipeline: Pipeline, chosen: list[scenes.Scene], given: Settings, options: dict, level: str
 ) -> np.ndarray:
-    """One image a scene, (n, h, w, 3) in [0, 1]; their seeds depend on the level too."""
+    """One image per scene, (n, h, w, 3) in [0, 1]; their seeds depend on the level too."""
     captions = [scene.caption for scene in chosen]
     first, of = scenes.KINDS.index(level), len(scenes.KINDS)
     seeds = image_seeds(given.seed, of * len(chosen))[first::of]
@@ -131,7 +131,7 @@ def draw(
 
 
 def table(measured: dict[str, Measured]) -> str:
-    """Percentages, of levels and of relations within them; what is all right with its interval."""
+    """Percentages, for levels and relations within them; `right` is shown with its interval."""
     lines = [["captions", "images", *HEADS.values()]]
     for level, one in measured.items():
         parts = {f"  {relation}": shares for relation, shares in one.by_relation.items()}
@@ -152,7 +152,7 @@ def row(name: str, shares: dict[str, composition.Share]) -> list[str]:
 
 
 def sheet_rows(level: str, measured: Measured) -> list[tuple]:
-    """Rows of the sheet: a true image of each caption, and what was drawn, right or wrong."""
+    """Rows of the sheet: a true image of each caption, and the drawn one, right or wrong."""
     rows = []
     for i in range(0, min(SHOWN, len(measured.scenes)), COLUMNS):
         chosen, images, verdicts = (part[i : i + COLUMNS] for part in measured)
@@ -173,7 +173,7 @@ def write(
     options: dict,
     pipeline: Pipeline,
 ) -> None:
-    """The results, and what they are results of."""
+    """Writes the results and what they were measured with."""
 
     def plain(shares: dict[str, composition.Share]) -> dict[str, dict]:
         return {field: share._asdict() for field, share in shares.items()}

@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def read_prompts(spec: str, count: int | None) -> list[str]:
-    """The prompts of `--prompts`. Raises UserError for none."""
+    """The prompts of `--prompts`. Raises UserError if there are none."""
     if spec.startswith("scenes:"):
         source = open_source(spec)
         return [source[i].caption for i in range(min(len(source), count or len(source)))]
@@ -94,7 +94,7 @@ def read_prompts(spec: str, count: int | None) -> list[str]:
 def record(
     pipeline: Pipeline, given: Settings, options: dict[str, Any], prompts: list[str]
 ) -> dict[str, Any]:
-    """What decides the images, as JSON holds it."""
+    """What decides the images, as JSON-ready values."""
     text = "\n".join(prompts).encode("utf-8", "surrogateescape")
     values = {
         "model_hash": pipeline.model_hash,
@@ -109,7 +109,7 @@ def record(
 
 
 def start(path: epath.Path, wanted: dict[str, Any]) -> None:
-    """Writes the record, or compares it with the one that is there."""
+    """Writes the record, or compares it with an existing one."""
     if not path.exists():
         storage.write_text(path, json.dumps(wanted, indent=1) + "\n")
         return
@@ -153,7 +153,7 @@ def draw(
             )
             for place, image in drawn:
                 name = f"{rows[place]:06}"
-                # The image comes last: where it is, all of it is there.
+                # The image is written last: if it exists, so does everything else.
                 storage.write_text(folder / f"{name}.txt", texts[place] + "\n")
                 storage.write_bytes(folder / f"{name}.png", png(image))
                 bar.update()

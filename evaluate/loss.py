@@ -107,7 +107,7 @@ def is_null(pipeline: Pipeline, number: int) -> bool:
 def losses(
     pipeline: Pipeline, number: int, source: Source, given: Settings
 ) -> dict[str, float | None]:
-    """Mean losses of a U-Net: of all images, and by bin of the log-SNR."""
+    """Mean losses of a U-Net: over all images, and by bin of the log-SNR."""
     config, layout = pipeline.config, pipeline.layout
     stage = config.stage(number)
     params = nn.params_of(pipeline.imagen.unets[number - 1])

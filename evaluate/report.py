@@ -33,7 +33,7 @@ from imagen_jax.metrics import fid
 from imagen_jax.metrics.composition import Share
 from imagen_jax.pixels import to_uint8
 
-SHOWN = 4  # images of a kind and row on the sheet
+SHOWN = 4  # images per kind and row on the sheet
 WIDTH, HEIGHT, EDGE = 560, 280, 44  # of a curve, in pixels
 COLOURS = ("#1b6ca8", "#c0392b", "#2e8b57", "#8e44ad", "#7f8c8d")
 
@@ -105,7 +105,7 @@ def variations(given: Settings, options: dict[str, Any]) -> list[tuple[str, str,
 
 
 def distance(measured: dict[str, composition.Measured], network: Callable) -> float:
-    """FID between what was drawn and true scenes of the same captions."""
+    """FID between the drawn images and true scenes of the same captions."""
     drawn = (image for one in measured.values() for image in one.images)
     true = (scene.draw(one.images.shape[1:3]) for one in measured.values() for scene in one.scenes)
     pairs = (map(to_uint8, drawn), true)
@@ -118,7 +118,7 @@ def right(measured: dict[str, composition.Measured]) -> dict[str, Share]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown: the share of images that are all right, by kind of caption."""
+    """Markdown: the share of images that are completely right, by kind of caption."""
     levels = list(rows[0][2])
     heads = ["", *levels] + (["FID"] if rows[0][3] is not None else [])
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
@@ -159,7 +159,7 @@ def table_html(rows: Sequence[Row]) -> str:
 
 
 def curve(rows: Sequence[Row]) -> str:
-    """The shares, one line a kind of caption, with their intervals."""
+    """The shares with their intervals, one line per kind of caption."""
     values = [value for _, value, _, _ in rows]
     at = np.linspace(EDGE + 20, WIDTH - 150, len(rows))
     drawn = []
@@ -178,7 +178,7 @@ def curve(rows: Sequence[Row]) -> str:
 
 
 def trade_off(rows: Sequence[Row]) -> str:
-    """FID (across) against the mean share that is all right (up), a point a guidance weight."""
+    """FID (x axis) and the mean share that is completely right (y axis) per guidance weight."""
     found = [row[3] for row in rows]
     low, high = min(found), max(found)
     span = max(high - low, 1e-9)

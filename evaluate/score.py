@@ -130,7 +130,7 @@ def by_features(given: Settings) -> dict[str, float]:
 
 
 def compiled(inception: Path) -> Callable[[np.ndarray], np.ndarray]:
-    """The network of FID's features, from its file."""
+    """The network for FID's features, from its file."""
     graph, params = nnx.split(load_inception(inception))
     program = jax.jit(lambda params, x: nnx.merge(graph, params)(x))
     return functools.partial(program, params)
@@ -155,7 +155,7 @@ def by_clip(given: Settings) -> dict[str, float]:
 
 
 def by_lpips(given: Settings) -> dict[str, float]:
-    """The mean LPIPS of the samples from references of the same names and sizes."""
+    """The mean LPIPS between samples and references with the same names and sizes."""
     distance = load_lpips()
     (samples, own, left_out), (reference, others, missing) = (
         named(spec, given) for spec in (given.samples, given.reference)
@@ -180,8 +180,8 @@ def by_lpips(given: Settings) -> dict[str, float]:
 
 
 def named(spec: str, given: Settings) -> tuple[Source, dict[str, int], dict[str, str]]:
-    """A set of images, the place of each by its file's name without folder and suffix, and what is
-    left out. Raises UserError for two of one name."""
+    """A set of images, the index of each by its file name without folder and suffix, and what is
+    left out. Raises UserError if two have the same name."""
     source, left_out = open_set(spec, given)
     places: dict[str, int] = {}
     for i in range(len(source)):
@@ -239,7 +239,7 @@ def features_of(
 
 
 def open_set(spec: str, given: Settings) -> tuple[Source, dict[str, str]]:
-    """A set of images, and what is left out of it with its reason, so far."""
+    """A set of images, and what is left out of it so far, with the reasons."""
     source = open_source(spec, heldout_fraction=0.0)
     source = source if given.limit is None else source.take(given.limit)
     if given.image_size is None and len(source) and callable(source[0].image):

@@ -23,13 +23,13 @@ from sample.drawing import Finish
 MOST_IMAGES = 16
 MOST_STEPS = 250
 MOST_GUIDANCE = 20.0
-MOST_CHARACTERS = 2_000  # of a prompt; what is longer is cut
-MOST_PIXELS = 50_000_000  # of an image that is sent
+MOST_CHARACTERS = 2_000  # of a prompt; longer ones are cut
+MOST_PIXELS = 50_000_000  # of an uploaded image
 GUIDED = 1 + 1e-6
-"""In place of guidance 1: exactly 1 is another program, which the slider must not compile."""
-MOST_UPSCALED = 2**20  # pixels of an image that is upscaled
-OVERLAP, TILE_BATCH = 0.25, 8  # of the tiles in which it is
-PAINTED = 512  # pixels: an image is at least so large while a mask is painted on it
+"""Replaces guidance 1: exactly 1 is another program, which the slider must not compile."""
+MOST_UPSCALED = 2**20  # pixels of an image to upscale
+OVERLAP, TILE_BATCH = 0.25, 8  # of its tiles
+PAINTED = 512  # pixels: minimum size of an image while a mask is painted on it
 
 Task = Literal["text_to_image", "upscale", "inpaint", "image_to_image"]
 Pixels = UInt8[np.ndarray, "h w c"]
@@ -59,7 +59,7 @@ class Ask:
 
 
 def checked(ask: Ask, config: ImagenConfig) -> tuple[Ask, list[str]]:
-    """The request as it is drawn, and what was changed. Raises UserError for unfit values."""
+    """The request as it is drawn, and what was changed. Raises UserError for invalid values."""
     notes = []
     for name, (least, most) in {
         "number of images": (1, MOST_IMAGES),
@@ -92,7 +92,7 @@ def checked(ask: Ask, config: ImagenConfig) -> tuple[Ask, list[str]]:
 
 
 def valid(text: str) -> str:
-    """In one line, without surrogates, which a file cannot hold."""
+    """The text in one line, without surrogates, which cannot be written to a file."""
     return " ".join(text.encode(errors="replace").decode().split())
 
 
@@ -115,7 +115,7 @@ class Inputs(NamedTuple):
 def inputs(ask: Ask, config: ImagenConfig, last: int) -> Inputs:
     """The visitor's image, in the sizes of the stages that read it; `last` is the last to run.
 
-    Raises UserError for a mask that the cascade's aspect ratio cannot hold.
+    Raises UserError for a mask that does not fit the cascade's aspect ratio.
     """
 
     def rows(array: np.ndarray) -> np.ndarray:
@@ -165,19 +165,19 @@ def _upscaling(ask: Ask, stage: Stage, rows: Callable[[np.ndarray], np.ndarray])
 
 
 def fitted(image: Pixels, size: Size) -> UInt8[np.ndarray, "h2 w2 c"]:
-    """The image of (height, width) `size`: covered and cropped to its centre, never squashed."""
+    """The image at (height, width) `size`: scaled to cover it, centre-cropped, never squashed."""
     found = ImageOps.fit(to_pil(image), size[::-1], Image.Resampling.BICUBIC)
     return np.asarray(found).reshape(*size, image.shape[-1])
 
 
 def enlarged(image: Image.Image, least: int = PAINTED) -> Image.Image:
-    """With pixels repeated until both sides have `least`, for painting on it."""
+    """The image with pixels repeated until both sides have at least `least`, for painting on it."""
     factor = max(1, -(-least // min(image.size)))
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
 def reduced(image: Image.Image) -> Image.Image:
-    """Undoes `enlarged`, to the bit; any other image as it is."""
+    """Undoes `enlarged`, bit for bit; returns any other image as it is."""
     for factor in range(PAINTED, 1, -1):
         if image.width % factor == image.height % factor == 0:
             size = image.width // factor, image.height // factor
@@ -191,7 +191,7 @@ def reduced(image: Image.Image) -> Image.Image:
 def painted(layers: Sequence[Image.Image], size: Size) -> Bool[np.ndarray, "h w"]:
     """True where a layer of an image editor has paint, for an image of (height, width) `size`.
 
-    A pixel counts where half of it is painted, so that the brush's soft edge does not.
+    A pixel counts if half of it is painted, so that the brush's soft edge does not count.
     """
     found = np.zeros(size, bool)
     for layer in layers:
@@ -201,7 +201,7 @@ def painted(layers: Sequence[Image.Image], size: Size) -> Bool[np.ndarray, "h w"
 
 
 def arguments(ask: Ask, options: Mapping[str, Any], given: Inputs) -> dict[str, Any]:
-    """Arguments of `Imagen.sample` where they differ from `options`, the command line's."""
+    """The arguments of `Imagen.sample` that replace those in `options`, the command line's."""
     scale, steps = options["cond_scale"], options["timesteps"]
     if scale[0] != 1:
         scale = (max(ask.cond_scale, GUIDED), *scale[1:])
@@ -210,7 +210,7 @@ def arguments(ask: Ask, options: Mapping[str, Any], given: Inputs) -> dict[str, 
 
 
 def read_image(path: Path, channels: int) -> Pixels:
-    """An image that was sent or drawn. Raises UserError for a file that is none, or too large."""
+    """An uploaded or drawn image. Raises UserError if the file is not an image, or too large."""
     content = path.read_bytes()
     try:
         with Image.open(io.BytesIO(content)) as image:

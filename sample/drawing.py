@@ -1,4 +1,4 @@
-"""What the sampling commands do alike: load a cascade, encode prompts, draw, write.
+"""What the sampling commands share: load a cascade, encode prompts, draw, write.
 
 settings -> Drawing.open -> encode -> draw(jobs) -> files with their recipes
 """
@@ -67,7 +67,7 @@ class Drawing:
         """Checks the settings against the cascade, and the folder to write to; weights are read
         when they are needed.
 
-        Prints which steps are passed over, and where no average is stored. Raises UserError.
+        Prints which steps are skipped, and where no average is stored. Raises UserError.
         """
         config = run_config.read(given.run)
         options, numbers = given.options(config), given.unet_numbers(config, first)
@@ -89,14 +89,14 @@ class Drawing:
 
     @property
     def folder(self) -> epath.Path:
-        """Where images go. It is made when the first is written."""
+        """Where images are written. Created with the first."""
         return storage.folder(self.given.out or self.given.run / "samples" / self.command)
 
     def say(self, line: str) -> None:
         self.given.say(line)
 
     def jobs(self, prompts: Sequence[str] | None, each: int = 1) -> list[Job]:
-        """`each` images of every prompt, or in all for a cascade without captions."""
+        """`each` images of every prompt, or in total for a cascade without captions."""
         negative = self.given.negative_prompt
         wanted = [prompt for prompt in prompts or [None] for _ in range(each)]
         seeds = image_seeds(self.given.seed, len(wanted))
@@ -106,13 +106,13 @@ class Drawing:
         ]
 
     def encode(self, jobs: Sequence[Job]) -> tuple[Embeddings | None, Embeddings | None]:
-        """Embeddings of the prompts and of the negative ones. Each text is encoded once;
-        what is cut of it is said."""
+        """Embeddings of the prompts and of the negative ones. Each text is encoded once; prints
+        what is cut from it."""
         if not self.config.condition_on_text:
             return None, None
         if self.pipeline.encoder.is_demo:
             self.say(text.DEMO_NOTE)
-        prompts = [job.prompt or "" for job in jobs]  # a blank one is no text
+        prompts = [job.prompt or "" for job in jobs]  # a blank one means no text
         prompts = self._encoded(prompts, self.pipeline.encode_negative)
         negatives = None
         if any(job.negative_prompt for job in jobs):
@@ -143,11 +143,11 @@ class Drawing:
         pad_to: int | None = None,
         **arguments: Any,
     ) -> Iterator[Drawn]:
-        """Draws and writes one image a job.
+        """Draws and writes one image per job.
 
-        `images` are arrays, or tuples of them, with one row a job, by their names in
-        `Imagen.sample`; `arguments` are others of it. `record` goes into the recipes. Ctrl-C keeps
-        what is written.
+        `images` are arrays, or tuples of them, with one row per job, by their names in
+        `Imagen.sample`; `arguments` are its other arguments. `record` is added to the recipes.
+        Ctrl-C keeps the images already written.
         """
         prompts, negatives = self.encode(jobs)
         batch_size, done = self.given.batch_size, 0
@@ -176,13 +176,13 @@ class Drawing:
         self.report_hooks()
 
     def report_hooks(self) -> None:
-        """Says what the safety checker found."""
+        """Prints what the safety checker found."""
         line = self.hooks.report()
         if line is not None:
             self.say(line)
 
     def report(self, drawn: Sequence[Drawn], prompts: Sequence[str] | None, each: int = 1) -> None:
-        """Says where the images are, and writes a grid of several: `each` to a prompt."""
+        """Prints where the images are, and writes a grid of several: `each` per prompt."""
         if len(drawn) == 1:
             self.say(f"1 image: {drawn[0].path}")
             return
@@ -221,12 +221,12 @@ class Drawing:
         return signer and functools.partial(signer.sign, command=self.command)
 
     def safe(self, image: np.ndarray) -> np.ndarray:
-        """The image, or grey where the safety checker flags it: for what is not written by
-        `draw`."""
+        """The image, or plain grey if the safety checker flags it: for images that `draw` does not
+        write."""
         return blank(image) if self.hooks.flags(image) else image
 
     def recipe(self) -> dict[str, Any]:
-        """What the recipes of a command's files share."""
+        """What the recipes of a command's files have in common."""
         return self._shared_recipe(self.options)
 
     def _shared_recipe(self, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -245,10 +245,10 @@ class Drawing:
 
 
 def read_prompts(given: Any, config: ImagenConfig) -> list[str] | None:
-    """All prompts of a command, None for a cascade without captions.
+    """All prompts of a command; None for a cascade without captions.
 
-    `given` has `prompt`, several texts, and perhaps `prompts_from`, a file or `-` for standard
-    input. Raises UserError for an empty prompt, or for any where no caption was learned.
+    `given` has `prompt`, several texts, and may have `prompts_from`, a file or `-` for standard
+    input. Raises UserError for an empty prompt, or for any prompt if the cascade has no captions.
     """
     source = getattr(given, "prompts_from", None)
     if not config.condition_on_text:

@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def axes(given: Settings) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Values of the rows and of the columns. Raises UserError where none or three vary."""
+    """Values of the rows and of the columns. Raises UserError if no setting varies, or three do."""
     several = [name for name in AXES if len(getattr(given, name) or ()) > 1]
     if not 1 <= len(several) <= 2:
         flags = ", ".join(map(commands.flag, AXES))
@@ -86,7 +86,7 @@ def cell(given: Settings, values: dict[str, Any]) -> settings.Settings:
     common["sampler"] = given.sampler[0] if given.sampler else None
     for name, value in values.items():
         common[name] = value if name == "sampler" else (value,)
-    if common["sampler"] != "ddim":  # --eta is of the cells that draw with it
+    if common["sampler"] != "ddim":  # --eta is only for the cells with ddim
         common["eta"] = 0.0
     return settings.Settings(**common)
 
@@ -94,7 +94,7 @@ def cell(given: Settings, values: dict[str, Any]) -> settings.Settings:
 def draw_cells(
     drawing: Drawing, job: Job, options: list[list[dict[str, Any]]]
 ) -> list[list[np.ndarray]]:
-    """An image a cell, of one text and one seed."""
+    """One image per cell, with the same text and seed."""
     embeddings, negatives = drawing.encode([job])
 
     def draw(own: dict[str, Any]) -> np.ndarray:
@@ -123,7 +123,7 @@ def write(
     columns: list[dict[str, Any]],
     recipe: dict[str, Any],
 ) -> None:
-    """The sheet: a row under the title of its value, each cell under its column's."""
+    """Writes the sheet: each row is titled with its value, each cell with its column's."""
     labels = [label(column) for column in columns]
     side = int(np.clip(max(images[0][0].shape[:2]), *outputs.CELLS))
     titled = [(label(row), cells, labels) for row, cells in zip(rows, images, strict=True)]

@@ -1,9 +1,10 @@
-"""What is done to an image before it is written, if asked: a safety checker, a signature.
+"""What is done to an image before it is written, on request: a safety checker, a signature.
 
-    --safety-checker MODEL.onnx    what a classifier finds unsafe is written as plain grey
-    --c2pa CERT KEY                files are signed, and say that a model made them
+    --safety-checker MODEL.onnx    images that a classifier finds unsafe are written as plain grey
+    --c2pa CERT KEY                files are signed, and state that a model made them
 
-docs/hooks.md says which classifiers and certificates fit. Each hook needs an extra of the package.
+docs/hooks.md describes suitable classifiers and certificates. Each hook needs an extra of the
+package.
 """
 
 import dataclasses
@@ -26,9 +27,9 @@ from sample.settings import Settings
 Pixels = Float[np.ndarray, "h w c"] | UInt8[np.ndarray, "h w c"]
 
 BGR_MEAN = (104.0, 117.0, 123.0)
-"""Of the training set of Open NSFW (github.com/yahoo/open_nsfw, classify_nsfw.py), in 0 .. 255."""
+"""Mean of Open NSFW's training set (github.com/yahoo/open_nsfw, classify_nsfw.py), in 0 .. 255."""
 RESIZED = 256 / 224
-"""Images are resized to this multiple of the classifier's side, which is cut from the centre."""
+"""Images are resized to this multiple of the classifier's input size, then centre-cropped."""
 
 SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/"
 MADE, ALTERED = "trainedAlgorithmicMedia", "compositeWithTrainedAlgorithmicMedia"
@@ -57,7 +58,7 @@ class Hooks:
         return cls(unsafe=unsafe, signer=signer)
 
     def flags(self, image: Pixels) -> bool:
-        """Whether an image is not to be shown."""
+        """Whether an image must not be shown."""
         if self.unsafe is None:
             return False
         flagged = self.unsafe(image)
@@ -65,7 +66,7 @@ class Hooks:
         return flagged
 
     def report(self) -> str | None:
-        """One line on the images since the last report, None without a checker."""
+        """One line about the images since the last report; None without a checker."""
         if self.unsafe is None:
             return None
         line = f"safety checker: {self.flagged} of {self.checked} images flagged"
@@ -85,21 +86,21 @@ def blank(image: Pixels) -> Float[np.ndarray, "h w c"]:
 
 
 def open_checker(path: Path, threshold: float) -> Callable[[Pixels], bool]:
-    """`unsafe(image)` of a classifier in ONNX that is fed as Open NSFW is.
+    """`unsafe(image)` by a classifier in ONNX with the same preprocessing as Open NSFW.
 
-    Its input is (n, size, size, 3), its output (n, classes) of probabilities, the last class being
-    the unsafe one; an image is unsafe from `threshold` on. Raises UserError for another model.
+    Its input is (n, size, size, 3), its output (n, classes) probabilities, of which the last is
+    that of unsafe images, from `threshold` on. Raises UserError for another model.
     """
     onnxruntime = _extra("onnxruntime", "safety", "--safety-checker")
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors alone: it warns of machines it does not know
+    options.log_severity_level = 3  # errors only: it warns about unknown machines
     try:
         session = onnxruntime.InferenceSession(
             path.read_bytes(), options, providers=["CPUExecutionProvider"]
         )
     except OSError as error:
         raise UserError(f"--safety-checker {path}: {error.strerror}.") from error
-    except Exception as error:  # its exceptions have no class of their own in common
+    except Exception as error:  # its exceptions have no common class of their own
         raise UserError(
             f"--safety-checker {path} is not a model that onnxruntime can read: {first_line(error)}"
         ) from error
@@ -114,9 +115,9 @@ def open_checker(path: Path, threshold: float) -> Callable[[Pixels], bool]:
 
 
 def preprocess(image: Pixels, size: int) -> Float[np.ndarray, "size size 3"]:
-    """An image as Open NSFW was trained on it: BGR in 0 .. 255 without the mean.
+    """An image as Open NSFW was trained on: BGR in 0 .. 255, minus the mean.
 
-    It is squashed to a square, and goes through a JPEG file, as the images of its training did.
+    It is squashed to a square and goes through a JPEG file, as the training images did.
     """
     file, resized = io.BytesIO(), round(size * RESIZED)
     picture = to_pil(image).convert("RGB")
@@ -145,10 +146,10 @@ def _input_size(path: Path, session: Any) -> int:
 
 
 class Signer:
-    """Signs image files with a certificate, by the C2PA's standard (spec.c2pa.org).
+    """Signs image files with a certificate, by the C2PA standard (spec.c2pa.org).
 
-    `certificate` is a PEM file with the chain, the signer's own first; `key` one with its private
-    key, without a password. Raises UserError if they do not fit together.
+    `certificate` is a PEM file with the chain, starting with the signer's own; `key` one with its
+    private key, without a password. Raises UserError if they do not match.
     """
 
     def __init__(self, certificate: Path, key: Path):
@@ -166,7 +167,7 @@ class Signer:
     def sign(self, data: bytes, format: outputs.Format, *, command: str) -> bytes:
         """The bytes of an image file with a signed manifest that says what made it.
 
-        No server is asked for the time: a signature is valid as long as its certificate.
+        There is no timestamp from a server: a signature is valid as long as its certificate.
         """
         c2pa, signed = self._c2pa, io.BytesIO()
         no_thumbnail = {"builder": {"thumbnail": {"enabled": False}}}
@@ -195,7 +196,7 @@ def manifest(command: str) -> dict[str, Any]:
 
 
 def _private_key(path: Path, pem: bytes) -> tuple[str, bytes]:
-    """A private key's algorithm, by the C2PA's name, and the key in PKCS #8."""
+    """A private key's algorithm, by its name in C2PA, and the key in PKCS #8."""
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 

@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def sources(path: Path, drawing: Drawing) -> list[np.ndarray | None]:
-    """The image as uint8 (h, w, c) of every stage's size, None for stages larger than it.
+    """The image as uint8 (h, w, c) at every stage's size; None for stages larger than it.
 
     Raises UserError for a file that is not an image, or is smaller than the first stage.
     """

@@ -47,7 +47,7 @@ class Settings(settings.Settings):
 
 
 class Box(NamedTuple):
-    """A cut of an image, in pixels."""
+    """A crop of an image, in pixels."""
 
     top: int
     left: int
@@ -87,7 +87,7 @@ def main() -> None:
 
 
 def read_image_and_mask(image: Path, mask: Path, channels: int) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 (h, w, c), and bool (h, w), True where it is to be drawn again.
+    """uint8 (h, w, c), and bool (h, w), True where it is to be redrawn.
 
     Raises UserError for files that are not images of one size, or a mask without white.
     """
@@ -110,9 +110,10 @@ def read(path: Path, channels: int) -> np.ndarray:
 
 
 def find_box(again: np.ndarray, size: Size) -> Box:
-    """The largest cut of the aspect ratio of `size` that holds all of `again`, near its middle.
+    """The largest crop with the aspect ratio of `size`, placed to contain all of `again`, near its
+    middle.
 
-    Raises UserError if `again` reaches further than such a cut does.
+    Raises UserError if `again` does not fit into such a crop.
     """
     height, width = again.shape
     scale = min(height / size[0], width / size[1])
@@ -138,13 +139,13 @@ def scaled(pixels: np.ndarray, size: Size) -> np.ndarray:
 
 
 def scaled_mask(again: np.ndarray, size: Size) -> np.ndarray:
-    """True for every pixel that has any True below it."""
+    """True for every pixel that covers any True one."""
     picture = Image.fromarray(again.astype(np.float32))
     return np.asarray(picture.resize(size[::-1], Image.Resampling.BOX)) > 0
 
 
 def composed(image: np.ndarray, again: np.ndarray, box: Box, drawn: np.ndarray) -> np.ndarray:
-    """The image as uint8, with what was drawn where `again` is True."""
+    """The image as uint8, with `drawn` where `again` is True."""
     found = image.copy()
     fitted = scaled(to_uint8(drawn), (box.height, box.width))
     box.of(found)[box.of(again)] = fitted[box.of(again)]

@@ -76,14 +76,14 @@ def main() -> None:
 
 
 def places(stops: int, frames: int) -> tuple[np.ndarray, np.ndarray]:
-    """For each frame the stop before it, and how far on the way to the next it is, in [0, 1]."""
+    """For each frame the stop before it, and how far it is on the way to the next, in [0, 1]."""
     at = np.linspace(0, stops - 1, frames)
     before = np.minimum(at.astype(int), stops - 2)
     return before, (at - before).astype(np.float32)
 
 
 def between(embeddings: Embeddings, before: np.ndarray, mix: np.ndarray) -> Embeddings:
-    """Embeddings between a stop and the next, with the tokens of both; at a stop those of it."""
+    """Embeddings between a stop and the next, with the tokens of both; at a stop only its own."""
     embeds, masks = (np.asarray(part) for part in embeddings)
     first, second = masks[before], masks[before + 1]
     t = mix[:, None, None]

@@ -41,7 +41,7 @@ def free_path(folder: epath.Path, prompt: str | None, seed: int, format: Format)
 
 
 def read_file(path: Path) -> bytes:
-    """Raises UserError, with the file's name, for one that is missing or empty."""
+    """Raises UserError, with the file's name, if it is missing or empty."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -52,7 +52,7 @@ def read_file(path: Path) -> bytes:
 
 
 def check_finite(image: Pixels, name: str) -> None:
-    """Raises UserError, in place of a black image, for values that are not finite."""
+    """Raises UserError for values that are not finite, which would give a black image."""
     bad = np.count_nonzero(~np.isfinite(image))
     if bad:
         raise UserError(
@@ -69,11 +69,11 @@ def write_image(
     *,
     sign: Sign | None = None,
 ) -> Image.Image:
-    """An 8-bit image file that carries its recipe, unless that is None; signed by `sign`.
+    """Writes an 8-bit image file with its recipe, unless that is None; signed by `sign`.
 
     A PNG has it as JSON in the chunk `imagen_jax`, and as one line in `parameters`, where other
     programs look for it; JPEG and WebP in the EXIF fields ImageDescription and UserComment.
-    Returns the image at most as large as a grid shows it.
+    Returns the image, reduced to at most the size that a grid shows.
     """
     picture, options = to_pil(image), dict(SAVE_OPTIONS[format])
     if recipe is not None and format == "png":
@@ -98,8 +98,8 @@ def write_animation(
     *,
     sign: Sign | None = None,
 ) -> None:
-    """A GIF or WebP, by the name, that repeats. A GIF has its recipe as a comment in JSON, a WebP
-    as an image has it."""
+    """Writes a looping GIF or WebP, by the file name. A GIF has its recipe as a JSON comment, a
+    WebP as images do."""
     format, options = path.suffix.removeprefix("."), {}
     if recipe is not None and format == "gif":
         options["comment"] = json.dumps(recipe).encode()
@@ -117,7 +117,7 @@ def write_animation(
 def parameters(recipe: Mapping[str, Any]) -> str:
     """The recipe as other programs write it: the prompts, then `Steps: 20, Sampler: ...`.
 
-    Of settings that differ by stage it has the base's; the JSON beside it has all.
+    It has the base's settings if they differ by stage; the JSON beside it has all.
     """
     lines = [recipe["prompt"] or ""]
     if recipe.get("negative_prompt"):
@@ -157,7 +157,7 @@ def _save(
     sign: Sign | None = None,
     **options: Any,
 ) -> None:
-    """In one write, as object stores take it. What JPEG has no place for becomes RGB on white."""
+    """Saves in one write, as object stores need. For JPEG, transparency becomes RGB on white."""
     if format == "jpeg" and picture.mode == "RGBA":
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, picture).convert("RGB")
@@ -174,9 +174,9 @@ def write_grid(
     *,
     per_prompt: int = 1,
 ) -> None:
-    """All images on a page with the prompts below them.
+    """Writes all images on a page with the prompts below them.
 
-    Several of one prompt have a row of their own, with the prompt below the first.
+    Several images of one prompt are in one row, with the prompt below the first.
     """
     cell = int(np.clip(max(images[0].size), *CELLS))
     labels = [p if len(p) <= CAPTION else p[: CAPTION - 1] + "…" for p in prompts or ()]

@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def open_drawing(given: Settings) -> Served:
-    """The cascade, with its weights read. Prints its notes."""
+    """The cascade, with its weights loaded. Prints its notes."""
     drawing = Served.open("serve", given)
     for note in drawing.notes:
         print(note, flush=True)
@@ -81,7 +81,7 @@ def open_drawing(given: Settings) -> Served:
 
 
 def launch(given: Settings, drawing: Served, *, block: bool = True) -> "gr.Blocks":
-    """Starts the server; with `block` until Ctrl-C. Raises UserError if it cannot listen there."""
+    """Starts the server; with `block` until Ctrl-C. Raises UserError if it cannot listen."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     if "GRADIO_TEMP_DIR" not in os.environ:
         os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="imagen-jax-")
@@ -161,7 +161,7 @@ def make_page(drawing: Served, *, num_images: int = 1) -> "gr.Blocks":
 
 
 def settings_fields(drawing: Served, num_images: int) -> dict[str, Any]:
-    """The components that every task reads, by the names in `Ask`; steps as `steps1` and on."""
+    """The components that every task reads, by the names in `Ask`; steps as `steps1` and so on."""
     options, fields = drawing.options, {}
     guided = options["cond_scale"][0] != 1
     with gr.Accordion("Settings", open=True):
@@ -212,7 +212,7 @@ def settings_fields(drawing: Served, num_images: int) -> dict[str, Any]:
 def task_tabs(
     drawing: Served, fields: dict[str, Any]
 ) -> tuple["gr.Tabs", dict[str, Any], dict[str, Any]]:
-    """A tab a task; its button, and the component with its image, by task. Adds to `fields` what
+    """One tab per task; its button and the component with its image, by task. Adds to `fields` what
     only one task reads."""
     last, buttons, sources = drawing.options["stop_at_unet_number"], {}, {}
 
@@ -331,7 +331,7 @@ def connect(
     status: Any,
     stop: Any,
 ) -> None:
-    """Load, select and stop; none of them waits in a queue."""
+    """Connects load, select and stop; none of them waits in a queue."""
 
     def load(name: str | None) -> tuple:
         try:
@@ -345,7 +345,7 @@ def connect(
         return Path(event.value["image"]["path"]).name
 
     def cancel(request: gr.Request) -> Any:
-        found = line.cancel(request.session_hash)  # what is stopped says so itself, in order
+        found = line.cancel(request.session_hash)  # stopped requests report it themselves
         return gr.skip() if found else "There is nothing to stop."
 
     def gone(request: gr.Request) -> None:
@@ -368,7 +368,7 @@ def connect_sending(
     send: dict,
     status: Any,
 ) -> None:
-    """A click sends the chosen result to another task."""
+    """Connects the buttons that send the chosen result to another task."""
 
     def sender(task: str) -> Callable[..., tuple]:
         def sent(name: str | None, session: str | None) -> tuple:
@@ -402,19 +402,19 @@ def gallery_of(folder: Path) -> list[str]:
 
 
 def refreshed(folder: Path) -> tuple[Any, None]:
-    """The gallery, and the chosen result. None is chosen: all have moved by one place."""
+    """The gallery, and the chosen result: none, as all have moved by one place."""
     return gr.Gallery(value=gallery_of(folder), selected_index=None), None
 
 
 def picture(preview: Any) -> Any:
-    """A preview as HTML; None leaves the last."""
+    """A preview as HTML; None keeps the last."""
     if preview is None:
         return gr.skip()
     return f'<img alt="preview" src="{serving.data_url(preview)}">'
 
 
 def escaped(text: str) -> str:
-    """As Markdown that shows the text itself."""
+    """Markdown that shows the text as it is."""
     text = text.replace("\n", "\n\n")
     return "".join(f"&#{ord(c)};" if c in "\\`*_{}[]<>()#+!|~&$" else c for c in text)
 

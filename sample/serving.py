@@ -48,7 +48,7 @@ class Update(NamedTuple):
 
 
 class Cancelled(Exception):
-    """The visitor has stopped the drawing, or gone."""
+    """The visitor has stopped the drawing, or left."""
 
 
 # ---- the queue
@@ -70,7 +70,7 @@ class Line:
         self._most = most
 
     def join(self, owner: str) -> Ticket:
-        """Raises UserError if too many wait."""
+        """Raises UserError if too many are waiting."""
         with self._changed:
             if len(self._tickets) > self._most:
                 raise UserError(f"{self._most} others are waiting: try again in a few minutes.")
@@ -78,7 +78,7 @@ class Line:
             return ticket
 
     def place(self, ticket: Ticket, wait: float = 0.0) -> int:
-        """How many are before it; if any, after a change or `wait` seconds. Raises Cancelled."""
+        """How many are before it; if any, waits `wait` seconds for a change. Raises Cancelled."""
         with self._changed:
             if wait and self._tickets[0] is not ticket and not ticket.cancelled.is_set():
                 self._changed.wait(wait)
@@ -93,7 +93,7 @@ class Line:
             self._changed.notify_all()
 
     def cancel(self, owner: str) -> int:
-        """Stops what a page has asked for, drawn or waiting; returns how many requests."""
+        """Stops a page's requests, running or waiting; returns how many."""
         with self._changed:
             own = [ticket for ticket in self._tickets if ticket.owner == owner]
             for ticket in own:
@@ -107,7 +107,7 @@ class Line:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Served(Drawing):
-    """A `Drawing` whose notes go to the page, and which reads the encoder once for a text."""
+    """A `Drawing` whose notes go to the page, and which encodes each text once."""
 
     notes: list[str] = dataclasses.field(default_factory=list)
     encoded: dict[tuple, tuple] = dataclasses.field(default_factory=dict)
@@ -116,7 +116,7 @@ class Served(Drawing):
         self.notes.append(line)
 
     def encode(self, jobs: Sequence[Job]) -> tuple[Embeddings | None, Embeddings | None]:
-        """All jobs of a request have one prompt."""
+        """All jobs of a request have the same prompt."""
         if not self.config.condition_on_text:
             return None, None
         texts = jobs[0].prompt, jobs[0].negative_prompt
@@ -131,13 +131,13 @@ class Served(Drawing):
         return tuple(part and repeated(part, len(jobs)) for part in self.encoded[texts][0])
 
     def _shared_recipe(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Without what is not a setting."""
+        """Leaves out what is not a setting."""
         left_out = ("on_step", "init_images")
         kept = {name: value for name, value in options.items() if name not in left_out}
         return super()._shared_recipe(kept)
 
     def of_request(self, ask: Ask, folder: Path, first: int) -> "Served":
-        """With the command whose recipe this is, the visitor's folder, and notes of its own."""
+        """For one request: with its command in the recipe, the visitor's folder, and new notes."""
         given = dataclasses.replace(
             self.given, seed=ask.seed, negative_prompt=ask.negative_prompt, out=folder
         )
@@ -148,7 +148,7 @@ def draw(drawing: Served, line: Line, ask: Ask, folder: Path, owner: str) -> Ite
     """Draws into `folder` when it is this request's turn.
 
     Never raises for a mistake: the last update has the line to show. Closing the iterator stops
-    the drawing, after the step it is at.
+    the drawing after the current step.
     """
     ticket, started, written, last = None, False, 0, None
     try:
@@ -189,7 +189,7 @@ def _work(
     notes: list[str],
     events: queue.Queue,
 ) -> None:
-    """Draws in a thread of its own, and says what happens in `events`."""
+    """Draws in its own thread, and reports what happens in `events`."""
     try:
         given = inputs(ask, drawing.config, drawing.given.last_stage(drawing.config))
         own = drawing.of_request(ask, folder, given.first)
@@ -212,7 +212,7 @@ def _work(
 
 
 def _may_preview(drawing: Drawing) -> bool:
-    """A safety checker sees finished images only: nothing is shown before it."""
+    """False with a safety checker: it sees only finished images, and nothing is shown before."""
     return drawing.given.safety_checker is None
 
 
@@ -234,7 +234,7 @@ def listener(ticket: Ticket, events: queue.Queue, count: int, *, previews: bool 
 
 
 def _updates(events: queue.Queue, count: int) -> Iterator[Update]:
-    """Everything that has happened meanwhile as one update. Raises the worker's error."""
+    """Combines all events since the last update into one. Raises the worker's error."""
     status = "Getting ready: new settings are compiled first, which takes a while."
     written = 0
     while True:
@@ -244,7 +244,7 @@ def _updates(events: queue.Queue, count: int) -> Iterator[Update]:
             while not events.empty():
                 happened.append(events.get())
         except queue.Empty:
-            pass  # the same again: a page that is gone is noticed when it is sent something
+            pass  # repeat the last one: only sending something shows that a page is gone
         for event in happened:
             if isinstance(event, BaseException):
                 raise event
@@ -260,7 +260,7 @@ def _updates(events: queue.Queue, count: int) -> Iterator[Update]:
 
 
 def sheet(images: Float[np.ndarray, "n h w c"]) -> Image.Image:
-    """The images side by side, in about a square."""
+    """The images side by side, in roughly a square."""
     tiles = [to_pil(np.nan_to_num(image)).convert("RGB") for image in images]
     columns = int(np.ceil(np.sqrt(len(tiles))))
     factor = max(1, TILE // min(tiles[0].size))
@@ -284,7 +284,7 @@ def data_url(image: Image.Image) -> str:
 
 
 def public(error: BaseException) -> str:
-    """The error in one line for the page: no path of the machine. What is a bug is printed here."""
+    """The error in one line for the page, without the machine's paths. Bugs are printed here."""
     if isinstance(error, UserError):
         return without_paths(str(error))
     if isinstance(error, OSError):
@@ -305,7 +305,7 @@ def without_paths(text: str) -> str:
 
 
 def new_session() -> str:
-    """Names a visitor's folder; who does not know it cannot see it."""
+    """The name of a visitor's folder, which nobody can see without knowing the name."""
     return secrets.token_hex(8)
 
 

@@ -36,7 +36,7 @@ class Settings(Sampling):
     C2PA standard, that a model made them. See docs/hooks.md."""
 
     def say(self, line: str) -> None:
-        """To standard output, or to standard error where that holds JSON alone."""
+        """Prints to standard output, or to standard error with --json."""
         print(line, file=sys.stderr if self.json else sys.stdout, flush=True)
 
     @property

@@ -30,7 +30,7 @@ REPEATED = (
     *("cond_scale", "sampler", "spacing", "eta", "lowres_sample_noise_level", "dtype"),
     *("guidance_interval", "guidance_schedule", "guidance_rescale", "negative_prompt"),
 )
-"""Settings that a recipe holds under their own names."""
+"""Settings that a recipe has under the same names."""
 READ = (
     *("command", "prompt", "seed", "timesteps", "stop_at_unet_number"),
     *("batch_size", "model_hash", "checkpoint", "weights"),
@@ -85,7 +85,7 @@ def draw_again(given: Settings) -> None:
     missing = [name for name in (*REPEATED, *READ) if name not in recipe]
     if missing:
         raise UserError(f"{given.from_image}: its recipe lacks {', '.join(missing)}.")
-    if recipe["spacing"] is None:  # as it was written before spacings of a process had names
+    if recipe["spacing"] is None:  # written before a process's own spacing had a name
         recipe["spacing"] = own_spacing(config)
     drawing = Drawing.open("text_to_image", with_recipe(given, recipe))
     found = drawing.pipeline.model_hash
@@ -103,7 +103,7 @@ def draw_again(given: Settings) -> None:
 
 
 def with_recipe(given: Settings, recipe: dict[str, Any]) -> Settings:
-    """The settings with those of a recipe. Raises UserError for one of another command."""
+    """The settings with those of a recipe. Raises UserError if it is of another command."""
     if recipe["command"] != "text_to_image":
         raise UserError(
             f"{given.from_image} was made by sample.{recipe['command']}, which also read an image: "

@@ -111,7 +111,7 @@ def read_image(given: Settings, stage: Stage) -> np.ndarray:
 
 
 def scale_factor(stage: Stage) -> int:
-    """How much larger the stage's images are. Raises UserError unless that is an integer."""
+    """The stage's upsampling factor. Raises UserError unless it is an integer."""
     ratios = {large / small for large, small in zip(stage.size, stage.lowres.size, strict=True)}
     (ratio, *others) = ratios
     if others or ratio != int(ratio):
@@ -122,7 +122,7 @@ def scale_factor(stage: Stage) -> int:
 
 
 def plan(image: np.ndarray, stage: Stage, overlap: float) -> tuple[np.ndarray, tiling.Tiles]:
-    """The image, padded to at least a tile, and the tiles over the larger one."""
+    """The image, padded to at least one tile, and the tiles of the upsampled image."""
     factor, tile = scale_factor(stage), stage.lowres.size
     padded = tiling.pad(image, tile)
     overlap = tuple(round(side * overlap) for side in tile)

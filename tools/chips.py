@@ -1,4 +1,4 @@
-"""Published numbers of accelerators, and the devices of a topology that need not be there."""
+"""Published numbers of accelerators, and the devices of a topology that need not exist here."""
 
 import dataclasses
 import importlib.util
@@ -17,7 +17,7 @@ GiB, GB = 2**30, 10**9
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What a device can do, by its maker. Arithmetic is in `imagen_jax.flops.PEAKS`."""
+    """A device's numbers, as its maker states them. Arithmetic is in `imagen_jax.flops.PEAKS`."""
 
     kind: str
     """The beginning of its `device_kind`; the longest that fits counts."""
@@ -59,8 +59,8 @@ CHIPS = [
 
 TPUS = ("v4", "v5e", "v5p", "v6e")
 
-# libtpu would ask a metadata server what it runs on, and refuse a second process: no device is
-# used here.
+# Otherwise libtpu would ask a metadata server what it runs on, and refuse a second process; no
+# device is used here.
 _ENVIRONMENT = dict(
     TPU_SKIP_MDS_QUERY="1",
     TPU_ACCELERATOR_TYPE="v5litepod-16",
@@ -101,9 +101,9 @@ def devices(topology: str) -> Sequence[jax.Device]:
 
 
 def chip(device: jax.Device) -> Chip | None:
-    """The published numbers of a device; None for a CPU, and where they are not known here.
+    """The published numbers of a device; None for a CPU, and if they are not known here.
 
-    Of a device that is there the memory is what JAX may use of it (XLA_PYTHON_CLIENT_MEM_FRACTION).
+    For a GPU of this machine, the memory is what JAX may use (XLA_PYTHON_CLIENT_MEM_FRACTION).
     """
     fit = [c for c in CHIPS if device.device_kind.startswith(c.kind)]
     published = max(fit, key=lambda c: len(c.kind), default=None)

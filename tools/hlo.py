@@ -1,11 +1,11 @@
 """The collectives of a compiled program, read from its text.
 
 XLA's text is a list of computations that call each other. A collective runs as often as its
-computation: once in ENTRY, and in a loop as often as the loop goes around, where the text says so
-(it does for scans; a loop whose length is data counts once).
+computation: once in ENTRY, and in a loop as often as the loop iterates, if the text says so (it
+does for scans; a loop whose length depends on data counts once).
 
-libtpu overlaps a collective by writing it several times (start, middle, end), with the number of
-one chain and one channel. These count once.
+libtpu overlaps a collective by writing it several times (start, middle, end), with the same chain
+and channel number. These count once.
 """
 
 import collections
@@ -35,14 +35,14 @@ class Collective:
 
     @property
     def sent(self) -> int | float:
-        """Bytes that each device must send, by the algorithm that sends least."""
+        """Bytes that each device must send, with the algorithm that sends least."""
         share = (self.group - 1) / self.group
         factor = {"all-reduce": 2 * share, "collective-permute": 1}.get(self.kind, share)
         return self.times * self.payload * factor
 
 
 def collectives(text: str, devices: int) -> list[Collective]:
-    """Those of a program's text, compiled for so many devices."""
+    """The collectives in the text of a program compiled for this number of devices."""
     program = _computations(text)
     callers = collections.defaultdict(list)
     for caller, lines in program.items():
@@ -61,7 +61,7 @@ def collectives(text: str, devices: int) -> list[Collective]:
         for number, line in enumerate(lines):
             if runs(name) and _COLLECTIVE.search(line):
                 one = _collective(line, name, runs(name), devices)
-                # Channels alone are not enough: all that shard_map makes have number 1.
+                # Channels are not enough: all those from shard_map have number 1.
                 chain = re.search(r'channel_id=(\d+).*chain_id="(\d+)"', line)
                 key = f"{one.kind}/{chain[1]}/{chain[2]}" if chain else f"{name}/{number}"
                 if key not in found or one.times > found[key].times:
@@ -96,10 +96,10 @@ def _collective(line: str, computation: str, times: int, devices: int) -> Collec
 
 
 def _length(loop: str, program: dict[str, list[str]]) -> int:
-    """How often a loop goes around; 1 if the text does not say."""
+    """How often a loop iterates; 1 if the text does not say."""
     if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop):
         return int(known[1])
-    # libtpu leaves it to the condition: counter < constant, the counter from 0 up.
+    # libtpu gives only the condition: counter < constant, with the counter starting at 0.
     condition, body = (
         "\n".join(program[re.search(rf"\b{role}={_NAME}", loop)[1]])
         for role in ("condition", "body")
@@ -109,7 +109,7 @@ def _length(loop: str, program: dict[str, list[str]]) -> int:
     place = compared and re.search(rf"{re.escape(compared[1])} = .*index=(\d+)", condition)
     if not bound or not place:
         return 1
-    # The counter goes up by a constant of the body, or by one.
+    # The counter increases by a constant in the body, or by one.
     root = re.search(r"ROOT .* tuple\((.*?)\)", body)
     names = re.sub(r"/\*.*?\*/", "", root[1]).split(", ") if root else [""]
     counter = re.escape(names[int(place[1])].strip().lstrip("%")) if root else "none"
@@ -123,7 +123,7 @@ def _constant(name: str, lines: str) -> int | None:
 
 
 def _sizes(types: str) -> list[int]:
-    """Bytes of the arrays of a type, which may be a tuple."""
+    """Bytes of the arrays in a type, which may be a tuple."""
     found = []
     for dtype, dims in re.findall(r"\b(pred|bf16|[sufc]\d+\w*)\[([\d,]*)\]", types):
         bits = 8 if dtype == "pred" else int(re.search(r"\d+", dtype)[0])
@@ -132,7 +132,7 @@ def _sizes(types: str) -> list[int]:
 
 
 def _group(line: str, devices: int) -> int:
-    """Devices of one group, in the three ways that XLA writes groups."""
+    """Number of devices in a group, which XLA writes in three ways."""
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
         return listed[1].count(",") + 1
     if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):

@@ -28,7 +28,7 @@ from tools import chips, hlo, programs, report
 from train.command_line import parse
 from train.settings import Optimization, Settings
 
-LARGEST = 5  # arrays that are named where nothing compiles
+LARGEST = 5  # arrays that are listed if compilation fails
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ def main() -> None:
 
 
 def trace(plan: Plan, settings: Settings, layout: Layout) -> programs.Planned:
-    """The program asked for, as shapes."""
+    """The requested program, traced with shapes."""
     dtype = settings.compute_dtype
     config, number = settings.cascade(), commands.stage_number(plan.unet_number)
     if plan.text:
@@ -99,7 +99,7 @@ def compiled(
     given: dict[str, Any],
     keep: Path | None = None,
 ) -> dict[str, Any]:
-    """Compiles, prints the report, and returns its numbers as JSON holds them."""
+    """Compiles, prints the report, and returns its numbers as JSON-ready values."""
     began = time.perf_counter()
     try:
         executable = planned.traced.lower().compile()
@@ -167,7 +167,7 @@ def findings(
     chip: chips.Chip | None,
     given: dict[str, Any],
 ) -> Iterator[str]:
-    """The report of a program that compiled."""
+    """The report on a program that compiled."""
     parts = planned.argument_bytes()
     yield from report.describe_memory(memory, parts, chip)
     if chip is not None and memory.total > chip.hbm:
@@ -192,7 +192,7 @@ def refused(
     chip: chips.Chip | None,
     given: dict[str, Any],
 ) -> Iterator[str]:
-    """What the compiler said, what is known without it, and what would help."""
+    """The compiler's error, what is known without compiling, and what would help."""
     parts = planned.argument_bytes()
     yield f"\nthe compiler: {first_line(error)}"
     yield "arguments per device: " + ", ".join(
@@ -206,7 +206,7 @@ def refused(
 
 
 def flags(plan: Plan, settings: Settings, layout: Layout) -> dict[str, Any]:
-    """The flags that decide over memory."""
+    """The flags that determine memory use."""
     given = {"mesh": layout.mesh.devices.shape, "rows": settings.rows, "dtype": settings.dtype}
     if not (plan.sample or plan.text):
         for name in ("remat", "accumulate", "optimizer", "moments"):

@@ -1,6 +1,6 @@
-"""The programs that a plan is made for: the train step, a denoising step, T5's encoding.
+"""The programs that can be planned: the train step, a denoising step, T5's encoding.
 
-Each is the project's own function, traced with shapes in place of arrays: nothing is allocated.
+Each is the project's own function, traced with shapes instead of arrays: nothing is allocated.
 """
 
 import collections
@@ -55,7 +55,7 @@ class Planned:
     """Operations of the program as it is."""
 
     def argument_bytes(self) -> dict[str, int]:
-        """Bytes of each part on one device, without what tiles add at the edges."""
+        """Bytes of each part on one device, without the padding of tiles."""
         return {
             name: sum(map(_shard_bytes, jax.tree.leaves(x))) for name, x in self.arguments.items()
         }
@@ -83,9 +83,9 @@ def train_step(stage: Stage, settings: Optimization, layout: Layout) -> Planned:
 
 
 def sampling_step(stage: Stage, batch_size: int, dtype: DTypeLike, layout: Layout) -> Planned:
-    """One step of the compiled loop that `Imagen.sample` runs; guided where there is text.
+    """One step of the compiled loop that `Imagen.sample` runs; guided if there is text.
 
-    Parameters are in the dtype that a loaded cascade keeps them in.
+    Parameters have the dtype in which a loaded cascade keeps them.
     """
     program = sampling.Program(
         stage=stage, dtype=dtype, guided=stage.condition_on_text, sampler=stage.process.sampler
@@ -155,10 +155,10 @@ def text_encoding(batch_size: int, length: int, dtype: DTypeLike, layout: Layout
 
 
 def activations(planned: Planned, layout: Layout) -> list[tuple[int, str]]:
-    """(bytes on one device, what) of the results of products and convolutions, the most first.
+    """(bytes on one device, what) of the results of products and convolutions, largest first.
 
-    For a program that did not compile: read from its trace, arrays of the same shape together, as
-    if all were kept, split over all devices.
+    For a program that did not compile: read from its trace, with arrays of the same shape together,
+    as if all were kept and split over all devices.
     """
     found = collections.Counter(_products(planned.traced.jaxpr.jaxpr))
     return sorted(
@@ -179,7 +179,7 @@ def _products(jaxpr: Jaxpr) -> Iterator[tuple[tuple[int, ...], Any]]:
 
 
 def _batch(stage: Stage, batch_size: int, layout: Layout) -> dict[str, Shape]:
-    """What the data pipeline and the text encoder give."""
+    """What the data pipeline and the text encoder return."""
     rows = layout.rows(batch_size)
     batch = {"images": Shape((batch_size, *stage.sample_shape), jnp.uint8, sharding=rows)}
     if stage.condition_on_text:
@@ -196,7 +196,7 @@ def _key(layout: Layout) -> Shape:
 
 
 def _by_rows(tree: PyTree, layout: Layout) -> PyTree:
-    """Arrays of pictures, or of pairs of them, split by rows."""
+    """Shapes of arrays of pictures, or of pairs of them, split by rows."""
     return jax.tree.map(
         lambda x: Shape(
             x.shape, x.dtype, sharding=layout.rows(x.shape[0]) if x.ndim else layout.replicated

@@ -1,4 +1,4 @@
-"""What a plan found, as numbers and as text for a person."""
+"""What a plan found, as numbers and as text."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from tools.chips import Chip
 from tools.hlo import KINDS, Collective
 
 Moved = dict[str, dict[str, int | float]]
-"""By kind of collective: how many run, and the bytes that each device sends for them."""
+"""For each kind of collective: how many run, and the bytes that each device sends for them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,11 +40,11 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bound:
-    """The least time that a call can take, in seconds of each resource, and what follows.
+    """The least time that a call can take, in seconds of each resource, and what follows from it.
 
     Arithmetic at the chip's bfloat16 peak; memory reads each argument and writes each output once;
-    the network sends what every device must send, over all of its links at once. None is ever
-    reached: each bound is a floor.
+    the network sends what every device must send, over all of its links at once. None of these is
+    ever reached: each is a lower bound.
     """
 
     compute: float
@@ -55,22 +55,22 @@ class Bound:
 
     @property
     def overlapped(self) -> float:
-        """Seconds, if the network works entirely beside the arithmetic."""
+        """Seconds, if communication entirely overlaps with arithmetic."""
         return max(self.compute, self.memory, self.network)
 
     @property
     def in_turn(self) -> float:
-        """Seconds, if it works alone."""
+        """Seconds, if it does not overlap at all."""
         return max(self.compute, self.memory) + self.network
 
     @property
     def utilisation(self) -> tuple[float, float]:
-        """Model FLOP utilisation at most: if nothing overlaps, and if all does."""
+        """Maximum model FLOP utilisation: if nothing overlaps, and if everything does."""
         return self.model / self.in_turn, self.model / self.overlapped
 
     @property
     def network_share(self) -> float:
-        """Of the time in turn."""
+        """The network's share of `in_turn`."""
         return self.network / self.in_turn
 
 
@@ -90,7 +90,7 @@ def moved(collectives: list[Collective]) -> Moved:
 
 
 def size(count: int | float) -> str:
-    """Bytes for a person."""
+    """Bytes as readable text."""
     for power, unit in ((3, "GiB"), (2, "MiB")):
         if count >= 1024**power:
             return f"{count / 1024**power:,.2f} {unit}"
@@ -98,7 +98,7 @@ def size(count: int | float) -> str:
 
 
 def operations(count: int | float) -> str:
-    """Floating-point operations for a person."""
+    """Floating-point operations as readable text."""
     power, unit = next(
         ((p, u) for p, u in ((1e15, "P"), (1e12, "T"), (1e9, "G")) if count >= p), (1e6, "M")
     )
@@ -145,7 +145,7 @@ def describe_bound(bound: Bound, chip: Chip) -> Iterator[str]:
 def advice(
     memory: Memory | None, parts: dict[str, int], chip: Chip, flags: dict[str, Any]
 ) -> Iterator[str]:
-    """What dominates memory, and the flags that would help, the most harmless first."""
+    """What dominates memory, and the flags that would help, the least harmful first."""
     kept = sum(parts.values())
     temporaries = memory.temporaries if memory else max(chip.hbm - kept, 0)
     state_first = kept > temporaries

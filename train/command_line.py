@@ -1,8 +1,8 @@
 """The command line of training, as `Settings`.
 
-What is not given is as the run directory has recorded it (--resume), as the cascade's own run says,
-or as the preset's recipe has it. A few flags decide which, and are read first, so that --help shows
-these defaults too.
+Defaults come from the run directory's record (--resume), from the run that the cascade is from, or
+from the preset's recipe. A few flags decide which, and are read first, so that --help shows these
+defaults too.
 """
 
 import argparse
@@ -25,9 +25,9 @@ from train.settings import SECTIONS, Optimization, Settings, Watching
 
 CONFIG = "config.json"
 PATHS = {"captions_from", "init_from", "continue_from", "embeddings"}
-# What is of one start of a run alone.
+# What belongs to one start of a run only.
 ONE_START = ("resume", "print_config", "profile", "coordinator", "process_id", "num_processes")
-# What the stages of a run have in common: the pictures and their captions.
+# What the stages of a run share: the pictures and their captions.
 SHARED = (
     *(field.name for field in dataclasses.fields(Opening)),
     *("captions_from", "no_captions", "flip", "t5", "embeddings"),
@@ -37,8 +37,8 @@ SHARED = (
 def parse(description: str | None, *more: type, unet_number: str = "1") -> tuple[Any, ...]:
     """The command line as Settings, after one object per dataclass in `more`.
 
-    `unet_number` is the U-Net whose recipe and record give the defaults, where no --unet-number
-    says another. Raises UserError for a run directory that is named and has no cascade.
+    `unet_number` is the U-Net whose recipe and record give the defaults, unless --unet-number names
+    another. Raises UserError if a given run directory has no cascade.
     """
     words = gathered(sys.argv[1:])
     first = _first(words, unet_number)
@@ -61,7 +61,7 @@ def parse(description: str | None, *more: type, unet_number: str = "1") -> tuple
 
 
 def _first(words: Sequence[str], unet_number: str) -> argparse.Namespace:
-    """The flags that decide the defaults of the others. Their mistakes are left to the parser of
+    """The flags that decide the defaults of the others. Mistakes in them are left to the parser of
     all flags."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("preset", "config", "workdir", "init-from", "continue-from"):
@@ -73,13 +73,13 @@ def _first(words: Sequence[str], unet_number: str) -> argparse.Namespace:
 
 
 def _with_dashes(word: str) -> str:
-    """`--init_from=A_B` as `--init-from=A_B`: tyro takes both."""
+    """`--init_from=A_B` as `--init-from=A_B`: tyro accepts both."""
     flag, equals, value = word.partition("=")
     return flag.replace("_", "-") + equals + value if flag.startswith("--") else word
 
 
 def _defaults(first: argparse.Namespace, unet_number: int) -> Settings:
-    """The settings where no other flag is given."""
+    """The settings if no other flag is given."""
     preset = first.preset if first.preset in PRESETS else None
     config = None if first.config is None else Path(first.config)
     workdir = None if first.workdir is None else Path(first.workdir)
@@ -98,8 +98,8 @@ def _defaults(first: argparse.Namespace, unet_number: int) -> Settings:
 
 
 def recorded(run: epath.Path, unet_number: int) -> Settings | None:
-    """The settings that a run directory has recorded for a U-Net, its own cascade among them; None
-    if it has none. What is of one start alone (`ONE_START`) is not among them."""
+    """The settings that a run directory has recorded for a U-Net, including its own cascade, but
+    without what belongs to one start only (`ONE_START`); None if it has none."""
     found = run_config.read_training(run, unet_number)
     if found is None:
         return None
@@ -108,8 +108,8 @@ def recorded(run: epath.Path, unet_number: int) -> Settings | None:
 
 
 def _of_run(run: epath.Path | None, other: str | None) -> dict[str, Any]:
-    """Which cascade, where no flag says it: that of the run directory, with the pictures that its
-    stages were trained on; that of `other`, whose weights it starts from; or the demo's."""
+    """Which cascade to use if no flag names one: that of the run directory, with the pictures that
+    its stages were trained on; that of `other`, whose weights it starts from; or the demo's."""
     if run is not None and (run / CONFIG).exists():
         trained = _values(run_config.read_any_training(run))
         shared = {name: trained[name] for name in SHARED if name in trained}
@@ -117,17 +117,17 @@ def _of_run(run: epath.Path | None, other: str | None) -> dict[str, Any]:
     if other is None:
         return {"preset": "demo"}
     folder = storage.folder(other)
-    run_config.read(folder)  # there is one
+    run_config.read(folder)  # raises if there is none
     return dict(config=Path(folder / CONFIG), preset=_preset(run_config.read_any_training(folder)))
 
 
 def _preset(training: Mapping[str, Any]) -> str | None:
-    """The preset of recorded settings, unless it is none of today's."""
+    """The preset of recorded settings, if it still exists."""
     return training.get("preset") if training.get("preset") in PRESETS else None
 
 
 def _values(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Recorded settings in their types, without what is none of today's."""
+    """Recorded settings in their types, without those that no longer exist."""
     fields = {field.name for field in dataclasses.fields(Settings)}
     values = {name: value for name, value in found.items() if name in fields}
     if isinstance(values.get("data"), str):  # of an older run
@@ -137,8 +137,8 @@ def _values(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _shown(kind: type, defaults: Any, again: bool = False) -> Any:
-    """A section as tyro shows it: flat names, switches without a `--no-` twin, no word `None`
-    where leaving the flag out says it. `again`: a recorded value can be taken back by both."""
+    """A section as tyro shows it: flat names, switches without a `--no-` twin, and no `None` where
+    leaving the flag out means the same. `again`: has both, to undo recorded values."""
     marks = [tyro.conf.OmitArgPrefixes]
     if not again:
         marks.append(tyro.conf.FlagCreatePairsOff)

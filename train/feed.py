@@ -56,8 +56,8 @@ class Feed:
     heldout: Source
     encoder: text.TextEncoder | None
     embeddings: Embeddings | None  # of captions, instead of an encoder
-    text_encoder: text.Identity | None  # of captions, or of stored embeddings if they tell
-    left_out: dict[str, str]  # key or file name -> why it is not trained on, as far as is known
+    text_encoder: text.Identity | None  # of captions, or of stored embeddings if they name it
+    left_out: dict[str, str]  # key or file name -> why it is not trained on, as far as known
     kept: dict[str, list[dict]] = dataclasses.field(default_factory=dict)  # evaluation batches
 
     @classmethod
@@ -72,8 +72,8 @@ class Feed:
         seed: int,
         recorded: text.Identity | None = None,
     ) -> "Feed":
-        """Raises UserError for data that is not there, or an encoder that does not fit, or is not
-        the `recorded` one."""
+        """Raises UserError for data that does not exist, and for an encoder that does not fit or is
+        not the `recorded` one."""
         source = settings.open()
         train, heldout = source.split("train"), source.split("heldout")
         if not len(train):
@@ -170,8 +170,8 @@ class Feed:
         )
 
     def survey(self) -> None:
-        """Looks for records that cannot be used, by their captions and the headers of their
-        images, among the first `SURVEYED`: the rest is found as it is decoded."""
+        """Looks for records that cannot be used, by their captions and the headers of their images,
+        among the first `SURVEYED`: others are found when they are decoded."""
         for source in (self.train, self.heldout):
             for i in range(min(len(source), SURVEYED)):
                 try:
@@ -205,13 +205,13 @@ class Feed:
 
     @property
     def enlarges(self) -> bool:
-        """Whether pictures smaller than the stage are evaluated and drawn: with buckets, which may
-        be smaller too."""
+        """Whether evaluation and samples upsample pictures smaller than the stage: also with
+        buckets, as these may be smaller too."""
         return self.upsample or bool(self.settings.buckets)
 
     @property
     def buckets(self) -> list[Size]:
-        """The sizes of the batches, where they are not all the stage's."""
+        """The sizes of the batches, if they are not all the stage's."""
         return [tuple(map(int, bucket.split("x"))) for bucket in self.settings.buckets]
 
     def stage_of(self, batch: Batch) -> Stage:
@@ -223,7 +223,7 @@ class Feed:
 
     @property
     def reads_captions(self) -> bool:
-        """False for an unconditional cascade, and for records that bring embeddings."""
+        """False for an unconditional cascade, and for records that come with embeddings."""
         return self.encoder is not None or self.embeddings is not None
 
     def _check_captions(self, record: Record) -> None:
@@ -258,9 +258,9 @@ class Feed:
         self.left_out.setdefault(key, reason)
 
     def put(self, batch: dict, batch_size: int, agreement: Agreement) -> Batch:
-        """The rows of all processes as one batch on the devices, their text without most of the
-        padding that all have. Nothing is computed there. The processes must put their batches in
-        one order; `agreement` is on the length."""
+        """The rows of all processes as one batch on the devices, without most of the padding that
+        all texts have. Nothing is computed there. All processes must put their batches in the same
+        order; `agreement` is on the length."""
         images, texts = {"images": batch["images"]}, {}
         if self.config.condition_on_text:
             texts = {name: x for name, x in batch.items() if name != "images"}
@@ -270,8 +270,8 @@ class Feed:
         return self.layout.to_batch(images | texts, batch_size)
 
     def with_embeds(self, batch: Batch) -> Batch:
-        """A batch on the devices with embeddings for its tokens, as long as the network reads them.
-        Pictures stay uint8."""
+        """A batch on the devices with embeddings for its tokens, of the length that the network
+        reads. Pictures stay uint8."""
         network = self.stage.network
         if "tokens" in batch:
             batch = dict(batch)
@@ -287,8 +287,8 @@ class Feed:
         return batch
 
     def evaluation(self, source: Source, count: int) -> Iterator[Batch]:
-        """The first `count` batches, always the same; those of a set smaller than a batch have as
-        many rows as the set, or as the mesh needs at least. Decoded once, where they fit."""
+        """The first `count` batches, always the same. If the set is smaller than a batch, they have
+        as many rows as the set, or the fewest that the mesh needs. Decoded once, if they fit."""
         size = min(self.batch_size, self.layout.split_rows(len(source)))
         agreement = Agreement()
         with contextlib.ExitStack() as stack:
@@ -305,11 +305,11 @@ class Feed:
 
 
 class Ahead(Iterator[Batch]):
-    """The batches of a run on the devices, each made by a thread while the one before is used.
+    """The batches of a run on the devices, each made by a thread while the previous one is used.
 
-    The thread decodes, tokenises and copies, and starts no computation: of several processes all
-    must start theirs in one order, which the training loop alone keeps. `waited` are the seconds
-    that the loop has waited for batches. Use it as a context.
+    The thread decodes, tokenises and copies, but starts no computation: all processes must start
+    theirs in the same order, which only the training loop ensures. `waited` is the number of
+    seconds that the loop has waited for batches. Use it as a context.
     """
 
     def __init__(self, feed: Feed, batches: Iterator[dict]):
@@ -333,13 +333,13 @@ class Ahead(Iterator[Batch]):
         return self
 
     def __exit__(self, *_) -> None:
-        # The batch that is being made is finished: other processes may wait for its length.
+        # Finishes the batch that is being made: other processes may wait for its length.
         self._thread.shutdown()
 
 
 @functools.cache
 def _padding(layout: Layout, length: int) -> Callable[[Batch], Batch]:
-    """Arrays of a batch with zeros behind their second axis, up to `length`."""
+    """A function that pads the second axis of a batch's arrays to `length` with zeros."""
 
     def pad(arrays: Batch) -> Batch:
         return {
@@ -353,8 +353,8 @@ def _padding(layout: Layout, length: int) -> Callable[[Batch], Batch]:
 def _stored(
     config: ImagenConfig, stage: Stage, folder: Path
 ) -> tuple[Embeddings, text.Identity | None]:
-    """The embeddings of a folder, as the stage reads them, and whose they are. Raises UserError if
-    the cascade reads others."""
+    """The embeddings in a folder, as the stage reads them, and the encoder that made them. Raises
+    UserError if the cascade needs others."""
     embeddings = Embeddings.open(folder, padding=isinstance(stage.network, IFUnetConfig))
     form = embeddings.form
     if form.width != config.text_embed_dim:
@@ -371,7 +371,7 @@ def _stored(
 
 
 def _chosen(source: Source, settings: Data) -> Source:
-    """With the captions of `--captions-from`, and no more than `--limit`."""
+    """The records with captions of `--captions-from`, and no more than `--limit`."""
     if settings.captions_from is not None:
         captions = read_lines(settings.captions_from)
         if not captions:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a question the loop asks between two steps."""
+"""Ctrl-C and SIGTERM, which the loop checks for between two steps."""
 
 import collections
 import contextlib
@@ -11,18 +11,18 @@ import jax
 
 from imagen_jax.sharding import Layout
 
-DELAY = 2  # steps after which processes look at each other's answers, so that none of them waits
+DELAY = 2  # steps after which processes read each other's answers, so that none of them waits
 
 
 class Stopped(Exception):
-    """A signal was heard in the middle of something that can be done again."""
+    """A signal arrived in the middle of something that can be done again."""
 
 
 class Interrupt:
     """While entered, the first SIGINT or SIGTERM is noted; a second one acts as usual.
 
-    `received` is the one that this process has heard, `stopped_by` the one that all processes stop
-    at.
+    `received` is the signal that this process has received, `stopped_by` the one for which all
+    processes stop.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -38,8 +38,8 @@ class Interrupt:
         return self
 
     def ask(self) -> str | None:
-        """Sets `stopped_by`, and returns it. Ask once a step: of several processes each may hear a
-        signal at another moment, or only one of them, and all must stop after the same step."""
+        """Sets `stopped_by` and returns it. Call it once per step: processes may receive a signal
+        at different times, or only one of them may, and all must stop after the same step."""
         if jax.process_count() == 1:
             self.stopped_by = self.received
             return self.stopped_by
@@ -50,14 +50,14 @@ class Interrupt:
         return self.stopped_by
 
     def listen(self, *_) -> None:
-        """Raises Stopped if a signal was heard: for what can be done again."""
+        """Raises Stopped if a signal has arrived: for what can be done again."""
         if self.ask() is not None:
             raise Stopped
 
     @contextlib.contextmanager
     def kept_from_children(self) -> Iterator[None]:
-        """Processes started inside never hear these signals, which a terminal sends to all (Slurm
-        too): they work on until this one ends them. This one hears them when it comes out."""
+        """Processes started inside never receive these signals, which a terminal sends to all (as
+        does Slurm): they keep working until this one ends them. It gets the signals at the end."""
         resource_tracker.ensure_running()  # started inside, it would lift the block
         before = signal.pthread_sigmask(signal.SIG_BLOCK, self.SIGNALS)
         try:

@@ -1,6 +1,6 @@
-"""What a run says of itself: what is about to be trained, metrics, and a profile on request.
+"""What a run reports: what is about to be trained, metrics, and a profile on request.
 
-Metrics are lines of RUN/metrics.jsonl, always; TensorBoard and Weights & Biases on request.
+Metrics are always written to RUN/metrics.jsonl; to TensorBoard and Weights & Biases on request.
 """
 
 import contextlib
@@ -25,23 +25,23 @@ from train.feed import Feed
 from train.optimizer import learning_rate
 from train.settings import Optimization
 
-FEW = 32  # held-out pictures: the loss of fewer says little of a set
-NAMED = 3  # pictures that a line of what is left out names
-AHEAD = 2  # steps that may wait on the device: enough to keep it busy, and Ctrl-C is heard soon
+FEW = 32  # held-out pictures: the loss of fewer says little about a set
+NAMED = 3  # pictures named in a line about what is left out
+AHEAD = 2  # steps that may wait on the device: enough to keep it busy, few enough for a fast Ctrl-C
 UPLOAD_EVERY = 30.0  # seconds between uploads of metrics to an object store
 WARM_UP = 3  # steps before a profile: the first compiles, and its leftovers are done by then
 
 
 def drifts(stage: Stage) -> bool:
-    """Whether it is memory-efficient super-resolution that predicts noise."""
+    """Whether a stage is memory-efficient super-resolution that predicts noise."""
     predicts_noise = getattr(stage.process, "objective", None) == "noise"
     efficient = getattr(stage.network, "memory_efficient", False)
     return stage.lowres is not None and predicts_noise and efficient
 
 
 def announce(feed: Feed, run: epath.Path, settings: str, *, resumed: bool) -> None:
-    """Prints what is about to be trained, on what, where and how (`Settings.describe`); whether a
-    run is resumed."""
+    """Prints what is about to be trained, on what, where and how (`Settings.describe`), and whether
+    a run is resumed."""
     stage = feed.stage
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(nn.abstract(stage.network)[1]))
     size = f"{show(stage.size)} pixels"
@@ -86,8 +86,8 @@ def report_left_out(
     known: Set[str] = frozenset(),
 ) -> None:
     """Prints how many files and pictures are left out, by reason, except for those `known`, and
-    writes all of them to RUN/unetN-skipped.jsonl, below those that are there already if a run is
-    `resumed`. Of many processes only one does."""
+    writes all of them to RUN/unetN-skipped.jsonl, after those that are there already if a run is
+    `resumed`. Only one of several processes does this."""
     reasons: dict[str, list[str]] = {}
     for name in sorted(left_out.keys() - known):
         reasons.setdefault(left_out[name].partition(":")[0], []).append(shown(name))
@@ -111,8 +111,9 @@ def report_left_out(
 class Metrics:
     """Writes one line per `write` to RUN/metrics.jsonl. Use it as a context.
 
-    An object store, which cannot append, gets a file of this start alone, metrics-unetN-TIME.jsonl,
-    every `UPLOAD_EVERY` seconds and at the end. Of many processes only the one that talks writes.
+    An object store, which cannot append, gets a file for this start only, metrics-unetN-TIME.jsonl,
+    every `UPLOAD_EVERY` seconds and at the end. Of several processes only the one that prints also
+    writes.
     """
 
     def __init__(
@@ -142,7 +143,7 @@ class Metrics:
         self.path = run / "metrics.jsonl"
         torn = self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n")
         self.file = self.path.open("a")
-        if torn:  # by a process that was killed as it wrote; another may be writing now
+        if torn:  # by a process killed while writing; another may be writing now
             self.file.write("\n")
 
     def write(self, step: int, kind: str, values: Mapping[str, float | None]) -> None:
@@ -171,7 +172,7 @@ class Metrics:
             self.upload()
 
     def upload(self) -> None:
-        """To an object store: all lines of this start."""
+        """Writes all lines of this start to an object store."""
         if self.talks and self.file is None and self.lines:
             storage.write_text(self.path, "".join(self.lines))
             self.uploaded = time.monotonic()
@@ -206,8 +207,8 @@ def read(run: str | os.PathLike) -> Iterator[dict[str, Any]]:
 class Window:
     """Metrics of the steps since the last line, fetched from the device all at once.
 
-    `measured` are those that an interrupted run had of them already: a line is the mean of the same
-    steps then. `ideal_seconds` is what a step would take at the peak of the devices, where that is
+    `measured` are those that an interrupted run already had, so that a line is the mean of the same
+    steps. `ideal_seconds` is how long a step would take at the peak of the devices, if that is
     known.
     """
 
@@ -221,7 +222,7 @@ class Window:
         self.learning_rate = learning_rate(settings)
         self.measured = list(measured)
         self.waiting: list[tuple[int, dict]] = []
-        self.waited_for_data = 0.0  # seconds in all, as the loop counts them
+        self.waited_for_data = 0.0  # total seconds, as the loop counts them
         self._restart_clock()
 
     def _restart_clock(self) -> None:
@@ -236,7 +237,7 @@ class Window:
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Leaves what is done inside out of the speed."""
+        """Leaves the time spent inside out of the speed."""
         if self.waiting:
             jax.block_until_ready(self.waiting[-1][1])
         paused = time.perf_counter()
@@ -244,9 +245,9 @@ class Window:
         self.began += time.perf_counter() - paused
 
     def fetch(self) -> list[dict[str, float]]:
-        """The measurements since the last line; what a checkpoint keeps of them.
+        """The measurements since the last line, as a checkpoint keeps them.
 
-        ValueError names the first step with a loss or gradient that is not finite.
+        Raises ValueError that names the first step with a loss or gradient that is not finite.
         """
         numbers = [step for step, _ in self.waiting]
         fetched = jax.device_get([measured for _, measured in self.waiting])
@@ -263,8 +264,8 @@ class Window:
         return list(self.measured)
 
     def line(self, step: int) -> dict[str, float | None]:
-        """Means; of those steps that this process has taken the speed, and the share of the time
-        that the loop waited for data."""
+        """Means; for the steps of this process also the speed, and the share of the time that the
+        loop waited for data."""
         measured = self.fetch()
         seconds = time.perf_counter() - self.began
         values = {name: float(np.mean([m[name] for m in measured])) for name in measured[0]}
@@ -277,21 +278,21 @@ class Window:
         return values
 
     def restart(self) -> None:
-        """After a line: the next one is of the steps to come."""
+        """Call it after a line: the next one is about the steps that follow."""
         self.measured = []
         self._restart_clock()
 
 
 class Profile:
-    """`--profile STEPS`: a trace of so many steps, from the fourth on, for xprof (`xprof
-    RUN/profile`, TensorBoard). Use it as a context; None: never."""
+    """`--profile STEPS`: a trace of this many steps, from the fourth on, for xprof (`xprof
+    RUN/profile`, TensorBoard). Use it as a context. None: no trace."""
 
     def __init__(self, folder: epath.Path, steps: int | None):
         self.folder, self.steps = folder, steps
         self.seen, self.running = 0, False
 
     def after(self, step: int, measured: Any) -> None:
-        """Tell it of every step, with what the step returns."""
+        """Call it after every step, with what the step returns."""
         if self.steps is None:
             return
         self.seen += 1

@@ -1,11 +1,11 @@
-"""The training loop: restore, step, measure, save; stopped by a signal, it resumes exactly.
+"""The training loop: restore, step, measure, save; after a signal it can be resumed exactly.
 
 Everything that a step depends on is a function of the seed and the step number: the batch, the
 noise, the learning rate. So a checkpoint is the train state, its step, and what was measured since
 the last line of metrics.
 
-`run` takes the flags apart and opens what a step needs: the run directory, the pictures, the state.
-From there on every part has its own section of the settings, or plain values.
+`run` splits the settings and opens what a step needs: the run directory, the pictures, the state.
+From there on every part gets its own section of the settings, or plain values.
 """
 
 import contextlib
@@ -34,10 +34,10 @@ from train.step import make_train_step, step_flops
 
 
 def run(settings: Settings, unet_number: int, layout: Layout | None = None) -> bool:
-    """Trains to `settings.steps`. Returns False if a signal stopped it before, all saved.
+    """Trains to `settings.steps`. Returns False if a signal stopped it earlier, with all saved.
 
-    `layout` replaces `settings.mesh`. Raises ValueError for mistaken settings, and when the loss
-    is not finite.
+    `layout` replaces `settings.mesh`. Raises ValueError for wrong settings, and if the loss is not
+    finite.
     """
     config = settings.cascade()
     if settings.print_config:
@@ -120,12 +120,12 @@ class Trainer:
     interrupt: Interrupt
 
     def train(self, start: Start) -> int:
-        """The step at which it ended, saved: the last one, or where a signal stopped it."""
+        """Trains; returns the step at which it ended and saved: the last, or that of a signal."""
         stage, layout, state = self.feed.stage, self.feed.layout, start.state
         key = stream(layout.key(self.feed.seed), "train", stage.unet_number)
         step = int(state.step)
         wanted = due(self.watching, step, last=step == self.steps)
-        if step:  # a fresh run may have another's lines before it
+        if step:  # lines for step 0 may be those of another run
             wanted = self.run.missing(wanted, step)
         self.preview(wanted, state, step)
         with (
@@ -175,7 +175,7 @@ class Trainer:
             self.checkpoints.save(step, state, window.fetch())
 
     def preview(self, wanted: set[str], state: TrainState, step: int) -> None:
-        """Evaluates and draws, unless a signal is heard: a resumed run makes up for it."""
+        """Evaluates and draws, unless a signal arrives: a resumed run then does it instead."""
         if self.interrupt.stopped_by is None:
             with contextlib.suppress(Stopped):
                 self.previews.make(wanted, state.ema, step, self.listen)
@@ -210,14 +210,14 @@ def _trained_stage(config: ImagenConfig, unet_number: int) -> Stage:
 
 
 def _finished(run: RunDir, watching: Watching, steps: int) -> bool:
-    """Whether all steps are there, and all that is due at the last of them."""
+    """Whether all steps are done, and all that is due at the last of them."""
     if run.complete is None or run.complete < steps:
         return False
     return not run.missing(due(watching, run.complete, last=run.complete == steps), run.complete)
 
 
 def _ideal_seconds(stage: Stage, optimization: Optimization, layout: Layout) -> float | None:
-    """What a step would take at the peak of the devices, if that is known."""
+    """How long a step would take at the peak of the devices, if that is known."""
     devices = layout.mesh.devices.flat
     peak = flops.peak(devices[0].device_kind, optimization.compute_dtype)
     return peak and step_flops(stage, optimization) / (peak * len(devices))
@@ -226,8 +226,8 @@ def _ideal_seconds(stage: Stage, optimization: Optimization, layout: Layout) -> 
 def _report(
     run: RunDir, feed: Feed, step: int | None, stopped_by: str | None, announced: set[str]
 ) -> bool:
-    """Says what was left out on the way, and how to resume after a signal: then False. `step` is
-    the last one that was saved."""
+    """Prints what was left out during the run and, after a signal, how to resume; then returns
+    False. `step` is the last one that was saved."""
     found = {name: why for name, why in feed.left_out.items() if name not in announced}
     for text in distributed.gather(json.dumps(found)):
         for name, reason in json.loads(text).items():

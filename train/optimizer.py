@@ -11,15 +11,15 @@ from imagen_jax.types import PRNGKey
 from train.settings import Optimization
 
 NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5
-"""Muon's iterations, with the coefficients that are optax's default. Given one by one they become a
-loop of the program; otherwise it holds all five of each kernel, compiles for nearly twice as long,
-and takes 1.5 to 2 times as long on a CPU (benchmarks/README.md)."""
+"""Muon's iterations, with optax's default coefficients. Given one by one they become a loop in the
+program; otherwise all five are unrolled for each kernel, which takes nearly twice as long to
+compile, and 1.5 to 2 times as long to run on a CPU (benchmarks/README.md)."""
 
 
 def learning_rate(settings: Optimization) -> optax.Schedule:
-    """lr * min(1, (k + 1) / warmup_steps), times a cosine from 1 at step 0 to 0 where asked for.
+    """lr * min(1, (k + 1) / warmup_steps), times a cosine from 1 at step 0 to 0 if requested.
 
-    The reference's `ImagenTrainer`, except that its cosine rises again after
+    As in the reference's `ImagenTrainer`, except that its cosine rises again after
     `cosine_decay_max_steps`; ours stays at 0.
     """
     decay = (
@@ -46,7 +46,7 @@ def make_optimizer(settings: Optimization) -> optax.GradientTransformation:
         optimizer = optax.adafactor(lr, multiply_by_parameter_scale=False)
     if settings.moments == "bfloat16":
         optimizer = in_bfloat16(optimizer)
-    # Either has an empty state, so a run may be resumed with and without.
+    # Both have an empty state, so that a run may be resumed with or without clipping.
     clip = optax.identity()
     if settings.max_grad_norm is not None:
         clip = optax.clip_by_global_norm(settings.max_grad_norm)
@@ -54,10 +54,10 @@ def make_optimizer(settings: Optimization) -> optax.GradientTransformation:
 
 
 def matrices(params: PyTree) -> PyTree:
-    """How Muon sees each kernel between two hidden layers: input rows, output columns.
+    """How Muon sees each kernel between two hidden layers: with input rows and output columns.
 
-    Adam (in Nesterov's form, as Muon) steps the rest: gains, biases, tables, and the first and the
-    last convolution.
+    Adam (in Nesterov's form, like Muon) updates the rest: gains, biases, tables, and the first and
+    the last convolution.
     """
 
     def matrix(path, x):
@@ -70,10 +70,10 @@ def matrices(params: PyTree) -> PyTree:
 
 
 def in_bfloat16(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The same, its averages kept in half the memory and computed in float32.
+    """The same optimiser, with moments stored in half the memory and computed in float32.
 
-    They are rounded up or down at random, in proportion. To the nearest, an average would stay
-    where it is: bfloat16 has 8 bits, and a step moves it by less than one part in 256.
+    They are rounded stochastically. If they were rounded to nearest, they would not move: bfloat16
+    has 8 bits of precision, and a step moves a moment by less than one part in 256.
     """
 
     def init(params):
@@ -98,13 +98,13 @@ def in_bfloat16(optimizer: optax.GradientTransformation) -> optax.GradientTransf
 
 
 def _kept(path: tuple, x: Array) -> DTypeLike:
-    """Averages in bfloat16; counts, and the coefficients in Muon's state, as they are."""
+    """bfloat16 for moments; counts, and the coefficients in Muon's state, keep their dtype."""
     is_average = x.dtype == jnp.float32 and x.ndim and getattr(path[-1], "name", "") != "ns_coeffs"
     return jnp.bfloat16 if is_average else x.dtype
 
 
 def round_at_random(x: Float[Array, "*s"], key: PRNGKey) -> BFloat16[Array, "*s"]:
-    """To bfloat16, up with the probability that makes the mean exact."""
+    """Stochastic rounding to bfloat16: up with the probability that makes the mean exact."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     bits = bits + (_scrambled(key, x.shape) >> 16)
     truncated = jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32)
@@ -112,9 +112,9 @@ def round_at_random(x: Float[Array, "*s"], key: PRNGKey) -> BFloat16[Array, "*s"
 
 
 def _scrambled(key: PRNGKey, shape: tuple[int, ...]) -> UInt32[Array, "*s"]:
-    """32 bits an element: its place and the key through two rounds of an integer hash (lowbias32,
-    nullprogram.com/blog/2018/07/31). Good enough to round with, and a tenth of threefry's
-    arithmetic. A function of the place alone, so the same however the array is split."""
+    """32 bits per element: its index and the key through two rounds of an integer hash (lowbias32,
+    nullprogram.com/blog/2018/07/31). Good enough for rounding, at a tenth of threefry's arithmetic.
+    A function of the index and the key only, so the same however the array is sharded."""
     x, stride = jnp.zeros(shape, jnp.uint32), 1
     for axis in reversed(range(len(shape))):
         place = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
@@ -145,7 +145,7 @@ def ema_decay(step: Int[Array, ""], settings: Optimization) -> Float[Array, ""]:
 def update_ema(ema: PyTree, params: PyTree, decay: Float[Array, ""]) -> PyTree:
     """decay * ema + (1 - decay) * params; exactly `ema` where decay is 1.
 
-    Selected element by element, in the loops that update the parameters. A conditional would stand
-    between the two, and pass complete trees.
+    Selected element by element, in the loops that update the parameters. A conditional would
+    separate the two updates, and pass complete trees.
     """
     return jax.tree.map(lambda e, p: jnp.where(decay < 1, p + decay * (e - p), e), ema, params)

@@ -1,7 +1,7 @@
-"""Evaluation during training: the loss on fixed noise, a grid of samples, a test of language.
+"""Evaluation during training: the loss on fixed noise, a grid of samples, a composition test.
 
-All are of the averaged weights, and the same for the same weights: an interrupted one is done
-again by the run that resumes.
+All use the averaged weights, and give the same for the same weights: if one is interrupted, the
+resumed run does it again.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ SHOWN = 8
 
 
 def due(settings: Watching, step: int, *, last: bool) -> set[str]:
-    """What is to be looked at after a step: "evaluation", "samples", "composition"."""
+    """What is due after a step: "evaluation", "samples", "composition"."""
     found = set()
     if settings.eval_every and (last or step % settings.eval_every == 0):
         found.add("evaluation")
@@ -46,7 +46,7 @@ def due(settings: Watching, step: int, *, last: bool) -> set[str]:
 
 
 def check_captions(settings: Watching, feed: Feed) -> None:
-    """Raises UserError if the captions of the test of language cannot be drawn."""
+    """Raises UserError if the captions of the composition test cannot be drawn."""
     if not settings.compose_every:
         return
     if not feed.reads_captions or feed.config.channels != 3:
@@ -59,7 +59,7 @@ def check_captions(settings: Watching, feed: Feed) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Previews:
-    """Evaluates and draws. `listen` is called on the way, and may raise to stop it."""
+    """Evaluates and draws. `listen` is called meanwhile, and may raise to stop it."""
 
     run: RunDir
     feed: Feed
@@ -74,7 +74,7 @@ class Previews:
     def make(
         self, wanted: set[str], params: Params, step: int, listen: Callable[..., None]
     ) -> None:
-        """`wanted` are some of those that are `due`."""
+        """`wanted` is a subset of what is `due`."""
         if "evaluation" in wanted:
             self.evaluate(params, step, listen)
         if "samples" in wanted:
@@ -121,8 +121,8 @@ class Previews:
         storage.write_bytes(path, file.getvalue())
 
     def compose(self, params: Params, step: int, progress: Progress) -> None:
-        """What the U-Net draws right of captions that were held out, and of seen ones, by kind and
-        by relation."""
+        """How much of held-out captions, and of seen ones, the U-Net draws right, by kind and by
+        relation."""
         values = {}
         for kind in scenes.KINDS:
             chosen = scenes.examples(kind, self.settings.compose_images)
@@ -148,7 +148,7 @@ class Previews:
             )
 
     def _given(self, records: Sequence[Record], real: AnyArray) -> sampling.Given:
-        """What the samples are conditioned on: the records' text, and their pictures shrunk."""
+        """What the samples are conditioned on: the records' text and downsampled pictures."""
         feed, given = self.feed, sampling.Given()
         if feed.stage.condition_on_text:
             embeds, masks = feed.embeds(records)

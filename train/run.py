@@ -5,8 +5,8 @@
     with run.checkpoints(record, keep=...) as checkpoints:  from here on it is written to
         checkpoints.save(step, state, measured)
 
-`record` are the settings as config.json and every checkpoint keep them. imagen_jax/checkpoint.py
-has the layout on disk.
+`record` is the settings as config.json and every checkpoint keep them. See
+imagen_jax/checkpoint.py for the layout on disk.
 """
 
 import contextlib
@@ -43,28 +43,28 @@ TREES = ("params", "ema", "opt_state")
 
 OPTIMIZER = ("optimizer", "moments")
 
-# What decides which pictures and which noise a step meets, and what the optimiser remembers.
+# What decides which pictures and which noise a step uses, and the optimiser's state.
 SAME = (
     *("seed", "batch_size", "limit", "heldout_fraction"),
     *("flip", "crop", "small", "buckets"),
     *OPTIMIZER,
 )
-# The same of the data itself, wherever it is stored: how many pictures, and a hash of which.
+# The same for the data itself, wherever it is stored: the number of pictures, and a hash of them.
 MEASURED = {
     "pictures": "the number of pictures",
     "content": "the hash of the pictures",
     "weights_of_sets": "the weights of the sets",
 }
 
-# Of this start alone, or printed elsewhere: not what a run is.
+# Belong to this start only, or are printed elsewhere: not part of what a run is.
 PASSING = ("workdir", "resume", "print_config", "preset", "config", "init_from",
            "continue_from", "profile",
            "coordinator", "process_id", "num_processes")  # fmt: skip
 
-# What an evaluation leaves in metrics.jsonl, its last line.
+# The last line of each evaluation in metrics.jsonl, by its kind.
 LINES = {"evaluation": "eval/train", "composition": "eval/composition"}
 
-# How TensorStore, which raises ValueError for a failing disk or store too, begins its messages.
+# How messages from TensorStore start, which raises ValueError for a failing disk or store too.
 STORAGE = re.compile(
     r"os_error_code=|(UNKNOWN|CANCELLED|DEADLINE_EXCEEDED|NOT_FOUND|PERMISSION_DENIED|RESOURCE_EXHAUSTED|ABORTED|"
     r"FAILED_PRECONDITION|UNIMPLEMENTED|INTERNAL|UNAVAILABLE|DATA_LOSS|UNAUTHENTICATED): "
@@ -88,15 +88,15 @@ class RunDir:
     path: epath.Path
     config: ImagenConfig
     stage: Stage
-    newest: int | None = None  # step, as the directory was opened
+    newest: int | None = None  # newest step when the directory was opened
     complete: int | None = None  # the newest complete step
 
     @classmethod
     def open(
         cls, path: str | os.PathLike, config: ImagenConfig, stage: Stage, *, resume: bool
     ) -> "RunDir":
-        """Raises ValueError if it holds another cascade, or steps that are not to be resumed, or if
-        the processes do not all see the same steps. It need not exist."""
+        """Raises ValueError if it has another cascade, or steps without `resume`, or if the
+        processes do not all see the same steps. It need not exist."""
         path = storage.folder(path)
         run_config.check(path, config)
         number = stage.unet_number
@@ -118,11 +118,11 @@ class RunDir:
 
     @property
     def folder(self) -> str:
-        """Of the stage's checkpoints, for a person."""
+        """The folder of the stage's checkpoints, for messages."""
         return f"{self.path}/unet{self.stage.unet_number}"
 
     def metrics(self, settings: Watching, record: Record) -> log.Metrics:
-        """The writer of its metrics, a context."""
+        """A context that writes the run's metrics."""
         return log.Metrics(
             self.path,
             self.stage.unet_number,
@@ -132,11 +132,11 @@ class RunDir:
         )
 
     def picture_path(self, step: int) -> epath.Path:
-        """Of the samples drawn after a step."""
+        """The file for samples drawn after a step."""
         return self.path / "samples" / f"unet{self.stage.unet_number}-{step:07d}.png"
 
     def missing(self, due: set[str], step: int) -> set[str]:
-        """Of what was due at a step, what an interrupted run has not left; as process 0 sees it."""
+        """What was due at a step but an interrupted run has not written, as process 0 sees it."""
         here = dict(unet=self.stage.unet_number, step=step)
         lines = [line for line in log.read(self.path) if here.items() <= line.items()]
         left = {line.get("kind") for line in lines}
@@ -155,7 +155,7 @@ class RunDir:
         init_from: str | os.PathLike | None,
         continue_from: str | os.PathLike | None = None,
     ) -> Start:
-        """Its own saved state where it has one, another run's, or that before the first step."""
+        """The run's saved state if it has one, another run's, or that before the first step."""
         if self.newest is not None:
             return self.resume(optimization, layout, record)
         if continue_from is not None:
@@ -163,11 +163,11 @@ class RunDir:
         return self.begin(optimization, layout, seed=seed, init_from=init_from)
 
     def resume(self, optimization: Optimization, layout: Layout, record: Record) -> Start:
-        """The newest state that can be read, saved on whatever mesh, placed on this one.
+        """The newest state that can be read, saved on any mesh and placed on this one.
 
-        Prints which settings have changed. Damaged and incomplete steps are named, and renamed once
-        an older one is read. Raises UserError unless `record` continues what was recorded there,
-        and if no step can be read.
+        Prints which settings have changed. Damaged and incomplete steps are reported, and renamed
+        once an older one is read. Raises UserError unless `record` continues what was recorded
+        there, and if no step can be read.
         """
         damaged, number = [], self.stage.unet_number
         incomplete = checkpoint.incomplete(self.path, number)
@@ -195,8 +195,9 @@ class RunDir:
     def go_on(
         self, optimization: Optimization, layout: Layout, record: Record, run: str | os.PathLike
     ) -> Start:
-        """The newest complete state of another run of the same network, for other pictures, another
-        batch size or rate. Prints what is another now. Raises UserError for another optimiser."""
+        """The newest complete state of another run of the same network, to continue with other
+        pictures, another batch size or learning rate. Prints what has changed. Raises UserError for
+        another optimiser."""
         other = dataclasses.replace(self, path=storage.folder(run))
         _check_network(other.path, self.config, self.stage, "--continue-from")
         step = checkpoint.latest_step(other.path, self.stage.unet_number)
@@ -293,15 +294,15 @@ class Checkpoints:
     newest: int | None = None  # the last step whose writing started
 
     def save(self, step: int, state: TrainState, measured: list[dict[str, float]]) -> None:
-        """Starts to write a step, once the one before is complete."""
-        self.wait()  # its failure is that of the step before
+        """Starts to write a step, once the previous one is complete."""
+        self.wait()  # a failure here is of the previous step
         self.newest = step
         trees = {name: getattr(state, name) for name in TREES}
         meta = {"step": step, "settings": self.record, "measured": measured}
         self._writing(lambda: self.writer.save(step, trees, meta))
 
     def wait(self) -> None:
-        """Until all is on disk."""
+        """Waits until all is on disk."""
         self._writing(self.writer.wait)
 
     def poll(self) -> None:
@@ -309,7 +310,7 @@ class Checkpoints:
         self._writing(self.writer.poll)
 
     def _writing(self, write: Callable[[], None]) -> None:
-        """A failed write (a full disk, say) in one line; complete checkpoints stay as they are."""
+        """Reports a failed write (such as a full disk) in one line; complete checkpoints remain."""
         try:
             write()
         except (OSError, ValueError) as error:
@@ -323,7 +324,7 @@ class Checkpoints:
 
 
 def _reason(error: Exception) -> str:
-    """The system's own words where TensorStore wraps them in paths, else the first line."""
+    """The system's own message if TensorStore wraps it in paths, else the first line."""
     found = re.search(r": ([^:]+) \[os_error_code=", str(error))
     return found[1] if found else first_line(error)
 
@@ -348,8 +349,8 @@ def _check_continues(saved: Record, record: Record, names: Sequence[str]) -> Non
 
 
 def changes(saved: Record, record: Record, more: Sequence[str] = ()) -> list[str]:
-    """What differs between the settings of a saved step and those of now, a line each; of those
-    that must not in a run that is resumed, `more`."""
+    """The differences between the settings of a saved step and the current ones, a line each. Of
+    settings that must not differ when a run is resumed, only those in `more` are included."""
     unsaid = {*PASSING, *SAME, *MEASURED} - set(more)
     return [
         f"{MEASURED.get(name) or commands.flag(name)} was {spelled(saved[name])} "
@@ -360,8 +361,8 @@ def changes(saved: Record, record: Record, more: Sequence[str] = ()) -> list[str
 
 
 def _check_network(run: epath.Path, config: ImagenConfig, stage: Stage, flag: str) -> None:
-    """Raises UserError unless the run's U-Net is the one that is trained. Prints what else of the
-    cascade is another: its objective, its noise, its sizes."""
+    """Raises UserError unless the run's U-Net is the one that is trained. Prints what else differs
+    in the cascade: its objective, its noise, its sizes."""
     number, source = stage.unet_number, run_config.read(run)
     network = source.stage(number).network
     difference = first_difference(network, stage.network, f"unets.{number - 1}")

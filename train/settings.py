@@ -201,7 +201,7 @@ BETWEEN_0_AND_1 = (
     "beta1",
     "beta2",
     "ema_decay",
-)  # 1 is not among them
+)  # 1 is excluded
 POSITIVE = ("lr", "eps", "max_grad_norm")
 
 
@@ -232,7 +232,7 @@ class Settings(Watching, Devices, Optimization, Data, Run):
 
     @property
     def rows(self) -> int:
-        """Pictures that a step takes at once."""
+        """Pictures that a step processes at once."""
         return self.batch_size // self.accumulate
 
     def _require(self, name: str, holds: Any, what: str) -> None:
@@ -241,7 +241,7 @@ class Settings(Watching, Devices, Optimization, Data, Run):
             raise UserError(f"{commands.flag(name)} {value}: must be {what}.")
 
     def section(self, kind: type) -> Any:
-        """One of SECTIONS with the values that stand here."""
+        """One of SECTIONS, with these settings' values."""
         names = [field.name for field in dataclasses.fields(kind)]
         return kind(**{name: getattr(self, name) for name in names})
 
@@ -249,13 +249,13 @@ class Settings(Watching, Devices, Optimization, Data, Run):
     def run(self) -> epath.Path:
         """The run directory."""
         name = self.preset or "demo"
-        if self.config is not None:  # a run's own file says its name by its folder
+        if self.config is not None:  # a run's own file has its name from its folder
             own = self.config.name == "config.json"
             name = self.config.parent.name if own else self.config.stem
         return storage.folder(self.workdir or Path("runs") / name)
 
     def cascade(self) -> ImagenConfig:
-        """The cascade to train. Raises ValueError for an unreadable or mistaken file."""
+        """The cascade to train. Raises ValueError for an unreadable or invalid file."""
         if self.config is None:
             config = PRESETS[self.preset or "demo"]()
         else:
@@ -270,7 +270,7 @@ class Settings(Watching, Devices, Optimization, Data, Run):
         return dataclasses.replace(config, **changes)
 
     def describe(self) -> str:
-        """The settings for a person: a paragraph per section, what is off or not given left out."""
+        """The settings as text: a paragraph per section, without what is off or not given."""
         lines = []
         for kind in SECTIONS:
             values = vars(self.section(kind)).items()
@@ -289,19 +289,19 @@ class Settings(Watching, Devices, Optimization, Data, Run):
         return "\n".join(lines)
 
     def record(self) -> dict[str, Any]:
-        """The settings as JSON holds them."""
+        """The settings as JSON-ready values."""
         return json.loads(json.dumps(dataclasses.asdict(self), default=str))
 
 
 def spelled(value: Any) -> str:
-    """A value as it is given on the command line."""
+    """A value as given on the command line."""
     return " ".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
 
 
 def _read_config(path: Path) -> ImagenConfig:
-    """Ours, or that of a complete file of imagen-pytorch's command."""
+    """A configuration of ours, or of a complete file for imagen-pytorch's command."""
     data = storage.read_object(storage.folder(path))
-    fields = configuration.read_json(path)["imagen"]  # of a run's own config.json too
+    fields = configuration.read_json(path)["imagen"]  # reads a run's config.json too
     try:
         if ("type" in data or "video" in fields) and configuration.is_complete(fields):
             unets = fields["unets"]

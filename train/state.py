@@ -32,5 +32,5 @@ class TrainState:
     def shapes(
         cls, unet: nn.NetworkConfig, optimizer: optax.GradientTransformation
     ) -> "TrainState":
-        """The state of a U-Net as ShapeDtypeStructs, nothing allocated."""
+        """The state of a U-Net as ShapeDtypeStructs, with nothing allocated."""
         return jax.eval_shape(lambda params: cls.create(params, optimizer), nn.abstract(unet)[1])

@@ -25,16 +25,16 @@ Batch = dict[str, Array]  # images, and text_embeds with text_masks where there 
 def make_train_step(stage: Stage, settings: Optimization, layout: Layout | None = None) -> Callable:
     """step(state, batch, key) -> (state, metrics), compiled for a mesh (by default one device).
 
-    The state is donated, and placed as `layout` says before and after. `key` is the stage's for the
-    complete run: the step folds its number in, so that a resumed run draws what an uninterrupted
+    The state is donated, and placed by `layout` before and after. `key` is the stage's for the
+    complete run: the step folds in its number, so that a resumed run draws what an uninterrupted
     one would. With accumulation the draws are those of the complete batch.
     """
     return _train_step(stage, settings, layout or single())
 
 
 def step_flops(stage: Stage, settings: Optimization) -> int:
-    """Operations of the network for one step's batch, forward and backward: the model's, without
-    what `remat` does again."""
+    """Floating-point operations of the network for one step's batch, forward and backward, without
+    what `remat` recomputes."""
     one = jax.ShapeDtypeStruct
     batch = {"images": one((1, *stage.sample_shape), jnp.uint8)}
     if stage.condition_on_text:
@@ -98,7 +98,7 @@ def _loss(stage: Stage, settings: Optimization) -> Callable:
 def _accumulated(
     loss_fn: Callable, params: Params, batch: Batch, draws: training.Draws, key: PRNGKey, parts: int
 ) -> tuple[Array, Params]:
-    """Loss and gradients of the batch, taken in `parts` one after another.
+    """Loss and gradients of the batch, computed in `parts` one after another.
 
     Every part has rows of every device: row i belongs to part i mod `parts`.
     """

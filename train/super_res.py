@@ -24,7 +24,7 @@ class Stage:
 
     @property
     def number(self) -> int:
-        """Raises UserError for another name, or that of the base."""
+        """Raises UserError for an unknown name, and for the base."""
         number = commands.stage_number(self.unet_number)
         if number == 1:
             raise UserError("U-Net 1 is the base: train it with python -m train.base.")

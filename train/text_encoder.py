@@ -50,10 +50,10 @@ SAID = {
     **{f"size of {colour}": SIZES for colour in scenes.COLOURS},
     **{f"role of {colour}": ROLES for colour in scenes.COLOURS},
 }
-"""What a caption can say, and the answers."""
+"""What a caption can state, and the possible answers."""
 WEIGHT_DECAY = 0.3
-"""Keeps what one word says apart from the others beside it: without, pairs of words are learned."""
-SIZED = 0.7  # of captions of two objects, those that name a size
+"""Keeps a word's meaning independent of its neighbours: without it, pairs of words are learned."""
+SIZED = 0.7  # the share of captions of two objects that name a size
 
 Reading = dict[str, Float[Array, "d _"]]
 
@@ -94,7 +94,7 @@ def main() -> None:
 
 
 def train(given: Settings) -> tuple[text.TextEncoder, Reading]:
-    """The `demo` encoder, trained, and its read-outs; a function of the settings."""
+    """The trained `demo` encoder and its read-outs; a function of the settings."""
     encoder = text.load_encoder("demo")
     rng = np.random.default_rng((given.seed, len(scenes.LEVELS)))
     reading = {
@@ -132,7 +132,7 @@ def tokens(
 
 
 def answers_of(contents: list[Content]) -> dict[str, Int[np.ndarray, "b"]]:
-    """What the captions say, as numbers of the answers in SAID."""
+    """What the captions say, as indices into the answers in SAID."""
 
     def said(content: Content) -> dict:
         kind, other, relation = content.kind, content.other, content.relation
@@ -169,7 +169,7 @@ def reading_loss(
     ids: Int[AnyArray, "b l"],
     answers: dict[str, Int[AnyArray, "b"]],
 ) -> Float[Array, ""]:
-    """The sum over what captions say of the mean cross-entropy."""
+    """The mean cross-entropy of each property in SAID, summed over the properties."""
     logits = read(weights, config, ids)
     losses = [
         optax.losses.softmax_cross_entropy_with_integer_labels(logits[name], answers[name])
@@ -181,7 +181,7 @@ def reading_loss(
 def accuracy(
     encoder: text.TextEncoder, reading: Reading, contents: tuple[Content, ...], seed: int = 0
 ) -> float:
-    """The share of the contents of which all is read right, from one wording of each."""
+    """The share of the contents that are read completely right, from one wording of each."""
     contents = list(contents)
     ids = tokens(encoder, contents, np.random.default_rng(seed))
     logits, answers = read((encoder.params, reading), encoder.config, ids), answers_of(contents)

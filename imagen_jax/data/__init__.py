@@ -6,11 +6,11 @@
 
 The batch of a step is a function of the step: `start_step` resumes anywhere. records.py defines a
 source; readers.py reads folders and tensorflow-datasets, shards.py tar shards, tables.py,
-array_records.py and hugging_face.py what their names say, by what kinds.py says of names and
-written.py of text;
-choosing.py makes captions by a template, filters and mixes; images.py decodes, pipeline.py makes
-batches, embeddings.py keeps captions encoded (`python -m imagen_jax.data.embed`), grid.py draws
-labelled grids, and `python -m imagen_jax.data.inspect` shows what is in a source.
+array_records.py and hugging_face.py what their names say; kinds.py sorts files by their names,
+written.py reads text; choosing.py makes captions from a template, filters and mixes; images.py
+decodes, pipeline.py makes batches, embeddings.py stores encoded captions (`python -m
+imagen_jax.data.embed`), grid.py draws labelled grids, and `python -m imagen_jax.data.inspect` shows
+what is in a source.
 """
 
 from imagen_jax.data.embeddings import Embeddings

@@ -1,11 +1,11 @@
-"""Files of array_record whose records are `tf.train.Example`s, read without TensorFlow.
+"""Reads array_record files of `tf.train.Example`s, without TensorFlow.
 
     message Example  { Features features = 1; }
     message Features { map<string, Feature> feature = 1; }
     message Feature  { BytesList bytes_list = 1; FloatList float_list = 2;
                        Int64List int64_list = 3; }
 
-Each list holds its values as field 1, numbers packed (tensorflow/core/example/feature.proto).
+Each list has its values in field 1, with numbers packed (tensorflow/core/example/feature.proto).
 """
 
 import struct
@@ -32,9 +32,9 @@ def array_records(
     image_key: str | None = None,
     caption_key: str | None = None,
 ) -> Source:
-    """The images of array_record files. Keys are FILE/NUMBER, with the file's own stem.
+    """The images of array_record files. Keys are FILE/NUMBER, where FILE is the file's stem.
 
-    Raises UserError for files that are none, or whose records are not examples with an image.
+    Raises UserError for files that are not array_record, or have no examples with an image.
     """
     try:
         records = ArrayRecordDataSource(list(paths))
@@ -42,7 +42,7 @@ def array_records(
         first = parse(records[0]) if sum(sizes) else {}
     except UserError as error:
         raise UserError(f"{paths[0]}: its records are not tf.train.Example: {error}") from error
-    except Exception as error:  # array_record's are of no one kind
+    except Exception as error:  # array_record raises many types
         raise UserError(f"{paths[0]} cannot be read: {first_line(error)}") from error
     key = image_key or next((name for name in IMAGE_KEYS if name in first), None)
     if key not in first:
@@ -70,7 +70,7 @@ class _Reader:
         return Record.of(self.keys[i], image[0], found_captions(example, self.caption_key))
 
     def columns(self, i: int) -> Mapping[str, Any]:
-        """The other features; those of one value as this."""
+        """The other features; lists of one value as that value."""
         example = parse(self.records[i])
         return {
             name: _readable(values[0] if len(values) == 1 else values)
@@ -113,7 +113,7 @@ def _all(message: bytes, number: int) -> list[Any]:
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """The fields of a protocol buffer: numbers as int, floats of 32 bits as float, else bytes."""
+    """The fields of a protocol buffer: varints as int, 32-bit floats as float, others as bytes."""
     at = 0
     while at < len(message):
         tag, at = _varint(message, at)

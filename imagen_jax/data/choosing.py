@@ -1,5 +1,5 @@
-"""What is made of the records of any source: captions by a template, a choice by their columns, and
-mixtures of several sources."""
+"""What can be done with the records of any source: captions from a template, selection by columns,
+and mixtures of several sources."""
 
 import dataclasses
 import operator
@@ -23,7 +23,7 @@ MEASURED = ("width", "height", "caption_length")
 
 
 def with_template(source: Source, template: str) -> Source:
-    """The source with captions made of columns: "a photo of a {label}"."""
+    """The source with captions made from columns, such as "a photo of a {label}"."""
     try:
         names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
     except ValueError as error:
@@ -93,7 +93,7 @@ class Condition:
         return cls(column, sign, value if number is None else number)
 
     def holds(self, value: Any) -> bool:
-        """Whether it holds of a value; not of one that is missing, or no number where one is."""
+        """Whether a value meets it; not if it is missing, or not a number but has to be one."""
         if value is not None:
             value = _number(value) if isinstance(self.value, float) else _text(value)
         return value is not None and OPERATORS[self.operator](value, self.value)
@@ -107,11 +107,11 @@ def _number(value: Any) -> float | None:
 
 
 def where(source: Source, conditions: Sequence[str]) -> Source:
-    """The records of which all conditions hold. They are about columns, or about "width" and
-    "height" in pixels and "caption_length" in characters, measured where no column is named so.
+    """The records that meet all conditions. These are about columns, or about "width" and "height"
+    in pixels and "caption_length" in characters, which are measured if no column has that name.
 
-    A record of which a column cannot be read stays, to be found damaged later. Raises UserError
-    where no record has a column, and where none remain.
+    A record whose columns cannot be read is kept, and found to be damaged later. Raises UserError
+    if no record has one of the columns, and if no records remain.
     """
     parsed = [Condition.parse(text) for text in conditions]
     kept = np.zeros(len(source), bool)
@@ -136,7 +136,7 @@ def where(source: Source, conditions: Sequence[str]) -> Source:
 
 
 class _Columns:
-    """The columns of a record, those that have to be measured among them."""
+    """The columns of a record, including those that have to be measured."""
 
     def __init__(self, source: Source, i: int):
         self.source, self.i, self.columns = source, i, source.columns(i)
@@ -151,11 +151,11 @@ class _Columns:
 
 
 def mixture(sources: Sequence[Source], weights: Sequence[float]) -> Source:
-    """Several sources as one, of which a batch has shares as the weights.
+    """Several sources as one; `weights` give their shares of a batch.
 
-    Each goes through its own records in its own order, again and again: a small one is repeated
-    more often. What is held out of each stays held out. Raises UserError for weights that are not
-    positive, and for sources of which only some hold embeddings.
+    Each source repeats its own records in its own order: a small one is repeated more often. What
+    is held out of each stays held out. Raises UserError for weights that are not positive, and if
+    only some of the sources have embeddings.
     """
     if len(sources) > 255:
         raise UserError(f"--data: at most 255 sources, got {len(sources)}")
@@ -190,7 +190,7 @@ def mixture(sources: Sequence[Source], weights: Sequence[float]) -> Source:
 
 
 def _part(starts: np.ndarray, i: int) -> tuple[int, int]:
-    """Of which source record i is, and which of its records."""
+    """Which source record i belongs to, and its number there."""
     part = int(np.searchsorted(starts, i, side="right")) - 1
     return part, int(i - starts[part])
 

@@ -86,8 +86,8 @@ def main() -> None:
 
 
 def embed(given: Settings) -> Embeddings:
-    """Encodes what `given.out` does not have yet. Raises UserError for a folder of another
-    encoder's, captions that cannot be encoded, or too small a disk."""
+    """Encodes what `given.out` does not have yet. Raises UserError if the folder is of another
+    encoder, if captions cannot be encoded, or if the disk is too small."""
     folder = storage.folder(given.out)
     if storage.is_remote(folder):
         raise UserError(f"--out {folder}: must be a local folder; copy it to the store afterwards.")
@@ -111,7 +111,7 @@ def embed(given: Settings) -> Embeddings:
     with tqdm(total=len(captions), unit="caption", mininterval=BAR_INTERVAL) as bar:
         for first in range(0, len(captions), per_shard):
             part = captions[first : first + per_shard]
-            with jax.default_matmul_precision("highest"):  # float32 in float32
+            with jax.default_matmul_precision("highest"):  # float32 stays float32
                 encoded, tokens = _encode(encoder, part, length, given.batch_size, bar)
             embeddings.write_shard(folder, form, part, encoded, tokens, given.own)
             errors += [_error(form, one) for one in encoded[:SURVEYED]]
@@ -139,9 +139,9 @@ def _encoder(given: Settings) -> tuple[text.TextEncoder, int]:
 
 
 def _begin(folder: epath.Path, form: Form, encoder: text.TextEncoder) -> None:
-    """Writes what the folder holds, or compares it with what it says."""
+    """Writes the form and the encoder to a new folder, or checks that they match an old one's."""
     folder.mkdir(parents=True, exist_ok=True)
-    with storage.alone(folder):  # all parts begin alike
+    with storage.alone(folder):  # every part does this
         there = embeddings.read_form(folder)
         if there is None:
             encoder.identity.write(folder)
@@ -152,7 +152,7 @@ def _begin(folder: epath.Path, form: Form, encoder: text.TextEncoder) -> None:
 
 
 def _captions(given: Settings, encoder: text.TextEncoder) -> list[str]:
-    """Every caption of the set once, in its order. Says how many records have none."""
+    """Every caption of the set once, in order. Prints how many records have none."""
     source = given.open()
     for note in source.notes:
         print(note)
@@ -175,7 +175,7 @@ def _captions(given: Settings, encoder: text.TextEncoder) -> list[str]:
 def _plan(
     folder: epath.Path, form: Form, encoder: text.TextEncoder, captions: Sequence[str]
 ) -> int:
-    """How many captions make a shard. Says how much room all take, and checks that it is there."""
+    """How many captions make a shard. Prints how much space all need and checks that it is free."""
     some = captions[:: max(1, len(captions) // SURVEYED)]
     tokens = np.mean([max(1, np.count_nonzero(encoder.tokenize([one]))) for one in some])
     one = form.size(float(tokens)) + 40
@@ -190,14 +190,14 @@ def _plan(
 def _encode(
     encoder: text.TextEncoder, captions: Sequence[str], length: int, batch_size: int, bar: tqdm
 ) -> tuple[list[np.ndarray], list[int]]:
-    """Their embeddings, without padding unless it is kept, and numbers of tokens. Captions of
-    similar length are encoded together."""
+    """Embeddings of the captions, without padding unless it is kept, and their numbers of tokens.
+    Captions of similar length are encoded together."""
     lengths = np.array([np.count_nonzero(encoder.tokenize([one])) for one in captions])
     encoded: list[np.ndarray] = [np.zeros(0)] * len(captions)
     tokens = [0] * len(captions)
     for rows in _batches(np.argsort(lengths, kind="stable"), batch_size):
         texts = [captions[row] for row in rows]
-        # The last batch is filled up: one shape is one compiled program.
+        # The last batch is padded, so that one compiled program is enough.
         embeds, masks = encoder(texts + texts[-1:] * (batch_size - len(texts)), length=length)
         for row, one, mask in zip(rows, embeds, masks, strict=False):
             encoded[row] = one if encoder.keeps_padding else one[mask]
@@ -211,7 +211,7 @@ def _batches(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
 
 
 def _error(form: Form, embeds: np.ndarray) -> float:
-    """The root of the mean square error of what is stored, relative to the embedding's."""
+    """Root mean square error of the stored embedding, relative to its root mean square."""
     stored = form.unpack(form.pack(embeds)).astype(np.float32)
     return float(np.linalg.norm(stored - embeds) / max(np.linalg.norm(embeds), 1e-30))
 

@@ -1,13 +1,13 @@
-"""Text embeddings of captions, encoded once and read in place of a text encoder.
+"""Text embeddings of captions, encoded once and read instead of running a text encoder.
 
     DIR/text_encoder.json       which encoder made them (imagen_jax/text/identity.py)
     DIR/embeddings.json         how they are stored: a `Form`
-    DIR/00000.array_record      one embedding a record, without padding; or with it, and then the
-                                number of its tokens
+    DIR/00000.array_record      one embedding per record, without padding; or with padding, and
+                                then followed by its number of tokens
     DIR/00000.npy               128-bit hashes of their captions, in the same order
 
 A caption is stored once, however many records have it. The hashes of a shard are written after the
-shard: one without them was interrupted and is written again. `python -m imagen_jax.data.embed`
+shard: a shard without them was interrupted and is written again. `python -m imagen_jax.data.embed`
 makes such a folder.
 """
 
@@ -36,13 +36,13 @@ from imagen_jax.types import AnyArray
 
 FORM = "embeddings.json"
 Stored = Literal["bfloat16", "float32", "int8"]
-COUNT = 4  # bytes of the number of tokens behind an embedding that keeps its padding
+COUNT = 4  # bytes of the number of tokens that follows an embedding with padding
 _BYTES = {"bfloat16": 2, "float32": 4, "int8": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Form(Config):
-    """How embeddings are stored, and what of a caption they are."""
+    """How captions are encoded, and how their embeddings are stored."""
 
     width: int
     """Of the embeddings, the cascade's `text_embed_dim`."""
@@ -57,12 +57,12 @@ class Form(Config):
         self._check_types()
 
     def size(self, tokens: int | float) -> int | float:
-        """What so many tokens take."""
+        """Bytes that this number of tokens takes."""
         scale = 4 if self.dtype == "int8" else 0
         return tokens * (self.width * _BYTES[self.dtype] + scale)
 
     def pack(self, embeds: Float[AnyArray, "l d"], tokens: int | None = None) -> bytes:
-        """The record of an embedding; `tokens` of its positions are no padding (default: all)."""
+        """The record of an embedding; `tokens` of its positions are not padding (default: all)."""
         if self.keeps_padding:
             plain = replace(self, keeps_padding=False).pack(embeds)
             return plain + struct.pack("<I", len(embeds) if tokens is None else tokens)
@@ -72,8 +72,8 @@ class Form(Config):
         return scale.tobytes() + np.rint(embeds / scale).astype(np.int8).tobytes()
 
     def unpack(self, record: bytes, *, padding: bool = True) -> Float[AnyArray, "l d"]:
-        """The embedding of a record: bfloat16, or float32 for the other two. Its padding, where
-        that is kept, can be left out."""
+        """The embedding in a record: bfloat16 if stored so, otherwise float32. Without `padding`,
+        padding that was kept is left out."""
         if self.keeps_padding:
             counted = len(record) % int(self.size(1)) == COUNT
             if not counted and not padding:
@@ -100,15 +100,15 @@ class Embeddings:
     folder: str
     form: Form
     records: ArrayRecordDataSource | None = field(repr=False)  # None: no shard yet
-    hashes: UInt64[np.ndarray, "n 2"] = field(repr=False)  # in the order of the first column
-    places: np.ndarray = field(repr=False)  # of each of these, the record
-    padding: bool = True  # whether it is read, where it is kept
+    hashes: UInt64[np.ndarray, "n 2"] = field(repr=False)  # sorted by the first column
+    places: np.ndarray = field(repr=False)  # number of each one's record
+    padding: bool = True  # whether to return padding that was kept
 
     @classmethod
     def open(cls, folder: str | os.PathLike, *, padding: bool = True) -> "Embeddings":
-        """Without `padding` the padded positions are not read, where they are kept.
+        """Without `padding`, padded positions that were kept are left out.
 
-        Raises UserError for a folder that holds no embeddings, or is damaged.
+        Raises UserError if the folder has no embeddings, or is damaged.
         """
         path = storage.folder(folder)
         form = read_form(path)
@@ -162,14 +162,14 @@ class Embeddings:
 
 
 def hashed(captions: Iterable[str]) -> UInt64[np.ndarray, "n 2"]:
-    """128 bits of each caption."""
+    """A 128-bit hash of each caption."""
     encoded = (caption.encode("utf-8", "surrogatepass") for caption in captions)
     digests = b"".join(hashlib.blake2b(one, digest_size=16).digest() for one in encoded)
     return np.frombuffer(digests, "<u8").reshape(-1, 2)
 
 
 def read_form(folder: epath.Path) -> Form | None:
-    """How the folder's embeddings are stored; None where it has none yet."""
+    """How the folder's embeddings are stored; None if it has none yet."""
     if not (folder / FORM).exists():
         return None
     try:
@@ -191,11 +191,11 @@ def write_shard(
     tokens: Sequence[int],
     part: tuple[int, int] = (0, 1),
 ) -> None:
-    """Adds a shard of embeddings (l, d), one for each caption, of `tokens` tokens each. Of several
-    processes, each is a `part` and has every n-th number."""
+    """Adds a shard of embeddings (l, d), one per caption, with their numbers of tokens. Each of
+    several processes writes its `part` (i, n): every n-th shard from number i on."""
     numbers = (folder / f"{number:05}.npy" for number in itertools.count(*part))
     shard = next(path for path in numbers if not path.exists())
-    # One embedding a group, so that one is read at a time; they do not compress.
+    # One embedding per group, so that each can be read alone; they do not compress.
     writer = ArrayRecordWriter(_records(shard), "group_size:1,uncompressed")
     for one, count in zip(embeds, tokens, strict=True):
         writer.write(form.pack(one, count))

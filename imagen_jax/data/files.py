@@ -15,14 +15,14 @@ from imagen_jax.storage import is_remote
 
 
 class State(NamedTuple):
-    """What tells a file from a later one of its name."""
+    """What distinguishes a file from a later one of the same name."""
 
     size: int
     changed: str
 
 
 def open_binary(path: str) -> Any:
-    """A binary file to read at random. Raises UserError for a remote one that cannot be reached."""
+    """A binary file for random access. Raises UserError for a remote one that cannot be reached."""
     if not is_remote(path):
         return open(path, "rb")
     system, name = remote(path)
@@ -52,8 +52,8 @@ def state(path: str) -> State:
 
 
 def remote(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system of an address, and its name there. Raises UserError where a package for it
-    is missing."""
+    """The file system of an address, and its path there. Raises UserError if the package for it is
+    missing."""
     try:
         return fsspec.core.url_to_fs(path)
     except (ImportError, ValueError) as error:
@@ -66,9 +66,9 @@ def stem(path: str) -> str:
 
 
 def matching(pattern: str) -> list[str]:
-    """The files of a glob with the shell's braces, {00000..00009} and {a,b}; sorted.
+    """The files that match a glob with the shell's braces, {00000..00009} and {a,b}; sorted.
 
-    Raises UserError for a name without wildcards, out of braces, that does not exist.
+    Raises UserError if braces expand to a name without wildcards that does not exist.
     """
     found: list[str] = []
     names = list(_expanded(pattern))
@@ -83,7 +83,7 @@ def matching(pattern: str) -> list[str]:
 def _glob(name: str) -> list[str]:
     if not is_remote(name):
         return glob.glob(name, recursive=True)
-    if name.startswith("http"):  # no listings there
+    if name.startswith("http"):  # HTTP has no listings
         return [name]
     system, inside = remote(name)
     try:
@@ -93,7 +93,7 @@ def _glob(name: str) -> list[str]:
 
 
 def _expanded(pattern: str) -> Iterator[str]:
-    """`a{1,2}` and `a{08..10}` as a shell writes them out, the zeros in front kept."""
+    """`a{1,2}` and `a{08..10}` as a shell expands them, with leading zeros kept."""
     parts = re.split(r"\{([^{}]*,[^{}]*|\d+\.\.\d+)\}", pattern)
     choices = []
     for number, part in enumerate(parts):

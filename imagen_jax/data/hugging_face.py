@@ -1,5 +1,5 @@
-"""Datasets of the Hugging Face library, as a `Source`: `hf:NAME[:SPLIT]`, where NAME is one of the
-hub's or a folder, of files or as `save_to_disk` wrote it."""
+"""Datasets of the Hugging Face library, as a `Source`: `hf:NAME[:SPLIT]`, where NAME is a dataset
+on the hub or a folder, of files or written by `save_to_disk`."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from imagen_jax.data.records import Record, Source, Strings, required
 from imagen_jax.data.tables import IMAGE_KEYS
 from imagen_jax.errors import UserError, first_line
 
-HELDOUT = ("heldout", "validation")  # splits that are held out where there is one
+HELDOUT = ("heldout", "validation")  # the first of these that exists is held out
 
 
 def dataset(
@@ -24,9 +24,9 @@ def dataset(
     image_key: str | None = None,
     caption_key: str | None = None,
 ) -> Source:
-    """The images of a dataset; its "train" split and, held out, its "validation" split if it has
-    one, or one split. Keys are SPLIT/ROW. Raises UserError for a set that is not there, or has no
-    column of images."""
+    """The images of one split of a dataset, or of its "train" split with its "heldout" or
+    "validation" split (if it has one) held out. Keys are SPLIT/ROW. Raises UserError if the dataset
+    does not exist, or has no column of images."""
     try:
         import datasets
     except ImportError as error:
@@ -36,7 +36,7 @@ def dataset(
             os.path.exists(os.path.join(name, file)) for file in ("dataset_dict.json", "state.json")
         )
         found = datasets.load_from_disk(name) if saved else datasets.load_dataset(name)
-    except Exception as error:  # of a dozen kinds, the network's among them
+    except Exception as error:  # a dozen types, network errors among them
         raise UserError(f"hf:{name}: {type(error).__name__}: {first_line(error)}") from error
     parts = dict(found) if isinstance(found, dict) else {split or "train": found}
     main = split or ("train" if "train" in parts else next(iter(parts)))
@@ -87,7 +87,7 @@ class _Reader:
         return required(found_captions(self._row(i, text_only=True), self.caption_key))
 
     def columns(self, i: int) -> Mapping[str, Any]:
-        """The other columns; classes by their names."""
+        """The other columns; class labels as their names."""
         row = self._row(i, text_only=True)
         names = {k: n[row[k]] for k, n in self.labels.items() if row[k] is not None and row[k] >= 0}
         return row | names

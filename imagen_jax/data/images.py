@@ -3,8 +3,8 @@
 In this order: EXIF orientation; 16-bit grey to 8 bits; transparency on white (kept for four
 channels); the requested colour mode; resizing until the image just covers (h, w), by pillow's
 BICUBIC, which antialiases when downsampling; a crop, of the center or elsewhere. Images are
-upsampled only on request. Colours are converted to sRGB where a profile in the file says that they
-are others.
+upsampled only on request. Colours are converted to sRGB if the file has a profile of another colour
+space.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ if kinds.HEIC:
 
     pillow_heif.register_heif_opener()
 
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # those of pixels.CHANNELS
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # for the numbers in pixels.CHANNELS
 
 # What pillow is known to raise for damaged files; UnidentifiedImageError is an OSError.
 _DAMAGED = (
@@ -59,9 +59,9 @@ def decode(
 ) -> UInt8[np.ndarray, "h w c"]:
     """The image of a record at (height, width) = `image_size`.
 
-    What is longer is cut in the center, or at `crop`: how far down and to the right, in [0, 1].
+    The longer axis is cropped at the center, or at `crop`: how far down and to the right in [0, 1].
     Raises UserError, in one line, for an image that is damaged, smaller than `image_size` in either
-    axis (unless `upsample`), or of a kind that has no fixed range (float or 32-bit pixels).
+    axis (unless `upsample`), or whose pixels have no fixed range (float or 32-bit).
     """
     if channels not in MODES:
         raise UserError(f"channels must be 1, 3 or 4, got {channels}")
@@ -69,7 +69,7 @@ def decode(
     if callable(image):
         image = image(size)
     if isinstance(image, np.ndarray) and image.shape == (*size, channels):
-        return _bytes(image)  # as it should be already
+        return _bytes(image)  # already as it should be
     with _one_line_for_damage():
         picture = _from_pixels(image) if isinstance(image, np.ndarray) else _open(image, size)
         if not upsample:
@@ -81,9 +81,9 @@ def decode(
 def read(
     image: bytes, *, channels: int = 3, max_pixels: int | None = None
 ) -> UInt8[np.ndarray, "h w c"]:
-    """An encoded file at its own size, as `decode` does it otherwise.
+    """An encoded file at its own size, otherwise decoded as in `decode`.
 
-    Raises UserError for more than `max_pixels`, before they are decoded.
+    Raises UserError, before decoding, for more than `max_pixels`.
     """
     with _one_line_for_damage():
         picture = Image.open(io.BytesIO(image))
@@ -96,7 +96,7 @@ def read(
 
 
 def check(image: records.Image, *, image_size: int | Size, upsample: bool = False) -> None:
-    """Raises what `decode` would, as far as the header of a file says it: its format and size."""
+    """Raises what `decode` would, as far as a file's header shows: for its format and size."""
     if callable(image):
         return
     image_size = 1 if upsample else image_size
@@ -106,14 +106,14 @@ def check(image: records.Image, *, image_size: int | Size, upsample: bool = Fals
     with _one_line_for_damage():
         picture = Image.open(io.BytesIO(image))
         stored, size = picture.size, pair(image_size)
-        # Asked only where it decides: the EXIF of a PNG may come after its pixels. TIFF is turned.
+        # EXIF is read only if it matters: in a PNG it may follow the pixels. pillow turns TIFF.
         if _smaller(stored, size) != _smaller(stored[::-1], size) and picture.format != "TIFF":
             stored = stored[::-1] if _on_its_side(picture) else stored
         _check_size(stored, size)
 
 
 def _smaller(stored: tuple[int, int], size: Size) -> bool:
-    """Whether an image of pillow's size, (width, height), is smaller than (height, width)."""
+    """Whether an image of pillow's (width, height) is smaller in an axis than (height, width)."""
     return stored[1] < size[0] or stored[0] < size[1]
 
 
@@ -135,7 +135,7 @@ def _bytes(pixels: np.ndarray) -> UInt8[np.ndarray, "..."]:
 
 @contextlib.contextmanager
 def _one_line_for_damage() -> Iterator[None]:
-    """What pillow raises for a file that it cannot decode or convert, as a UserError."""
+    """Turns what pillow raises for a file that it cannot decode or convert into a UserError."""
     try:
         yield
     except UserError:
@@ -151,7 +151,7 @@ def _one_line_for_damage() -> Iterator[None]:
 
 
 def _open(image: bytes, size: Size) -> Image.Image:
-    """Decode a file and turn it upright. A JPEG may come reduced, to no less than twice `size`."""
+    """Decode a file and turn it upright. A JPEG may be reduced, to no less than twice `size`."""
     picture = Image.open(io.BytesIO(image))
     if isinstance(picture, JpegImageFile):
         _reduce(picture, size)
@@ -165,7 +165,7 @@ def _upright(picture: Image.Image) -> Image.Image:
 
 
 def _to_srgb(picture: Image.Image) -> Image.Image:
-    """Colours by the file's ICC profile, if it has one that can be used for its mode."""
+    """Apply the file's ICC profile, if it has one that can be used for its mode."""
     profile = picture.info.get("icc_profile")
     if not profile or picture.mode not in ("RGB", "RGBA", "CMYK", "L"):
         return picture
@@ -180,7 +180,7 @@ def _to_srgb(picture: Image.Image) -> Image.Image:
 
 @functools.lru_cache(maxsize=32)
 def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """From a profile to sRGB; None for sRGB itself, and for profiles that are of no use."""
+    """From a profile to sRGB; None for sRGB itself, and for profiles that cannot be used."""
     try:
         own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         if "srgb" in ImageCms.getProfileDescription(own).lower():
@@ -196,7 +196,7 @@ def _on_its_side(picture: Image.Image) -> bool:
 
 
 def _reduce(picture: JpegImageFile, size: Size) -> None:
-    """Have a JPEG decoded at 1/2, 1/4 or 1/8 of its size; twice the target keeps the antialias."""
+    """Have a JPEG decoded at 1/2, 1/4 or 1/8 of its size; twice the target is kept to antialias."""
     stored = 2 * size[1], 2 * size[0]  # pillow's order: width, height
     if _on_its_side(picture):
         stored = stored[::-1]
@@ -204,9 +204,9 @@ def _reduce(picture: JpegImageFile, size: Size) -> None:
 
 
 def _cover(picture: Image.Image, size: Size, crop: tuple[float, float] | None) -> np.ndarray:
-    """Resize a picture until it just covers `size`, and cut this out at `crop` or the center.
+    """Resize a picture until it just covers `size`, and crop it at `crop` or the center.
 
-    What is cut off is not computed, though the filter looks beyond the cut.
+    What is cropped away is not computed, though the filter looks beyond the crop.
     """
     height, width = size
     scale = max(width / picture.width, height / picture.height)

@@ -61,13 +61,13 @@ class Settings(Opening):
 
 @dataclasses.dataclass
 class Found:
-    """What was seen of the records."""
+    """What was found in the records."""
 
     heights: list[int] = dataclasses.field(default_factory=list)
     widths: list[int] = dataclasses.field(default_factory=list)
     tokens: list[int] = dataclasses.field(default_factory=list)
     unreadable: dict[str, str] = dataclasses.field(default_factory=dict)
-    small: Counter = dataclasses.field(default_factory=Counter)  # by size of stage
+    small: Counter = dataclasses.field(default_factory=Counter)  # by the stage's size
     no_caption: int = 0
     images: Counter = dataclasses.field(default_factory=Counter)  # by hash
     captions: Counter = dataclasses.field(default_factory=Counter)
@@ -118,7 +118,7 @@ def look(source: Source, numbers: Sequence[int], sizes: Sequence[int]) -> Found:
 
 
 def summary(source: Source, found: Found, looked_at: int) -> dict[str, Any]:
-    """What is printed, as JSON holds it."""
+    """What is printed, as JSON-ready values."""
     heldout = int(source.heldout[source.rows].sum())
     about: dict[str, Any] = {
         "source": source.name,
@@ -156,7 +156,7 @@ def spread(values: Sequence[int]) -> dict[str, int]:
 
 
 def lines(report: dict[str, Any]) -> Iterator[str]:
-    """The report for a person."""
+    """The report as text."""
     yield f"{report['source']}: {report['records']:,} records, {report['heldout']:,} held out"
     yield from report["notes"]
     for why, count in report["left_out"].items():

@@ -1,9 +1,9 @@
-"""Which files of a set are what, by their names: the same in a folder and in a tar shard.
+"""What each file of a set is, by its name: the same in a folder and in a tar shard.
 
-Files of one stem are one record: the image, and beside it the caption (`.txt`, `.caption`, or
-"caption" in the `.json`, the first of them that is there) and a stored text embedding (`.npy`). The
-stem is everything before the last dot, and capitals in what follows it make no difference; so
-`1.png.txt` is a caption of `1.png` too.
+Files with the same stem are one record: the image, and beside it the caption (`.txt`, `.caption`,
+or "caption" in the `.json`, the first that exists) and a stored text embedding (`.npy`). The stem
+is everything before the last dot; what follows it is not case-sensitive. `1.png.txt` is a caption
+of `1.png` too.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from imagen_jax.data.written import captions, json_object
 
-# With the extra `heic` those of telephones too.
+# With the extra `heic`, pictures from phones too.
 HEIC = ("heic", "heif") if find_spec("pillow_heif") else ()
 PICTURES = ("jpg", "jpeg", "jfif", "png", "webp", "tiff", "tif", "bmp", "gif", "avif", *HEIC)
 CAPTIONS = ("txt", "caption", "json")
@@ -34,7 +34,7 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def split_beside(name: str) -> tuple[str, str]:
-    """As `split_name`, for a file beside a picture, whose name may hold the picture's kind too."""
+    """As `split_name`, for a file beside a picture; its name may include the picture's kind."""
     stem, kind = split_name(name)
     if kind in BESIDE and split_name(stem)[1] in PICTURES:
         stem = split_name(stem)[0]
@@ -42,12 +42,12 @@ def split_beside(name: str) -> tuple[str, str]:
 
 
 def hidden(name: str) -> bool:
-    """Whether a part of the path starts with a dot, as the files that macOS puts beside others."""
+    """Whether a part of the path starts with a dot, as in files that macOS puts beside others."""
     return any(part.startswith(".") and part != ".." for part in name.split("/"))
 
 
 def why_not(kind: str) -> str | None:
-    """Why a file that somebody may take for a picture is none here; None for all other files."""
+    """Why a file that could be taken for a picture is not read as one; None for other files."""
     if kind in OTHER_PICTURES and kind not in PICTURES:
         more = " without the extra heic" if kind in ("heic", "heif") else ""
         return f"a .{kind} file, which is not read{more}"
@@ -63,8 +63,8 @@ def read_captions(
     key: str | None = None,
     by_line: bool = False,
 ) -> tuple[str, ...]:
-    """The captions among the files of a record, kind -> where it is: with a `key` those of its
-    `.json` under that name. () where there are none. `by_line`: each line of a text file is one."""
+    """The captions of a record whose files are `kinds`, kind -> place; with a `key`, those in its
+    `.json` under that name. () if there are none. `by_line`: each line of a text file is one."""
     for kind in CAPTIONS if key is None else ("json",):
         if kind in kinds:
             data = read(kinds[kind])

@@ -36,7 +36,7 @@ class Arguments:
 
 
 def main(arguments: Arguments) -> None:
-    """Write the shard and say what is in it."""
+    """Write the shard and print what is in it."""
     names = _names(arguments.captions)
     heldout = hashed_heldout([name["caption"] for name in names], HELDOUT_FRACTION)
     with tarfile.open(arguments.emoji) as files:

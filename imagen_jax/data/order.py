@@ -1,8 +1,8 @@
 """Which records a batch has, at which size, and what is drawn for each: functions of the step.
 
 Batch k holds the records order[k·b], ..., order[k·b + b - 1] of an endless order in which every
-epoch is another permutation, fixed by the seed (grain's). With several sizes, batches of each take
-turns by the share of its records, and each size has an order of its own.
+epoch is another permutation, fixed by the seed (grain's). With several sizes, batches of each come
+in proportion to its records, and each size has its own order.
 """
 
 import functools
@@ -28,9 +28,9 @@ class Order:
     """Which records a step has, and at which size: a function of the step."""
 
     sizes: Sequence[Size]
-    rows: Sequence[np.ndarray | None]  # of each size; None: all
-    steps: grain.MapDataset | None  # the number of a size, where there are several
-    records: Sequence[grain.MapDataset]  # of each size
+    rows: Sequence[np.ndarray | None]  # per size; None: all
+    steps: grain.MapDataset | None  # the number of each step's size, if there are several
+    records: Sequence[grain.MapDataset]  # per size
     batch_size: int
 
     @classmethod
@@ -50,7 +50,7 @@ class Order:
             _endless(one, (seed + i) % 2**32, shuffle, shares(one, source))
             for i, one in enumerate(of_size)
         ]
-        # In each, the position counts its own steps: their numbers and sizes alternate by share.
+        # Each size counts its own steps; `mix` then interleaves the sizes by their shares.
         counted = [
             grain.MapDataset.range(2**40).map(functools.partial(_numbered, i))
             for i in range(len(rows))
@@ -60,7 +60,7 @@ class Order:
 
     @property
     def first(self) -> tuple[int, Size]:
-        """The first record of the first size that has one, and this size."""
+        """The first record of the first size that has one, and that size."""
         rows = self.rows[0]
         return (0 if rows is None else int(rows[0])), self.sizes[0]
 
@@ -82,8 +82,8 @@ def _numbered(number: int, step: int) -> tuple[int, int]:
 
 
 def shares(some: Source, source: Source) -> list[float]:
-    """The weight that some of the records of a source have: those of a mixture by its parts. A part
-    of which half of the records are there has half of its weight."""
+    """The weight of `some` of the records of a source; for a mixture, the weight of each part: a
+    part with half of its records in `some` has half of its weight."""
     if source.parts is None:
         return [float(len(some))]
     counts, every = (
@@ -95,11 +95,11 @@ def shares(some: Source, source: Source) -> list[float]:
 def _endless(
     source: Source, seed: int, shuffle: bool, weights: Sequence[float]
 ) -> grain.MapDataset:
-    """Which record is at a position of the endless order; of a mixture each part has its own, and
-    comes as often as its weight says."""
+    """The record at each position of the endless order. Each part of a mixture has its own order,
+    and comes as often as its weight says."""
 
     def shuffled(rows: grain.MapDataset, seed: int) -> grain.MapDataset:
-        order = rows.seed(seed)  # a position past its end is one of the next epoch
+        order = rows.seed(seed)  # positions past the end are in the next epoch
         return order.shuffle() if shuffle else order
 
     if source.parts is None:
@@ -117,8 +117,8 @@ def _endless(
 
 
 def nearest_buckets(source: Source, sizes: Sequence[Size]) -> Int[np.ndarray, "n"]:
-    """For each record the size of the nearest aspect ratio, in logarithms; the first for a record
-    whose own is not known."""
+    """For each record the number of the size with the nearest aspect ratio, in logarithms; 0 if the
+    record's own is not known."""
     wanted = np.log([height / width for height, width in sizes])
     nearest = np.zeros(len(source), int)
     for i in range(len(source)):
@@ -131,7 +131,7 @@ def nearest_buckets(source: Source, sizes: Sequence[Size]) -> Int[np.ndarray, "n
 
 
 class Draw(NamedTuple):
-    """What is drawn for a position of the order."""
+    """What is drawn at random for a position of the order."""
 
     mirror: bool
     caption: float  # in [0, 1): which of several
@@ -140,7 +140,7 @@ class Draw(NamedTuple):
 
 @dataclass(frozen=True)
 class Draws:
-    """What is drawn for a position: a function of the seed alone, the same in a resumed run."""
+    """The `Draw` of a position: a function of it and the seed, the same in a resumed run."""
 
     seed: int
     flip: bool

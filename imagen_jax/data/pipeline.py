@@ -29,14 +29,14 @@ from imagen_jax.types import AnyArray, Size, pair
 
 logger = logging.getLogger(__name__)
 
-FEW_DAMAGED = 10  # records that never end a run
+FEW_DAMAGED = 10  # this many never end a run
 NAMED = 3  # damaged records that a message names
 
 Tokenize = Callable[[list[str]], Int32[np.ndarray, "b l"]]
 
 
 class Why(NamedTuple):
-    """Why a record cannot be used: `damaged` is one that should have been, unlike a small image or
+    """Why a record cannot be used. `damaged`: it should have been usable, unlike a small image or
     one without a caption."""
 
     reason: str
@@ -83,19 +83,19 @@ def make_batches(
     A batch is {"images": uint8 (b, h, w, c)}, with (h, w) = `image_size`, and, with `tokenize`,
     "tokens": int32 (b, l). Where the source has stored embeddings, or `embeddings` has those of its
     captions, "text_embeds": float32, or bfloat16 as stored, (b, text_len, d) and "text_masks": bool
-    (b, text_len) replace the tokens, truncated or padded with zeros. Of several captions of a
-    record one is drawn each time it is met. `rows` are the rows of the global batch that this
+    (b, text_len) replace the tokens, truncated or padded with zeros. If a record has several
+    captions, one is drawn each time it is used. `rows` are the rows of the global batch that this
     process reads (default: all `batch_size`).
 
-    With `buckets`, sizes that replace `image_size`, all images of a batch are of one of them, each
-    in that of the nearest aspect ratio; batches of each size are as frequent as its images. `crop`
-    says which part of an image that is longer than its size is seen, the center or another each
-    time; `upsample` enlarges smaller ones, which are unusable otherwise. `flip` mirrors half of
-    the images, which is wrong where captions mention left or right. `threads` of this process
-    decode ahead; `workers` processes replace them where that is too slow (needs a picklable
-    source). Decoded images are kept if all of them fit in `cache_bytes` (never with
-    workers or random crops). `on_skip(key, reason)` is called once per unusable record (default: a
-    logged warning).
+    With `buckets`, sizes that replace `image_size`, all images of a batch have one of these sizes:
+    the one with the nearest aspect ratio. Batches of a size are as frequent as its images. `crop`
+    selects the part of an image to keep if its aspect ratio is another: the center, or a random
+    part each time; `upsample` upsamples smaller images, which are unusable otherwise. `flip`
+    mirrors half of the images, which is wrong if captions mention left or right. `threads` of this
+    process decode ahead; `workers` processes replace them if that is too slow (needs a picklable
+    source). Decoded images are kept if all of them fit in `cache_bytes` (never with workers or
+    random crops). `on_skip(key, reason)` is called once per unusable record (default: a logged
+    warning).
 
     Raises UserError for arguments out of range and for a source without a usable image; while
     iterating, once more than `max_damaged` of the records so far, and at least 10, were damaged.
@@ -162,8 +162,8 @@ class Batches(Iterator[dict[str, np.ndarray]]):
     ):
         self._skipped: set[str] = set()
         self._damage = damage
-        # grain's iterators complain if they are still alive when the interpreter takes modules
-        # apart, so the only reference is in a list that is emptied at exit, at the latest.
+        # grain's iterators complain if they are still alive when the interpreter unloads modules,
+        # so the only reference is in a list that is emptied at exit at the latest.
         self._iterator = [iterator]
         self._close = weakref.finalize(self, _close, self._iterator)
         self._tokenize = tokenize
@@ -199,17 +199,17 @@ class Batches(Iterator[dict[str, np.ndarray]]):
 
 @dataclass
 class _Damage:
-    """How many records of a source were damaged, of those that were asked for."""
+    """Counts the damaged records among those requested from a source."""
 
     source: str
     most: float
     records: int
-    rows: int  # asked for at a time
+    rows: int  # requested at a time
     steps: int = 0
     found: dict[str, str] = field(default_factory=dict)
 
     def count(self, skipped: Skipped) -> None:
-        """Raises UserError once they are too many."""
+        """Raises UserError once there are too many."""
         self.steps += 1
         self.found |= {key: why.reason for key, why in skipped.items() if why.damaged}
         asked = min(self.records, self.steps * self.rows)
@@ -279,7 +279,7 @@ class _Pictures:
 
 @dataclass(frozen=True)
 class _Steps:
-    """The batches as a random-access sequence, which is what grain reads ahead in."""
+    """The batches as a random-access sequence, from which grain reads ahead."""
 
     pictures: _Pictures
     order: Order

@@ -1,7 +1,7 @@
 """Readers: a folder, or a prepared tensorflow-datasets set, as a `Source`; shards.py reads tars.
 
-Each returns keys and a picklable `read(i)`; opening looks at names alone. What became no record is
-in the source's `left_out`.
+Each returns keys and a picklable `read(i)`; opening looks only at names. Files that did not become
+records are in the source's `left_out`.
 """
 
 import errno
@@ -24,8 +24,8 @@ from imagen_jax.storage import is_remote
 NOT_ALL_EMBEDDED = "a stored embedding, but not all pictures have one"
 CAPTION_KEYS = ("caption", "text", "captions", "sentences", "prompt")
 
-# What is wrong with one file for good. Any other error of the system may pass, and ends a run:
-# a record that is left out for it would be another picture than before in every later epoch.
+# Permanent errors of one file. Any other system error may be temporary, and ends a run: leaving the
+# record out would put another picture in its place in every later epoch.
 _FOR_GOOD = (
     *(errno.ENOENT, errno.EISDIR, errno.EACCES, errno.EPERM),
     *(errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ENXIO),
@@ -33,8 +33,8 @@ _FOR_GOOD = (
 
 
 def files_below(path: str, left_out: dict[str, str]) -> list[str]:
-    """Every file below a folder, as sorted paths relative to it, hidden ones and those in hidden
-    folders not among them. Folders that were not entered are added to `left_out`."""
+    """Every file below a folder, as sorted paths relative to it, without hidden files and folders.
+    Folders that were not entered are added to `left_out`."""
     names: list[str] = []
     if is_remote(path):
         system, inside = files.remote(path)
@@ -65,10 +65,10 @@ def folder(
     heldout_fraction: float,
     caption_key: str | None = None,
 ) -> Source:
-    """The pictures among `files_below` a folder, with what is beside them. Keys are their names.
+    """The pictures among `files_below` a folder, with the files beside them. Keys are their names.
 
     Each line of a `.txt` is a caption. A `.npy` beside *every* picture is a stored text embedding.
-    Raises UserError without a picture.
+    Raises UserError if there is no picture.
     """
     keys: list[str] = []
     stems: set[str] = set()
@@ -92,7 +92,7 @@ def folder(
                 left_out[f"{stem}.{suffixes[kind]}"] = "a caption without a picture"
         elif stem in embedded and embedded < stems:
             left_out[f"{stem}.{suffixes['npy']}"] = NOT_ALL_EMBEDDED
-    own: dict[tuple, dict[str, str]] = {}  # one for all records with equal files
+    own: dict[tuple, dict[str, str]] = {}  # shared by records with equal files
     suffixes = [beside.get(kinds.split_name(key)[0], {}) for key in keys]
     suffixes = tuple(own.setdefault(tuple(sorted(found.items())), found) for found in suffixes)
     strings = Strings.of(keys)
@@ -121,7 +121,7 @@ class _FolderReader:
         return required(self._captions(i))
 
     def columns(self, i: int) -> Mapping[str, Any]:
-        """The `.json` beside a picture, and as "label" the folder that it is in."""
+        """The `.json` beside a picture, and as "label" the name of its folder."""
         key, suffix = self.keys[i], self.beside[i].get("json")
         data = self._bytes(f"{self._stem(i)}.{suffix}") if suffix else None
         return {"label": key.rpartition("/")[0].rpartition("/")[2], **json_object(data)}
@@ -143,7 +143,7 @@ class _FolderReader:
 
 
 def read_beside(folder: str, name: str) -> bytes:
-    """A file of a folder. Raises UserError for one that cannot be read for good."""
+    """A file in a folder. Raises UserError for one that will never be readable."""
     try:
         return files.read_bytes(f"{folder}/{name}" if folder else name)
     except OSError as error:
@@ -166,9 +166,9 @@ def prepared(
 
     `name` is NAME, NAME/CONFIG, NAME:VERSION or the folder that holds dataset_info.json. Without
     `split` the set's "train" is read, and its "heldout" or "validation" split, if there is one,
-    is the held-out part; with a split the held-out part is a hash of it. The picture is the
-    feature "image" or `image_key`, the caption `caption_key` or one of CAPTION_KEYS, all of a list,
-    COCO's nesting included. Keys are NAME/SPLIT/NUMBER.
+    is the held-out part; with a split a hash chooses the held-out part. The picture is the feature
+    "image" or `image_key`, the caption `caption_key` or one of CAPTION_KEYS: all captions of a
+    list, including COCO's nested ones. Keys are NAME/SPLIT/NUMBER.
     """
     import tensorflow_datasets as tfds
 
@@ -221,7 +221,7 @@ class _TfdsReader:
     keys: Sequence[str]
     image_key: str
     caption_key: str | None
-    labels: Mapping[str, tuple[str, ...]]  # names of classes
+    labels: Mapping[str, tuple[str, ...]]  # class names
 
     def __call__(self, i: int) -> Record:
         example = self._example(i)
@@ -229,7 +229,7 @@ class _TfdsReader:
         return Record.of(self.keys[i], example[self.image_key], captions)
 
     def columns(self, i: int) -> Mapping[str, Any]:
-        """The other features; classes by their names."""
+        """The other features; class labels as their names."""
         example = {k: v for k, v in self._example(i).items() if k != self.image_key}
         return example | {
             key: names[int(example[key])]
@@ -246,7 +246,7 @@ class _TfdsReader:
 
 
 def found_captions(example: Mapping[str, Any], key: str | None) -> tuple[str, ...]:
-    """The captions of a record of named values: text, a list of it, or a nested {"text": ...}."""
+    """The captions in a record of named values: text, a list of texts, or nested {"text": ...}."""
     value = example.get(key) if key else _first(example, CAPTION_KEYS)
     if isinstance(value, Mapping):
         value = _first(value, CAPTION_KEYS)
@@ -271,7 +271,7 @@ def make_source(
     has_embeds: bool = False,
     left_out: Mapping[str, str] | None = None,
 ) -> Source:
-    """All records of a set, those held out chosen by a hash of their keys."""
+    """All records of a set; a hash of their keys chooses those that are held out."""
     hashes = key_hashes(keys) if hashes is None else hashes
     heldout = hashed_heldout(hashes, heldout_fraction)
     rows = np.arange(len(keys))

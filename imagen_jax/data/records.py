@@ -23,16 +23,16 @@ Split = Literal["train", "heldout"]
 Image = bytes | np.ndarray | Callable[[Size], np.ndarray]
 
 LOOKED_AT = 16  # records whose images are part of a fingerprint
-DRAWN = (32, 32)  # the size of those that are drawn
+DRAWN = (32, 32)  # the size at which scenes are drawn for it
 NAMED = 5  # captions that a message names
 
 
 class Record(NamedTuple):
     """One picture as stored.
 
-    `image` is an encoded file, uint8 pixels (h, w) or (h, w, c), or what draws these at a (height,
-    width); `caption` is None where the source has none, and `more` are others of the same picture;
-    `embeds` is a stored text embedding, float (l, d), or None.
+    `image` is an encoded file, uint8 pixels (h, w) or (h, w, c), or a function that draws them at a
+    (height, width); `caption` is None if the source has none, and `more` are further captions of
+    the same picture; `embeds` is a stored text embedding, float (l, d), or None.
     """
 
     key: str
@@ -51,7 +51,7 @@ class Record(NamedTuple):
 
     @property
     def captions(self) -> tuple[str, ...]:
-        """All of them. Raises NoCaption for a record without one."""
+        """All captions. Raises NoCaption for a record without one."""
         return required(() if self.caption is None else (self.caption, *self.more))
 
 
@@ -60,14 +60,14 @@ class NoCaption(UserError):
 
 
 def required(captions: tuple[str, ...]) -> tuple[str, ...]:
-    """The captions of a record. Raises NoCaption where there is none, or an empty one."""
+    """The captions of a record. Raises NoCaption if there is none, or an empty one."""
     if not captions or not captions[0]:
         raise NoCaption("empty caption" if captions else "no caption")
     return captions
 
 
 class Strings(Sequence[str]):
-    """Strings in one array of bytes: ten million names take what their letters do."""
+    """Strings in one array of bytes: ten million names take little more than their letters do."""
 
     def __init__(self, letters: UInt8[np.ndarray, "m"], ends: Int64[np.ndarray, "n"]):
         self.letters, self.ends = letters, ends
@@ -100,12 +100,12 @@ class Source:
     `read(i)` returns record i of the complete set and raises ValueError, in one line, for a damaged
     record; it may have methods that read less of it, `captions(i)` and `columns(i)`. `keys`, their
     `hashes` (32 bits each) and `heldout` are those of the complete set too. `has_embeds` means that
-    every record of the set has a text embedding, which then replaces the caption. `left_out` are
-    the files and members that became no record, with the reason, and `notes` what else a person
+    every record of the set has a text embedding, which then replaces the caption. `left_out` has
+    the files and members that did not become records, with the reason, and `notes` what else a user
     should know before training.
 
-    A mixture has `weights`, the share of each of its sets in a batch, and `parts`, of which of them
-    a record is.
+    A mixture has `weights`, the share of each of its sets in a batch, and `parts`, the set that
+    each record is from.
     """
 
     name: str
@@ -134,13 +134,13 @@ class Source:
         return self.keys[int(self.rows[i])]
 
     def captions(self, i: int) -> tuple[str, ...]:
-        """The captions of record i, without its image where the source can. Raises UserError for a
-        record without one."""
+        """The captions of record i, without reading its image if the source can do so. Raises
+        UserError for a record without one."""
         row = int(self.rows[i])
         return getattr(self.read, "captions", lambda row: self.read(row).captions)(row)
 
     def every_caption(self) -> Iterator[tuple[str, ...] | UserError]:
-        """The captions of each record, or why it has none; those of an endless source once."""
+        """The captions of each record, or why it has none; each one once for an endless source."""
         if hasattr(self.read, "every_caption"):
             yield from self.read.every_caption()
             return
@@ -151,12 +151,12 @@ class Source:
                 yield UserError(f"{self.key(i)}: {error}")
 
     def columns(self, i: int) -> Mapping[str, Any]:
-        """What the source says of record i besides; {} where it says nothing."""
+        """What else the source has on record i; {} if nothing."""
         return getattr(self.read, "columns", lambda row: {})(int(self.rows[i]))
 
     def size(self, i: int) -> Size:
-        """Height and width of record i in pixels: as its columns say, or the header of its image.
-        Raises UserError where neither does."""
+        """Height and width of record i in pixels: from its columns, or the header of its image.
+        Raises UserError if neither has them."""
         columns = self.columns(i)
         found = columns.get("height"), columns.get("width")
         if all(isinstance(side, (int, float)) and side >= 1 for side in found):
@@ -170,12 +170,13 @@ class Source:
 
     def fingerprint(self) -> str:
         """A hash of the keys in their order, which decide what image a step sees, and of the images
-        of a few records: sets of equal names differ. Where the set is stored does not matter."""
+        of a few records, as other sets may have the same names. Where the set is stored does not
+        matter."""
         digest = hashlib.blake2b(self.hashes[self.rows].astype("<u4"), digest_size=8)
         for i in {j * len(self) // LOOKED_AT: None for j in range(LOOKED_AT if len(self) else 0)}:
             try:
                 image = self[i].image
-            except UserError:  # a record that cannot be read has its key alone
+            except UserError:  # an unreadable record counts by its key only
                 continue
             if callable(image):
                 image = image(DRAWN)
@@ -183,14 +184,14 @@ class Source:
         return digest.hexdigest()
 
     def split(self, which: Split) -> "Source":
-        """The records to learn from, or those kept apart; fixed for a set whatever its order."""
+        """The records to train on, or those held out; fixed for a set whatever its order."""
         if which not in ("train", "heldout"):
             raise UserError(f"split must be 'train' or 'heldout', got {which!r}")
         chosen = self.heldout[self.rows] == (which == "heldout")
         return replace(self, name=f"{self.name} ({which})", rows=self.rows[chosen])
 
     def take(self, limit: int) -> "Source":
-        """The first `limit` records, or all if there are fewer; of each set of a mixture."""
+        """The first `limit` records, or all if there are fewer; of a mixture, those of each set."""
         if limit < 1:
             raise UserError(f"limit must be at least 1, got {limit}")
         if self.parts is None:
@@ -202,8 +203,8 @@ class Source:
     def with_captions(self, captions: Iterable[str]) -> "Source":
         """All records with these captions, in the order of the captions, then of the set.
 
-        Reads the set once: meant for small ones. A record that cannot be read has no caption.
-        Raises UserError naming captions that no record has.
+        Reads the complete set: for small ones. A record that cannot be read has no caption. Raises
+        UserError naming captions that no record has.
         """
         found: dict[str, list[int]] = {caption: [] for caption in captions}
         for i in range(len(self)):
@@ -223,7 +224,7 @@ class Source:
 
 
 def stored_size(image: bytes) -> Size:
-    """Height and width of an encoded image, upright, by its header. Raises UserError for none."""
+    """Height and width of an encoded image, upright, by its header. Raises UserError if damaged."""
     try:
         picture = PIL.Image.open(io.BytesIO(image))
         turned = _is_turned(picture)
@@ -237,10 +238,10 @@ def stored_size(image: bytes) -> Size:
 
 
 def _is_turned(picture: PIL.Image.Image) -> bool:
-    """Whether the image lies on its side as it is stored."""
-    if picture.format == "TIFF":  # pillow turns it itself, and gives the size that it has then
+    """Whether the image is stored lying on its side."""
+    if picture.format == "TIFF":  # pillow turns it itself, and gives its size after that
         return False
-    # A PNG's own way decodes it, to find what may come after the pixels.
+    # The method of a PNG decodes it, as EXIF may come after the pixels.
     exif = PIL.Image.Image.getexif if picture.format == "PNG" else type(picture).getexif
     return exif(picture).get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
 
@@ -251,12 +252,12 @@ def key_hashes(keys: Iterable[str]) -> UInt32[np.ndarray, "n"]:
 
 
 def hashed_heldout(hashes: UInt32[np.ndarray, "n"], fraction: float) -> Bool[np.ndarray, "n"]:
-    """Mark about `fraction` of the keys, each by its own hash: adding others moves none."""
+    """Mark about `fraction` of the keys, each by its own hash: adding others changes none."""
     if not 0 <= fraction < 1:
         raise UserError(f"heldout_fraction must be in [0, 1), got {fraction}")
     return hashes < fraction * 2**32
 
 
 def encoded(key: str) -> bytes:
-    """A key as bytes, those of a file name as it is stored."""
+    """A key as bytes; for a file name, its bytes on disk."""
     return key.encode("utf-8", "surrogateescape")

@@ -1,4 +1,4 @@
-"""The scenes as a source of records: `--data scenes`, whose many names nobody needs to keep."""
+"""The scenes as a source of records: `--data scenes`. Keys are computed, not kept in memory."""
 
 from collections.abc import Iterator, Sequence
 from typing import SupportsIndex
@@ -10,14 +10,14 @@ from imagen_jax.data.records import Record, Source
 from imagen_jax.data.scenes import LEVELS
 from imagen_jax.errors import UserError
 
-TRAINING, HELDOUT = 1_000_000, 1_000  # scenes to train on, and of each held-out level
+TRAINING, HELDOUT = 1_000_000, 1_000  # scenes to train on, and per held-out level
 ALL = TRAINING + len(LEVELS) * HELDOUT
 RELATED = {relation.replace(" ", "-"): relation for relation in scenes.RELATIONS}
 
 
 def scene(number: int) -> scenes.Scene:
-    """The scene of a record: to train on, after these held out, the levels in turn, and after these
-    to train on with two objects, the relations in turn."""
+    """The scene of a record: first those to train on, then those held out, with the levels in turn,
+    then those to train on with two objects, with the relations in turn."""
     if number < TRAINING:
         return scenes.training_scene(number)
     if number < ALL:
@@ -30,8 +30,8 @@ def scene(number: int) -> scenes.Scene:
 def open_scenes(part: str | None = None) -> Source:
     """The scenes as a source: `TRAINING` to train on, and `HELDOUT` of each level; or a part.
 
-    The parts of a relation, such as `inside`, are `TRAINING` scenes of their own: a mixture of
-    `scenes` and one of them shows more of what is hard to learn.
+    The part of a relation, such as `inside`, has `TRAINING` other scenes: a mixture of it and
+    `scenes` shows more of what is hard to learn.
     """
     count = ALL + len(RELATED) * TRAINING if part in RELATED else ALL
     rows, numbers = np.arange(count), None
@@ -60,7 +60,7 @@ class _Reader:
         return Record(f"scene{number}", one.draw, one.caption)
 
     def every_caption(self) -> Iterator[tuple[str, ...]]:
-        """Every caption that there is: of all contents, in all sizes, places and wordings."""
+        """Every possible caption: of all contents, in all sizes, places and wordings."""
         for level in (None, *LEVELS):
             for content in scenes.contents(level):
                 for sized in scenes.every_size(content):

@@ -4,8 +4,8 @@ A scene is made in three steps. A `Content` is what a caption says: "two small g
 circle at the top", or two objects and a relation. `compose` places objects that make it true and
 words it in one of several ways; `Scene.draw` draws them, antialiased, at any size and aspect ratio.
 
-Three kinds of contents are held out, none of which a training scene ever shows, to measure what a
-model makes of captions that it was never given:
+Three kinds of contents are held out: no training scene ever shows them, so that they measure how a
+model handles captions that it was never given:
 
     pairs          a colour and a shape never seen together            (HELDOUT_PAIRS)
     combinations   two objects, each seen, in a relation never seen    (a tenth of them)
@@ -39,7 +39,7 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross")
 NUMBERS = {1: "a", 2: "two", 3: "three", 4: "four"}
-# Words of the first object's relation to the second one, and of the second one's to the first.
+# Words for the first object's relation to the second one, and for the second one's to the first.
 RELATIONS = {
     "above": (("above", "on top of", "over"), ("below", "under", "beneath")),
     "left of": (("to the left of", "left of"), ("to the right of", "right of")),
@@ -52,7 +52,7 @@ PLACES = {
     "right": "on the right",
     "middle": "in the middle",
 }
-SMALL, LARGE = 0.15, 0.275  # the largest radius of a small object, the least of a large one
+SMALL, LARGE = 0.15, 0.275  # the largest radius of a small object, the smallest of a large one
 SIZES_OF_TWO = (("small", None), (None, "small"), ("small", "large"), ("large", "small"))
 SIZED = 0.3  # the share of captions of two objects that name a size
 MARGIN, APART = 0.02, 0.05  # of the shorter side: around objects, and between those of one kind
@@ -74,7 +74,7 @@ class Kind(NamedTuple):
 class Content:
     """What a caption says: `count` objects of one kind, or one object and its relation to another.
 
-    Sizes are "small", "large" or None, which says nothing; so is `place`, of a single object.
+    Sizes are "small", "large" or None: not mentioned. `place` is that of a single object, or None.
     """
 
     kind: Kind
@@ -87,7 +87,7 @@ class Content:
 
     @property
     def level(self) -> str | None:
-        """The level at which it is held out; None for contents to train on."""
+        """The held-out level that it belongs to; None for contents to train on."""
         if self.kind in HELDOUT_PAIRS or self.other in HELDOUT_PAIRS:
             return "pairs"
         if self.relation is not None:
@@ -97,7 +97,7 @@ class Content:
 
 
 class Thing(NamedTuple):
-    """One object as it is placed: `offset` moves its centre, in units of the shorter side."""
+    """One placed object: `offset` moves its centre, in units of the shorter side."""
 
     kind: Kind
     centre: tuple[float, float]
@@ -107,7 +107,7 @@ class Thing(NamedTuple):
 
 @dataclass(frozen=True)
 class Scene:
-    """A caption, what it says, and objects of which it is true; later ones are drawn on top."""
+    """A caption, what it says, and objects that make it true; later ones are drawn on top."""
 
     caption: str
     content: Content
@@ -144,9 +144,9 @@ def outside(
         y = np.abs(y)
         long, short = 0.95 * radius, 0.31 * radius
         return np.minimum(np.maximum(x - long, y - short), np.maximum(x - short, y - long))
-    if shape == "triangle":  # equal sides, a corner up; its centre is that of the circle around it
+    if shape == "triangle":  # equilateral, a corner up; centred in the circle around it
         return np.maximum(x * np.sqrt(3) / 2 - y / 2, y) - radius / 2
-    # A star is symmetric in five axes: folded over, one straight edge is left, from tip to notch.
+    # A star has five axes of symmetry: folded over them, one straight edge is left, tip to notch.
     angle = np.arctan2(x, -y) % (2 * np.pi / 5)
     angle = np.minimum(angle, 2 * np.pi / 5 - angle)
     distance = np.hypot(x, y)
@@ -172,7 +172,7 @@ def contents(level: str | None) -> tuple[Content, ...]:
 
 @functools.cache
 def _by_form(level: str | None) -> tuple[tuple[Content, ...], ...]:
-    """The same apart: single objects, several of a kind, two in a relation. None is empty."""
+    """The same, grouped: single objects, several of a kind, two in a relation; no empty groups."""
     forms: tuple[list[Content], ...] = ([], [], [])
     for content in contents(level):
         forms[2 if content.relation else int(content.count > 1)].append(content)
@@ -181,7 +181,7 @@ def _by_form(level: str | None) -> tuple[tuple[Content, ...], ...]:
 
 @functools.cache
 def _related(relation: Relation) -> tuple[Content, ...]:
-    """Those to train on with two objects in this relation."""
+    """The contents to train on with two objects in this relation."""
     return tuple(one for one in _by_form(None)[2] if one.relation == relation)
 
 
@@ -208,7 +208,7 @@ def caption(content: Content, rng: np.random.Generator) -> str:
 
 
 def wordings(content: Content) -> tuple[str, ...]:
-    """All wordings of a content; of two objects those that begin with the first one come first."""
+    """All wordings of a content; with two objects, those that start with the first come first."""
     first = described(content.kind, content.size, content.count)
     if content.relation is not None:
         second = described(content.other, content.other_size)
@@ -237,8 +237,8 @@ def training_scene(seed: int) -> Scene:
 
 
 def training_content(seed: int, sized: float = SIZED) -> Content:
-    """That of `training_scene`, without placing anything. `sized` is the share of captions of two
-    objects that name a size."""
+    """The content of `training_scene`, without placing anything. `sized` is the share of captions
+    of two objects that name a size."""
     return _training_content(np.random.default_rng((0, seed)), sized)
 
 
@@ -255,7 +255,7 @@ def related_scene(relation: Relation, seed: int) -> Scene:
 
 
 def heldout_scene(level: str, seed: int) -> Scene:
-    """A scene of a held-out level, whose contents take turns; those of pairs are single objects."""
+    """A scene of a held-out level, its contents in turn; those of `pairs` are single objects."""
     rng = np.random.default_rng((1 + LEVELS.index(level), seed))
     form = _by_form(level)[0]
     return compose(_with_sizes(form[seed % len(form)], rng), rng)
@@ -269,8 +269,8 @@ def examples(kind: str, count: int) -> list[Scene]:
 
 
 def seen_scene(seed: int) -> Scene:
-    """A scene with two objects of a combination that is trained on, to compare the held-out ones
-    with; itself it is none of the records."""
+    """A scene with two objects in a combination that is trained on, to compare with the held-out
+    ones; it is not itself one of the records."""
     rng = np.random.default_rng((1 + len(LEVELS), seed))
     return _scene_of(_by_form(None)[2], rng)
 
@@ -286,7 +286,7 @@ def _chosen(what: object, fraction: float) -> bool:
 
 
 def _with_sizes(content: Content, rng: np.random.Generator, sized: float = SIZED) -> Content:
-    """The content with a size or a place, now and then."""
+    """The content, sometimes with a size or a place."""
     if content.relation == "inside":
         return content
     if content.relation is not None:
@@ -336,7 +336,7 @@ def _place_alike(content: Content, rng: np.random.Generator) -> tuple[Thing, ...
 
 
 def _are_apart(centres: Sequence[Sequence[float]], radii: Sequence[float]) -> bool:
-    """In plain Python: most placements are refused, and numpy takes five times as long."""
+    """Plain Python, as most placements are rejected and numpy takes five times as long."""
     return all(
         math.dist(centres[i], centres[j]) >= radii[i] + radii[j] + APART
         for i in range(1, len(radii))
@@ -363,7 +363,7 @@ def _place_apart(content: Content, rng: np.random.Generator) -> tuple[Thing, ...
 
 
 def _place_inside(content: Content, rng: np.random.Generator) -> tuple[Thing, ...]:
-    """The other one large, and the first on top of it, not small, not quite in its centre."""
+    """The other object large, and the first on top of it: not small, slightly off its centre."""
     outer, inner = rng.uniform(0.4, 0.46), rng.uniform(0.165, 0.2)
     centre = rng.uniform(outer + MARGIN, 1 - outer - MARGIN, 2)
     offset = rng.uniform(-0.05, 0.05, 2)

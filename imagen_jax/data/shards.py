@@ -1,8 +1,9 @@
 """Tar shards of img2dataset or webdataset, as a `Source`.
 
-The headers of a shard are read once, for where each member is (tar_index.py); records are then read
-at random. A tar has no table of contents: one that was cut off, or whose headers are damaged, reads
-as a shorter one. The sign is its end, which is a block of zeros with nothing but zeros after it.
+The headers of a shard are read once, to locate its members (tar_index.py); records are then read at
+random. A tar has no table of contents: one that was cut off, or whose headers are damaged, reads as
+a shorter one. Only its end tells: a valid tar ends with a block of zeros and nothing but zeros
+after it.
 """
 
 import io
@@ -32,12 +33,12 @@ _Place = tuple[int, int]  # offset and size
 def tar_shards(
     paths: Sequence[str], *, heldout_fraction: float, caption_key: str | None = None
 ) -> Source:
-    """The pictures of tar shards: the members of one stem are one record, in the shard's order.
+    """The pictures in tar shards: members with the same stem are one record, in the shard's order.
 
-    Keys are SHARD/STEM with the shard's own stem: other shards beside it change none. A `.npy`
-    beside *every* picture is a stored text embedding. Of a damaged shard the members before the
-    damage are used, and it is among the source's `left_out`. Raises UserError for more than one
-    damaged shard in twenty, for two of one name, for compressed ones, and without a picture.
+    Keys are SHARD/STEM, where SHARD is the shard's own stem: adding shards changes no key. A `.npy`
+    beside *every* picture is a stored text embedding. A damaged shard is used up to the damage, and
+    listed in the source's `left_out`. Raises UserError if more than one shard in twenty is damaged,
+    if two have the same name, if one is compressed, or if there is no picture.
     """
     _check_names(paths)
     index = tar_index.read(paths)
@@ -125,8 +126,8 @@ class _TarReader:
 
 
 class _Shard:
-    """Reads parts of a shard, a context. Raises UserError for one that is gone, or another by now:
-    what is at the places of its members is then not what was indexed."""
+    """A context to read parts of a shard. Raises UserError for one that is gone or has changed: its
+    members may then not be where they were indexed."""
 
     def __init__(self, path: str, state: files.State):
         self.path, self.state = path, state

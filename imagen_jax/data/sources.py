@@ -104,8 +104,8 @@ class Opening:
 
 
 def gathered(arguments: Sequence[str]) -> list[str]:
-    """A command line's `--data A ... --data=B` as `--data A B`: of several, tyro would take the
-    last alone."""
+    """A command line's `--data A ... --data=B` as `--data A B`: of several, tyro would take only
+    the last."""
     rest: list[str] = []
     data: list[str] = []
     taking = False
@@ -133,12 +133,12 @@ def open_source(
     template: str | None = None,
     where: Sequence[str] = (),
 ) -> Source:
-    """The source `spec` names, or the mixture of several; its `split`, and the first `limit`
-    records of that, where given.
+    """The source that `spec` names, or the mixture of several; if given, only its `split`, and the
+    first `limit` records of that.
 
     `data_dir` is where `tfds:` sets are prepared (default: tensorflow-datasets' own); the others
-    are as in `Opening`. ValueError, in one line, for a source that does not exist, holds no picture
-    or is damaged.
+    are as in `Opening`. Raises ValueError, in one line, for a source that does not exist, has no
+    picture or is damaged.
     """
     specs = [str(spec)] if isinstance(spec, (str, os.PathLike)) else [str(one) for one in spec]
     if not specs:
@@ -157,7 +157,7 @@ def open_source(
 
 
 def _weighted(spec: str) -> tuple[str, float]:
-    """`A=0.7` as its two parts; the weight is 1 where none is given."""
+    """`A=0.7` as its two parts; the weight is 1 if none is given."""
     name, equals, weight = spec.rpartition("=")
     if equals and re.fullmatch(r"\d+(\.\d*)?|\.\d+", weight) and not Path(spec).exists():
         return name, float(weight)
@@ -172,7 +172,7 @@ def demo_captions() -> list[str]:
 
 @dataclass(frozen=True)
 class _Reading:
-    """How one source is read."""
+    """How to read one source."""
 
     heldout_fraction: float
     data_dir: str | os.PathLike | None
@@ -222,7 +222,7 @@ class _Reading:
         return shards.tar_shards(paths, heldout_fraction=fraction, caption_key=self.caption_key)
 
     def _folder(self, path: str) -> Source:
-        """The shards below a folder, or the pictures. Raises UserError where it holds both."""
+        """The shards below a folder, or the pictures. Raises UserError if it has both."""
         path = path.rstrip("/") or path
         left_out: dict[str, str] = {}
         names = readers.files_below(path, left_out)

@@ -1,8 +1,8 @@
 """Tables of images and captions, as a `Source`: `.csv`, `.tsv`, `.jsonl` and `.parquet` files, and
 the `metadata.*` of a Hugging Face image folder.
 
-A row has an image, as a path from the table's folder or as the bytes of a file (Parquet), and
-captions. Rows of one path are captions of one image. Other columns are for `--where` and
+A row has an image, as a path relative to the table's folder or as the bytes of a file (Parquet),
+and captions. Rows with the same path are captions of one image. Other columns are for `--where` and
 `--template`.
 """
 
@@ -37,11 +37,11 @@ def table(
     names: Iterable[str] | None = None,
     left_out: Mapping[str, str] | None = None,
 ) -> Source:
-    """The images of a table. Keys are their paths, or ROW where the table holds them itself.
+    """The images of a table. Keys are their paths, or `row N` if the table itself has the images.
 
-    `names` are the files beside it, of which those pictures that it does not name are left out.
-    Rows that are damaged are left out by their number. Raises UserError for a table that cannot be
-    read, and one without a column of images.
+    `names` are the files beside it; pictures among them that it does not name are left out, and so
+    are damaged rows, listed by number. Raises UserError for a table that cannot be read, or has no
+    column of images.
     """
     left_out = dict(left_out or {})
     rows = _read(path, left_out)
@@ -82,7 +82,7 @@ def table(
 class _TableReader:
     folder: str
     keys: Sequence[str]
-    rows: tuple[list[Row], ...]  # of each image
+    rows: tuple[list[Row], ...]  # per image
     image_key: str
     caption_key: str | None
 
@@ -104,8 +104,8 @@ class _TableReader:
 
 
 def _name(image: Any, number: int) -> str | None:
-    """The path of an image, or the row's number where the table holds the image, since what it
-    calls a path there may repeat; None without."""
+    """The path of an image, or the row's number if the table has the image itself, as paths may
+    then repeat; None if there is no image."""
     if _bytes(image):
         return f"row {number}"
     if isinstance(image, Mapping):

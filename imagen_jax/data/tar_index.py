@@ -1,8 +1,8 @@
 """Where the members of tar shards are: read from their headers once, and kept for the next time.
 
-An index is a few arrays, memory-mapped from ~/.cache/imagen-jax/index where reading the headers
-took longer than `KEPT_AFTER` seconds. Shards that have not changed since are not read again, those
-of an index of other shards in the same folder among them.
+An index is a few arrays, memory-mapped from ~/.cache/imagen-jax/index if reading the headers took
+longer than `KEPT_AFTER` seconds. Shards that have not changed since are not read again, even if the
+index was made for another selection of shards in the same folder.
 """
 
 import functools
@@ -31,15 +31,15 @@ BLOCK = tarfile.BLOCKSIZE
 VERSION = 1
 KEPT_AFTER = 2.0
 KEPT = 4  # indices of shards in one folder
-IN_PROCESSES = 2**31  # bytes of shards from which on they are read by several processes
+IN_PROCESSES = 2**31  # bytes: from this size on, several processes read the shards
 
 Members = dict[str, tuple[int, int]]  # kind -> offset and size
 
 
 @dataclass(frozen=True)
 class Index:
-    """The records of shards in order, and for each kind of file where it is in the shard: at
-    `offsets[kind]`, -1 for a record without one, with `sizes[kind]` bytes."""
+    """The records of shards in order, and where each kind of file is in the shard: at
+    `offsets[kind]` (-1 for a record without one), with `sizes[kind]` bytes."""
 
     keys: Strings
     hashes: UInt32[np.ndarray, "n"]  # of the keys
@@ -61,7 +61,7 @@ class _Part(NamedTuple):
 
 
 def read(paths: Sequence[str]) -> Index:
-    """The index of shards. Raises UserError for one that is compressed, or cannot be read."""
+    """The index of shards. Raises UserError if one is compressed, or cannot be read."""
     states = tuple(files.state(path) for path in paths)
     where = _folder(paths)
     kept = where / _digest([paths, states])
@@ -87,7 +87,7 @@ def _read_all(paths: Sequence[str], states: Sequence[files.State]) -> list[_Part
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if len(paths) < 2 or cores == 1 or sum(state.size for state in states) < IN_PROCESSES:
         return [_read_one(path) for path in paths]
-    # Started afresh: a fork would copy the locks of JAX's threads.
+    # Spawned: a fork would copy the locks of JAX's threads.
     start = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(cores, len(paths)), mp_context=start) as pool:
         return list(pool.map(_read_one, paths, chunksize=1))
@@ -104,7 +104,7 @@ def _read_one(path: str) -> _Part:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 for member in tar:
                     _add(index, member, shard, left_out)
-                    tar.members.clear()  # of which it keeps every one
+                    tar.members.clear()  # or it would keep them all
                 file.seek(tar.offset)
             damage = _damage(file)
         except (tarfile.TarError, ValueError, OverflowError) as error:
@@ -144,7 +144,7 @@ def _add(
 
 
 def _forget_cut_off(index: dict[str, Members], size: int) -> None:
-    """Of a shard that was cut off, the last member may end after its end."""
+    """Drops records with a member that ends after the end of a shard that was cut off."""
     for stem, members in list(index.items()):
         if any(offset + length > size for offset, length in members.values()):
             del index[stem]
@@ -161,7 +161,7 @@ def _check_plain(path: str, start: bytes) -> None:
 
 
 def _damage(file: Any) -> str | None:
-    """From where the last member ends: zeros to the end of the file, a block of them at least."""
+    """What is wrong after the last member, where only zeros must follow, at least a block."""
     end = file.tell()
     block = file.read(BLOCK)
     if len(block) < BLOCK:
@@ -196,7 +196,7 @@ def _joined(paths: Sequence[str], states: Sequence[files.State], parts: Sequence
 
 
 def _parts(folder: Path) -> dict[tuple[str, files.State], Any]:
-    """The shards of an index that is kept, each as a function that takes its part out."""
+    """The shards of an index on disk, each as a function that extracts its part."""
     index, paths = _load(folder), json.loads((folder / "index.json").read_text())["paths"]
 
     def part(number: int) -> _Part:
@@ -235,7 +235,7 @@ def _digest(value: Any) -> str:
 
 
 def _save(folder: Path, paths: Sequence[str], index: Index) -> None:
-    """Keeps an index, as far as the disk lets: without it the headers are read again."""
+    """Keeps an index if the disk allows it: without it the headers are read again."""
     arrays = {"letters": index.keys.letters, "ends": index.keys.ends, "hashes": index.hashes}
     arrays["shards"] = index.shards
     arrays |= {f"offsets-{kind}": array for kind, array in index.offsets.items()}

@@ -1,4 +1,4 @@
-"""Text that people wrote: captions, and files with one caption or prompt a line."""
+"""Text that people wrote: captions, and files with one caption or prompt per line."""
 
 import json
 import os
@@ -11,10 +11,10 @@ BYTE_ORDER_MARK = "\ufeff"
 
 
 def caption(value: Any) -> str | None:
-    """A caption from the bytes of a file or a field of a record; None where there is none.
+    """A caption from the bytes of a file or a field of a record; None if there is none.
 
     White space around it is trimmed; an empty one stays empty. Raises UserError for bytes that are
-    not UTF-8, for half of a surrogate pair (JSON's escapes can hold one), and for what is not text.
+    not UTF-8, half of a surrogate pair (JSON's escapes can have one), and values that are not text.
     """
     if value is None:
         return None
@@ -32,7 +32,7 @@ def caption(value: Any) -> str | None:
 
 def captions(value: Any, *, by_line: bool = False) -> tuple[str, ...]:
     """All captions in a field of a record, a string or a list of them, or in the bytes of a file;
-    with `by_line` each line is one. Empty ones are left out beside others. See `caption`."""
+    with `by_line` each line is one. Empty ones are left out if there are others. See `caption`."""
     if isinstance(value, (list, tuple)):
         found = [caption(one) for one in value]
     else:
@@ -44,7 +44,7 @@ def captions(value: Any, *, by_line: bool = False) -> tuple[str, ...]:
 
 
 def json_object(data: bytes | None) -> dict[str, Any]:
-    """The JSON object of a record, {} where it has none. Raises UserError for anything else."""
+    """The JSON object of a record, {} if it has none. Raises UserError for anything else."""
     if data is None:
         return {}
     try:
@@ -59,9 +59,8 @@ def json_object(data: bytes | None) -> dict[str, Any]:
 def read_lines(path: str | os.PathLike) -> list[str]:
     """The lines of a text file, trimmed, without the empty ones.
 
-    Lines end with LF, CRLF or CR: the separators that Unicode has besides are text. A byte-order
-    mark is not part of the first line. Raises UserError naming the file, and the line that is not
-    UTF-8.
+    Lines end with LF, CRLF or CR: Unicode's other line separators are text. A byte-order mark is
+    not part of the first line. Raises UserError naming the file, and the line that is not UTF-8.
     """
     try:
         data = Path(path).read_bytes()
@@ -86,6 +85,6 @@ def is_unicode(text: str) -> bool:
 
 
 def shown(name: str) -> str:
-    """A name for a person: bytes that are not UTF-8, and line breaks, as escapes."""
+    """A name to print: bytes that are not UTF-8, and line breaks, as escapes."""
     text = name.encode("utf-8", "backslashreplace").decode()
     return text.replace("\n", "\\n").replace("\r", "\\r")

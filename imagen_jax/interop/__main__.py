@@ -326,8 +326,8 @@ def opened(path: Path) -> RunDir:
 
 
 def chosen(run: RunDir, weights: Literal["ema", "online", "both"]) -> list[Weights]:
-    """The weights that a run holds of those asked for; never none. Raises ValueError if a U-Net
-    has none at all."""
+    """The requested weights that a run has, at least one kind. Raises ValueError if a U-Net has no
+    weights at all."""
     for number, unet in enumerate(run.config.unets, 1):
         if number not in run.steps and not hasattr(unet, "is_null"):
             raise UserError(f"{run.path} has no weights of U-Net {number}: train it first.")
@@ -349,7 +349,7 @@ def prove(source: Checkpoint, run: RunDir, kept: list[Weights]) -> None:
 
 
 def write_torch(path: Path, run: RunDir, kept: list[Weights]) -> None:
-    """The weights of a run as a trainer's file; where only one set is kept, it is used for both."""
+    """The weights of a run as a trainer's file; if only one set is kept, it is used for both."""
     numbers = range(1, len(run.config.unets) + 1)
     model = "online" if "online" in kept else "ema"
     online = [run.params_or_null(number, model) for number in numbers]

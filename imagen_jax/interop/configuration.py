@@ -1,4 +1,4 @@
-"""The configuration of a cascade as imagen-pytorch writes it, to ours and back.
+"""Converts the configuration of a cascade from imagen-pytorch's form to ours, and back.
 
 Its config classes (`imagen_pytorch.configs`), which every JSON file and every checkpoint with
 `imagen_params` goes through, have other defaults than its constructors: CLASS_DEFAULTS.
@@ -23,7 +23,7 @@ CLASS_DEFAULTS = dict(cond_drop_prob=0.5)
 HYPER_PARAMETERS = [
     field.name
     for field in dataclasses.fields(ElucidatedConfig)
-    if field.name != "lowres_conditioning"  # ours alone
+    if field.name != "lowres_conditioning"  # only ours
 ]
 NOT_ELUCIDATED = (
     "timesteps",
@@ -39,8 +39,8 @@ Kind = Literal["original", "elucidated"]
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """{"type", "imagen"} of a JSON file: the CLI's `imagen_config.json`, its `imagen` part alone,
-    a run directory's `config.json`, or the fields that a checkpoint leaves open.
+    """{"type", "imagen"} of a JSON file: the CLI's `imagen_config.json`, only its `imagen` part, a
+    run directory's `config.json`, or the fields that a checkpoint leaves open.
 
     Raises ValueError for a file that is not a JSON object.
     """
@@ -73,10 +73,10 @@ def to_ours(
     norms: Sequence[str],
     known: Sequence[Mapping[str, Any]] | None = None,
 ) -> ImagenConfig:
-    """A cascade of the reference's config classes. `norms` are those that the weights show, and
-    `known` are fields of each U-Net that its file tells where `params` does not.
+    """Our configuration from fields of the reference's config classes. `norms` are inferred from
+    the weights, and `known` are fields of each U-Net that its file has and `params` may lack.
 
-    Raises ValueError for what does not exist here, video above all.
+    Raises ValueError for what does not exist here, above all video.
     """
     unets = params["unets"]
     unets = [unets] if isinstance(unets, Mapping) else unets
@@ -90,7 +90,7 @@ def to_ours(
 
 
 def cascade(fields: Mapping[str, Any], kind: Kind) -> ImagenConfig:
-    """Ours from arguments of the reference's constructors, `unets` as dictionaries."""
+    """Our configuration from arguments of the reference's constructors, `unets` as dictionaries."""
     fields = dict(fields)
     factors = fields.pop("temporal_downsample_factor", 1)
     fields.pop("resize_cond_video_frames", None)
@@ -101,16 +101,16 @@ def cascade(fields: Mapping[str, Any], kind: Kind) -> ImagenConfig:
         fields["elucidated"] = own
     fields["unets"] = [_with_eight_groups(unet) for unet in fields["unets"]]
     schedules = fields.get("noise_schedules")
-    if isinstance(schedules, (list, tuple)):  # the reference ignores what is too many
+    if isinstance(schedules, (list, tuple)):  # the reference ignores extra ones
         fields["noise_schedules"] = list(schedules)[: len(fields["unets"])]
     return ImagenConfig.from_dict(fields)
 
 
 def to_theirs(config: ImagenConfig) -> tuple[Kind, dict[str, Any]]:
-    """(`imagen_type`, `imagen_params`) for the reference's config classes; every field given.
+    """(`imagen_type`, `imagen_params`) for the reference's config classes, with every field.
 
     How the noise of the low-resolution image was drawn in training is left out. Raises UserError
-    for networks and images that it does not have.
+    for networks and images that the reference does not have.
     """
     if config.discrete is not None or any(isinstance(u, IFUnetConfig) for u in config.unets):
         raise UserError("imagen-pytorch has no U-Net of DeepFloyd IF: use to-diffusers.")
@@ -127,7 +127,7 @@ def to_theirs(config: ImagenConfig) -> tuple[Kind, dict[str, Any]]:
     own = params.pop("elucidated")
     for unet in params["unets"]:
         unet.pop("norm", None)
-        if unet.get("text_embed_dim", 0) is None:  # its class wants a number, and ignores it
+        if unet.get("text_embed_dim", 0) is None:  # the class needs a number, but ignores it
             del unet["text_embed_dim"]
     if own is None:
         return "original", params
@@ -141,8 +141,8 @@ def complete(
 ) -> dict[str, Any]:
     """All fields of a cascade: `given` ones, the `known` ones of each U-Net, the rest inferred.
 
-    `shapes` are those of each U-Net's tensors. Raises ValueError that names every field which is
-    left open, as a JSON object to fill in.
+    `shapes` are those of each U-Net's tensors. Raises ValueError that lists every field left open,
+    as a JSON object to fill in.
     """
     partial = given.get("unets", [{}] * len(shapes))
     partial = [partial] if isinstance(partial, Mapping) else partial
@@ -186,7 +186,7 @@ def complete(
 
 
 def _with_eight_groups(unet: Mapping[str, Any]) -> dict[str, Any]:
-    """Versions 1.22 to 1.26 let `resnet_groups` be chosen; here `norm="group"` has their 8."""
+    """`resnet_groups` was an argument from 1.22 to 1.26; here `norm="group"` has its default, 8."""
     groups = unet.get("resnet_groups", 8)
     if set(_tuple(groups)) != {8}:
         raise UserError(f"resnet_groups = {groups}: only the default, 8, is implemented.")

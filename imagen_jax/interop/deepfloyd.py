@@ -1,9 +1,10 @@
-"""DeepFloyd IF's folders, of diffusers and of the original repository, and back.
+"""Reads DeepFloyd IF's folders, in diffusers' layout or the original's; writes diffusers'.
 
-A folder of diffusers is one stage: unet/config.json, unet/diffusion_pytorch_model.safetensors (or
-.bin, in shards, or of a variant such as fp16), scheduler/scheduler_config.json. The original has
-config.yml and pytorch_model.bin. Weights are never downloaded or shipped: DeepFloyd's licence, for
-research without commerce, is between its publisher and who accepts it.
+A folder in diffusers' layout is one stage: unet/config.json,
+unet/diffusion_pytorch_model.safetensors (or .bin, in shards, or of a variant such as fp16),
+scheduler/scheduler_config.json. The original has config.yml and pytorch_model.bin. Weights are
+never downloaded or shipped: DeepFloyd's licence, for non-commercial research, is between its
+publisher and those who accept it.
 """
 
 import dataclasses
@@ -34,14 +35,14 @@ LICENCE = (
 )
 T5 = "google/t5-v1_1-xxl"
 STEM = "diffusion_pytorch_model"
-SHARD = 10 * 10**9  # bytes of a file, as diffusers splits
+SHARD = 10 * 10**9  # bytes per file, as in diffusers
 Variant = Literal["fp16", "bf16"]
 VARIANT_DTYPES = {None: np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)
 class Read:
-    """One stage as its folder has it. `params` are views of the files."""
+    """One stage as read from its folder. `params` are views of the files."""
 
     folder: Path
     unet: IFUnetConfig
@@ -52,7 +53,7 @@ class Read:
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """What is read of a stage's scheduler."""
+    """What is read from a stage's scheduler."""
 
     betas: str = "squaredcos_cap_v2"
     steps: int = 1000
@@ -62,7 +63,7 @@ class Schedule:
 
 
 def read(folder: Path, variant: Variant | None = None) -> Read:
-    """A stage, of either layout. Raises UserError for what is missing or does not fit."""
+    """A stage, in either layout. Raises UserError for what is missing or does not fit."""
     if (folder / "unet" / "config.json").is_file():
         unet, size = _named(if_configuration.from_diffusers, folder / "unet" / "config.json")
         state = dict(_tensors(folder / "unet", variant))
@@ -81,8 +82,8 @@ def read(folder: Path, variant: Variant | None = None) -> Read:
 
 
 def cascade(stages: Sequence[Read]) -> ImagenConfig:
-    """The configuration of the stages, from small to large; a super-resolution stage may stand
-    alone. Raises UserError for stages that do not follow each other."""
+    """The configuration of the stages, from small to large; the first may be a super-resolution
+    stage. Raises UserError for stages that do not follow each other."""
     stages = list(stages)
     if [one.unet.lowres_cond for one in stages[1:]] != [True] * (len(stages) - 1):
         raise UserError("only the first folder can be a base; the others must be super-resolution.")
@@ -117,8 +118,8 @@ def cascade(stages: Sequence[Read]) -> ImagenConfig:
 def write(
     folder: Path, run: RunDir, number: int, weights: Literal["ema", "online"], variant: str | None
 ) -> None:
-    """A U-Net of a run as a folder that diffusers' `IFPipeline.from_pretrained` loads, without a
-    text encoder. Raises UserError for a U-Net of another kind."""
+    """Writes a U-Net of a run as a folder that diffusers' `IFPipeline.from_pretrained` loads,
+    without a text encoder. Raises UserError for a U-Net of another kind."""
     config = run.config
     unet, size = config.unets[number - 1], config.image_sizes[number - 1]
     if not isinstance(unet, IFUnetConfig) or config.discrete is None:
@@ -160,7 +161,7 @@ def write(
 
 
 def _named(parse: Any, path: Path) -> tuple[IFUnetConfig, int]:
-    """A configuration's file, read; what is wrong with it names the file."""
+    """Reads a configuration file; errors name the file."""
     try:
         if path.suffix == ".yml":
             data = yaml.safe_load(path.read_text())
@@ -174,7 +175,7 @@ def _named(parse: Any, path: Path) -> tuple[IFUnetConfig, int]:
 
 
 def _scheduler(path: Path, unet: IFUnetConfig) -> Schedule:
-    """Raises UserError for another kind of diffusion, or another use of the network's answer."""
+    """Raises UserError for another kind of diffusion, or another use of the network's output."""
     if not path.is_file():
         raise UserError(f"{path} is missing.")
     data = storage.read_object(storage.folder(path))
@@ -194,7 +195,7 @@ def _scheduler(path: Path, unet: IFUnetConfig) -> Schedule:
 
 
 def _tensors(folder: Path, variant: Variant | None) -> Iterator[tuple[str, np.ndarray]]:
-    """All tensors of a U-Net's folder, as views of its files; safetensors before .bin."""
+    """All tensors in a U-Net's folder, as views of its files; safetensors are preferred to .bin."""
     middle = f".{variant}" if variant else ""
     for end in ("safetensors", "bin"):
         file = folder / f"{STEM}{middle}.{end}"
@@ -220,7 +221,7 @@ def _tensors(folder: Path, variant: Variant | None) -> Iterator[tuple[str, np.nd
 
 
 def _write_tensors(folder: Path, state: Mapping[str, np.ndarray], dtype: Any, middle: str) -> None:
-    """safetensors, in shards with an index where it is large."""
+    """Writes safetensors; large ones in shards, with an index."""
     shards, size = [[]], 0
     for name, array in state.items():
         nbytes = array.size * np.dtype(dtype).itemsize

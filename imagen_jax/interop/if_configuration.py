@@ -1,7 +1,7 @@
-"""DeepFloyd IF's U-Net as diffusers' `config.json` and as the original `config.yml` spell it.
+"""DeepFloyd IF's U-Net as described by diffusers' `config.json` and the original's `config.yml`.
 
-All that decides the network is read from the file, never from a model's name; what this project's
-U-Net cannot be is refused by name.
+All that decides the network is read from the file, never from a model's name; a field that this
+project's U-Net does not support is named in the error.
 """
 
 import dataclasses
@@ -12,8 +12,8 @@ from imagen_jax.errors import UserError
 from imagen_jax.fields import first_difference
 from imagen_jax.if_config import GROUPS, IF_TEXT_LENGTH, IFUnetConfig
 
-# Fields with a single value that is supported, and what diffusers takes where the file is silent
-# (files from before a field existed have none).
+# Fields of which one value is supported: that value, and diffusers' default for files that lack the
+# field (because they are older than it).
 _FIXED: dict[str, tuple[Any, Any]] = {
     "addition_embed_type": ("text", None),
     "center_input_sample": (False, False),
@@ -45,7 +45,7 @@ _UP = {False: "ResnetUpsampleBlock2D", True: "SimpleCrossAttnUpBlock2D"}
 def from_diffusers(config: Mapping[str, Any]) -> tuple[IFUnetConfig, int]:
     """The network that a `config.json` of `UNet2DConditionModel` describes, and its image size.
 
-    Raises UserError that names the first field which says another network.
+    Raises UserError that names the first field that belongs to another network.
     """
     for name, (wanted, default) in _FIXED.items():
         found = config.get(name, default)
@@ -69,7 +69,7 @@ def from_diffusers(config: Mapping[str, Any]) -> tuple[IFUnetConfig, int]:
     scale = config.get("resnet_out_scale_factor", 1.0)
     if config.get("mid_block_scale_factor", 1) != scale:
         raise UserError("mid_block_scale_factor and resnet_out_scale_factor differ.")
-    # Activating the embedding of time once, or the same one in every block, is the same network.
+    # Activating the time embedding once, or in every block, gives the same network.
     once = bool(config.get("resnet_skip_time_act", False))
     if once != (config.get("time_embedding_act_fn") is not None):
         raise UserError("resnet_skip_time_act and time_embedding_act_fn contradict each other.")
@@ -95,8 +95,7 @@ def from_diffusers(config: Mapping[str, Any]) -> tuple[IFUnetConfig, int]:
 
 
 def to_diffusers(unet: IFUnetConfig, size: int) -> dict[str, Any]:
-    """The `config.json` of the same network. Raises UserError for one that diffusers does not
-    have."""
+    """The `config.json` of a network. Raises UserError for one that diffusers does not have."""
     config = {
         "_class_name": "UNet2DConditionModel",
         **{name: wanted for name, (wanted, default) in _FIXED.items()},

@@ -1,8 +1,8 @@
 """The names of the parameters of DeepFloyd IF's U-Net in diffusers and here (see `table`), and what
 the original files call them.
 
-The original's attention keeps queries, keys and values in one matrix, head by head: rows (head, 3,
-channel), and of the text (head, 2, channel).
+The original's attention has queries, keys and values in one matrix, head by head: with rows (head,
+3, channel), and for the text (head, 2, channel).
 """
 
 from collections.abc import Mapping
@@ -91,9 +91,9 @@ _ORIGINAL = {
 def from_original(
     state_dict: Mapping[str, np.ndarray], config: IFUnetConfig
 ) -> dict[str, np.ndarray]:
-    """A state dict of the original repository in diffusers' names and shapes.
+    """A state dict of the original repository with diffusers' names and shapes.
 
-    Raises UserError that lists the names which such a U-Net does not have.
+    Raises UserError that lists names which such a U-Net does not have.
     """
     known = modules(config)
     found, unknown = {}, []
@@ -124,7 +124,7 @@ def from_original(
 
 
 def _by_head(array: np.ndarray, parts: int, config: IFUnetConfig) -> list[np.ndarray]:
-    """Queries, keys and values, (c, c_in) or (c,), of rows in the order (head, part, channel)."""
+    """Queries, keys and values, (c, c_in) or (c,), from rows in the order (head, part, channel)."""
     array = array[..., 0] if array.ndim == 3 else array  # a convolution of size 1
     split = array.reshape(-1, parts, config.attn_dim_head, *array.shape[1:])
     return [split[:, i].reshape(-1, *array.shape[1:]) for i in range(parts)]

@@ -1,4 +1,4 @@
-"""Checkpoints of imagen-pytorch, read and written.
+"""Reads and writes imagen-pytorch checkpoints.
 
 Reads files written by `ImagenTrainer.save`, `torch.save(imagen.state_dict())`,
 `Unet.persist_to_file` and `torch.save(unet.state_dict())`, of versions 1.22 to 2.1, and state dicts
@@ -44,8 +44,8 @@ StateDict = dict[str, np.ndarray]
 class Checkpoint:
     """A file of imagen-pytorch: the cascade, and each U-Net's tensors under the reference's names.
 
-    `origin` is what a run directory remembers of the file, so that it can be written again as it
-    was: version, imagen_type, imagen_params, steps, and the counters of the averages.
+    `origin` is what a run directory keeps of the file, so that it can be written again unchanged:
+    version, imagen_type, imagen_params, steps, and the counters of the averages.
     """
 
     path: Path
@@ -69,8 +69,8 @@ class Checkpoint:
         return self.ema
 
     def trees(self, which: Weights) -> list[Params]:
-        """Parameters of ours, as views of the file. Raises MisfitError over all U-Nets at once,
-        and UserError for the first tensor with values that are not finite."""
+        """The weights as our parameters, which are views of the file. Raises one MisfitError for
+        all U-Nets, and UserError for the first tensor with values that are not finite."""
         prefix = "unets." if which == "online" else "ema."
         trees = convert(self.config, self.weights(which), prefix)
         self.check_finite(which)
@@ -87,8 +87,8 @@ class Checkpoint:
 def read(path: str | os.PathLike, config: str | os.PathLike | None = None) -> Checkpoint:
     """A file of imagen-pytorch; its tensors stay in the file until they are used.
 
-    `config` is a JSON file, for a checkpoint without configuration. Raises ValueError for a file
-    that is not one of those above, or that needs code to be executed, and if fields are left open.
+    `config` is a JSON file, for a checkpoint without a configuration. Raises ValueError for a file
+    that is not one of those above or that needs code to be executed, and if fields are left open.
     """
     if Path(path).suffix == ".safetensors":
         raise UserError(
@@ -146,11 +146,11 @@ def load(
     dtype: DTypeLike = jnp.float32,
     mesh: jax.sharding.Mesh | None = None,
 ) -> Imagen:
-    """The cascade of a file of imagen-pytorch, its parameters in float32.
+    """The cascade in a file of imagen-pytorch, with parameters in float32.
 
-    `weights` are the averaged ones where there are any. On a `mesh` (DATA x MODEL, see `sharding`)
-    every device gets its part of a tensor from the file; no more than that is ever in memory.
-    `config` and errors: see `read`.
+    `weights` defaults to the averaged ones if there are any. On a `mesh` (DATA x MODEL, see
+    `sharding`) every device gets its part of a tensor from the file; no more than that is ever in
+    memory. `config` and errors: see `read`.
     """
     source = read(path, config)
     weights = weights or ("online" if source.ema is None else "ema")
@@ -190,9 +190,9 @@ def write(
     ema: Sequence[Params] | None,
     origin: Mapping[str, Any],
 ) -> None:
-    """Writes parameters as a trainer's file; without `ema` the online ones stand for both.
+    """Writes parameters as a trainer's file; without `ema` the online ones are used for both.
 
-    The trees in `online` and `ema` are emptied on the way, so that memory holds one copy.
+    The trees in `online` and `ema` are emptied on the way, to have only one copy in memory.
     """
     kind, params = configuration.to_theirs(config)
     if _describes(origin, config):
@@ -220,7 +220,7 @@ def write(
 
 
 def _describes(origin: Mapping[str, Any], config: ImagenConfig) -> bool:
-    """Whether the configuration of the file that a run came from is still that of the run."""
+    """Whether a run still has the configuration of the file that it came from."""
     kind, params = origin.get("imagen_type"), origin.get("imagen_params")
     if params is None or not configuration.is_complete(params):
         return False
@@ -229,7 +229,7 @@ def _describes(origin: Mapping[str, Any], config: ImagenConfig) -> bool:
 
 
 def convert(config: ImagenConfig, states: Sequence[StateDict], prefix: str) -> list[Params]:
-    """Each U-Net's tensors as parameters. Raises MisfitError with the problems of them all."""
+    """Each U-Net's tensors as parameters. Raises MisfitError with the problems of all U-Nets."""
     trees, problems, count = [], [], 0
     for i, (unet, state) in enumerate(zip(config.unets, states, strict=True)):
         try:
@@ -243,7 +243,7 @@ def convert(config: ImagenConfig, states: Sequence[StateDict], prefix: str) -> l
 
 
 def _check_entries(data: Mapping[str, Any], path: Any) -> None:
-    """Raises ValueError for entries beside the tensors that are not of their kind."""
+    """Raises ValueError for entries beside the tensors that have the wrong type."""
     kind, params = data.get("imagen_type"), data.get("imagen_params")
     if kind not in (None, "original", "elucidated"):
         raise UserError(f"{path}: imagen_type {kind!r} is neither 'original' nor 'elucidated'.")
@@ -258,7 +258,7 @@ def _configuration(
     online: Sequence[StateDict],
     known: Sequence[Mapping[str, Any]],
 ) -> ImagenConfig:
-    """From the file's own, or from JSON, or from the tensors and what JSON adds to them."""
+    """The configuration in the file or the JSON, or one inferred from the tensors and the JSON."""
     kind: Literal["original", "elucidated"] = data.get("imagen_type") or "original"
     params = data.get("imagen_params")
     if given is not None:
@@ -271,7 +271,7 @@ def _configuration(
 
 
 def _split(state: Any, prefix: str, path: Any) -> list[StateDict]:
-    """The tensors of each U-Net, of names `unets.{i}.*`."""
+    """The tensors of each U-Net, from names such as `unets.{i}.*`."""
     parts: dict[int, StateDict] = {}
     for name, array in _tensors(state, path).items():
         match = re.fullmatch(re.escape(prefix) + r"(\d+)\.(.+)", name)
@@ -296,7 +296,7 @@ def _alone(state: Any, config: dict[str, Any]) -> tuple[list[StateDict], list[di
 def _averages(
     state: Any, online: Sequence[StateDict], path: Any
 ) -> tuple[list[StateDict] | None, list[dict[str, Any]] | None]:
-    """The tensors of `ema_model` of each U-Net, and ema-pytorch's counters."""
+    """Each U-Net's tensors of `ema_model`, and ema-pytorch's counters."""
     if state is None:
         return None, None
     parts = _split(state, "", path)
@@ -315,7 +315,7 @@ def _averages(
 
 
 def _check_copies(index: int, copies: StateDict, online: StateDict, path: Any) -> None:
-    """A trainer's file names the online weights twice: once more under `ema`."""
+    """A trainer's file has the online weights twice, the second time under `ema`: checks that."""
     for name in copies.keys() | online.keys():
         a, b = copies.get(name), online.get(name)
         if a is None or b is None or not same_bits(a, b):
@@ -325,7 +325,7 @@ def _check_copies(index: int, copies: StateDict, online: StateDict, path: Any) -
 
 
 def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether two arrays hold the same bits, NaNs and signs of zeros included."""
+    """Whether two arrays have the same bits, including NaNs and signs of zeros."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     if a.ctypes.data == b.ctypes.data and a.strides == b.strides:
@@ -335,7 +335,7 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def _flag(value: bool | list[float]) -> np.ndarray:
-    """ema-pytorch's `initted`: a truth value today, an array of one float32 in old files."""
+    """ema-pytorch's `initted`: a boolean today, an array of one float32 in old files."""
     array = np.asarray(value)
     return array.astype(np.float32) if array.dtype == np.float64 else array
 
@@ -355,7 +355,7 @@ def _tensors(state: Any, path: Any) -> StateDict:
 
 
 def _place(array: np.ndarray, where: jax.sharding.Sharding) -> jax.Array:
-    """A float32 array, of which each device reads its part."""
+    """A float32 array; each device reads its own part."""
     return jax.make_array_from_callback(
         array.shape, where, lambda index: np.asarray(array[index], np.float32)
     )
@@ -366,7 +366,7 @@ def _params_of(unet: nnx.Module) -> Params:
 
 
 def _take(tree: Params) -> StateDict:
-    """The state dict of parameters; each array is let go as its copy in torch's layout is made."""
+    """The state dict of parameters; each array is freed once its copy in torch's layout is made."""
     state = keys.to_torch(tree)
     tree.clear()
     return {name: np.ascontiguousarray(state.pop(name)) for name in list(state)}

@@ -1,7 +1,7 @@
-"""The configuration of a U-Net from the names and shapes of its tensors, as far as they tell.
+"""Infers the configuration of a U-Net from the names and shapes of its tensors, as far as possible.
 
-What leaves no trace in them (how skip connections are scaled, say) is listed as open, with the
-reference's default: a wrong guess would give wrong pictures without a word, so the caller asks.
+What leaves no trace in them (such as how skip connections are scaled) is listed as open, with the
+reference's default: a wrong guess would silently give wrong pictures, so the caller asks.
 """
 
 import math
@@ -17,7 +17,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 def unet_fields(shapes: Shapes, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(fields of `UnetConfig` that a state dict's shapes determine, open fields -> defaults).
 
-    `given` are fields known from elsewhere: they are not open, and decide what depends on them.
+    `given` are fields known from elsewhere: they are not open, and fields that depend on them
+    follow them.
     Raises ValueError if these are not the tensors of a `Unet` of imagen-pytorch 1.22 or newer.
     """
     if any(".temporal" in name or ".spatial_conv." in name for name in shapes):
@@ -146,7 +147,7 @@ def _heads(shapes: Shapes) -> tuple[dict[str, Any], dict[str, Any]]:
 def _inputs(
     shapes: Shapes, fields: Mapping[str, Any], given: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the channels beside the picture's and the low-resolution picture's are for."""
+    """What input channels other than the picture's and the low-resolution picture's are for."""
     channels = fields["channels"]
     if "init_conv.weight" in shapes:
         c_in = shapes["init_conv.weight"][1]
@@ -171,7 +172,7 @@ def _lowres(shapes: Shapes) -> bool:
 
 
 def _dim(shapes: Shapes) -> int:
-    """The base width: a low-resolution time makes the conditioning vector twice as wide."""
+    """The base width; with a low-resolution time the conditioning vector is twice as wide."""
     return shapes["to_time_cond.0.weight"][0] // (8 if _lowres(shapes) else 4)
 
 
@@ -182,7 +183,7 @@ def _multiple(hidden: int, dim: int) -> float:
 
 
 def _width(shapes: Shapes, module: str) -> int:
-    """Output channels of a step down."""
+    """Output channels of a downsampling."""
     if _has(shapes, f"{module}.convs."):
         return sum(shape[0] for shape in _convs(shapes, module))
     if f"{module}.fns.0.weight" in shapes:

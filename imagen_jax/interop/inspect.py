@@ -1,4 +1,4 @@
-"""What a checkpoint holds, for a person."""
+"""Describes what is in a checkpoint, as text."""
 
 import json
 import math

@@ -1,8 +1,8 @@
-"""The table applied: a state dict of imagen-pytorch's `Unet` to parameters of ours, and back.
+"""Applies the table: from a state dict of imagen-pytorch's `Unet` to our parameters, and back.
 
-Both directions are strict: every name on either side has its counterpart, of the right shape, or
-nothing is converted and all that does not fit is listed. Arrays keep their dtype, and come as
-views of what was given, so that converting costs no memory until they are written or placed.
+Both directions are strict: every name on either side has a counterpart of the right shape, or
+nothing is converted and all that does not fit is listed. Arrays keep their dtype, and are views of
+the input, so that converting costs no memory until they are written or placed.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ ROW = "{:<8} {:<60} {:<20} {}"
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A tensor without its counterpart, in the reference's names and shapes."""
+    """A tensor without a counterpart, in the reference's names and shapes."""
 
     kind: str  # "unknown", "missing" or "shape"
     name: str
@@ -39,7 +39,7 @@ class Problem:
 
 
 class MisfitError(UserError):
-    """Tensors that do not fit, all of them: a table with the nearest candidates."""
+    """All tensors that do not fit: a table with the nearest candidates."""
 
     def __init__(self, problems: list[Problem], count: int):
         self.problems = problems
@@ -56,8 +56,8 @@ def to_jax(
 ) -> Params:
     """The parameters of a U-Net from the state dict of the reference's, as NumPy arrays.
 
-    `target` says what must come out: the pure dict of arrays or `jax.ShapeDtypeStruct`s that
-    `nn.abstract(config)` gives; only its shapes count. `prefix` goes before names in messages.
+    `target` describes the result: the pure dict of arrays or `jax.ShapeDtypeStruct`s that
+    `nn.abstract(config)` gives; only its shapes matter. `prefix` goes before names in messages.
     Raises MisfitError (a ValueError).
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(target)
@@ -75,9 +75,9 @@ def to_jax(
 
 
 def to_torch(params: Params, *, table: Table = UNET) -> dict[str, np.ndarray]:
-    """The state dict of the reference's U-Net that holds these parameters, as NumPy arrays.
+    """The state dict of the reference's U-Net with these parameters, as NumPy arrays.
 
-    Raises ValueError that lists every parameter which is not in the table.
+    Raises ValueError that lists every parameter that is not in the table.
     """
     leaves = flatten(params)
     return {
@@ -110,7 +110,7 @@ def check(
 
 
 def target(unet: AnyUnet) -> Params:
-    """The shapes that a U-Net's parameters have here."""
+    """The shapes of a U-Net's parameters in this project."""
     if isinstance(unet, NullUnetConfig):
         return {"dummy_parameter": jax.ShapeDtypeStruct((1,), np.float32)}
     return nn.abstract(unet)[1]
@@ -156,7 +156,7 @@ def _counterparts(names: tuple[str, ...], table: Table) -> dict[str, tuple[str, 
 
 @functools.cache
 def _rules(table: Table) -> dict[str, list[tuple[re.Pattern[str], str, Change]]]:
-    """The table by our names, their own numbers hidden too: few patterns are left to try."""
+    """The table by our names with every number replaced by `#`, so that few patterns are tried."""
     rules = {}
     for theirs, ours, change in _entries(table):
         pattern = re.compile(re.escape(ours).replace(r"\#", r"(\d+)"))

@@ -1,8 +1,8 @@
-"""imagen-pytorch, the reference, made importable offline and beside a CPU build of torch.
+"""Makes imagen-pytorch, the reference, importable offline and with a CPU build of torch.
 
-Only the parity tests, the benchmarks and the converter need it. Two things stand in the way of a
-plain import: PyPI's torchvision is built for CUDA and lacks two operators beside a CPU torch, and
-the reference looks up the configuration of a T5 on a model hub while it is being imported.
+Only the parity tests, the benchmarks and the converter need it. Two things prevent a plain import:
+PyPI's torchvision is built for CUDA and lacks two operators with a CPU torch, and the reference
+looks up the configuration of a T5 on a model hub while it is being imported.
 """
 
 import contextlib
@@ -28,8 +28,8 @@ _libraries: list[Any] = []  # torch forgets a library's operators when the objec
 def import_imagen_pytorch() -> ModuleType:
     """The module `imagen_pytorch` (2.1.0).
 
-    Raises ImportError with one line that says what to install. The warnings of its own import
-    (torch.jit, pydantic) are kept quiet.
+    Raises ImportError with one line that says what to install. Warnings from the import itself
+    (torch.jit, pydantic) are suppressed.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -43,10 +43,11 @@ def import_imagen_pytorch() -> ModuleType:
 
 
 def build_unet(config: UnetConfig) -> Any:
-    """The reference's `Unet` of a configuration, a `torch.nn.Module`, freshly initialised.
+    """The reference's `Unet` for a configuration, a `torch.nn.Module`, freshly initialised.
 
-    Two things that it cannot build are made possible: `cross_embed_downsample`, whose output
-    width it passes as the kernel sizes, and `norm="group"`, which it had until 1.26.
+    Two things that the reference cannot build are made possible: `cross_embed_downsample`, for
+    which it passes the output width as the kernel sizes, and `norm="group"`, which it had until
+    1.26.
     """
     module = import_imagen_pytorch().imagen_pytorch
     original = module.CrossEmbedLayer

@@ -1,4 +1,4 @@
-"""The newest weights of a run directory as NumPy arrays of the dtypes that are stored."""
+"""The newest weights of a run directory as NumPy arrays with the stored dtypes."""
 
 import dataclasses
 import os
@@ -22,7 +22,7 @@ class RunDir:
 
     path: epath.Path
     config: ImagenConfig
-    steps: Mapping[int, int]  # of each U-Net that has weights, by its number
+    steps: Mapping[int, int]  # by number, for each U-Net that has weights
     origin: Mapping[str, Any] | None
     notes: tuple[str, ...] = ()  # of `checkpoint.Choice`
 
@@ -42,8 +42,8 @@ class RunDir:
         return (stage / str(self.steps.get(number)) / ITEMS[weights]).is_dir()
 
     def params(self, number: int, weights: Weights) -> Params:
-        """The arrays as they are stored. Raises UserError if they are not there, and MisfitError
-        if they are of another architecture than the configuration says."""
+        """The arrays as they are stored. Raises UserError if there are none, and MisfitError if
+        their architecture is not that of the configuration."""
         if not self.has(number, weights):
             raise UserError(f"{self.path} holds no {weights} weights of U-Net {number}.")
         target = keys.target(self.config.unets[number - 1])
@@ -55,7 +55,7 @@ class RunDir:
         return checkpoint.restore(*place, target, as_numpy=True)
 
     def params_or_null(self, number: int, weights: Weights) -> Params:
-        """`params`; for a `NullUnet` that was never stored, the zero it starts with."""
+        """`params`; for a `NullUnet` that was never stored, its initial zero."""
         is_null = isinstance(self.config.unets[number - 1], NullUnetConfig)
         if is_null and number not in self.steps:
             return {"dummy_parameter": np.zeros(1, np.float32)}

@@ -1,8 +1,8 @@
 """A cascade as one safetensors file, without torch.
 
 Tensors are named `unets.{i}.` and the dotted path of the parameter here (`unets.0.final_conv.
-kernel`), in this project's layouts; the metadata holds `format` (imagen-jax), and as JSON `config`
-(ImagenConfig), `steps`, `weights` (ema or online) and `origin`, what a run directory remembers of a
+kernel`), in this project's layouts; the metadata has `format` (imagen-jax), and as JSON `config`
+(ImagenConfig), `steps`, `weights` (ema or online) and `origin`, what a run directory keeps of a
 file of imagen-pytorch.
 """
 
@@ -36,7 +36,7 @@ DTYPES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Contents:
-    """What a file holds; `params` has an entry for each U-Net, by its number from 1."""
+    """What is in a file; `params` has an entry for each U-Net, by its number from 1."""
 
     config: ImagenConfig
     params: Mapping[int, Params]
@@ -73,7 +73,7 @@ def read(path: str | os.PathLike) -> Contents:
         raise UserError(f"{path} is not a file.")
     try:
         with safetensors.safe_open(path, "np") as file:
-            metadata = file.metadata() or {}  # opening it has checked all names and places
+            metadata = file.metadata() or {}  # opening it checked all names and offsets
     except safetensors.SafetensorError as error:
         raise UserError(f"{path} is damaged, or not a safetensors file: {error}") from error
     if metadata.get("format") != "imagen-jax":
@@ -102,7 +102,7 @@ def read(path: str | os.PathLike) -> Contents:
 
 
 def views(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a file that is known to be sound, mapped into memory: reading one costs one.
+    """The tensors of a file that is known to be valid, memory-mapped: only those used are read.
 
     The library's own reader copies, and does not know every dtype.
     """

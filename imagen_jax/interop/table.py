@@ -2,11 +2,11 @@
 
 An entry is (their name, our name, how the array changes), or a table of such entries under a
 common prefix. `#` is a number, the same on both sides. Their `Linear` and 1 x 1 `Conv2d`
-hold (c_out, c_in[, 1, 1]), our kernels (c_in, c_out); their `Conv2d` (c_out, c_in, h, w), ours
-(h, w, c_in, c_out), depth-wise ones included. Pixel shuffles keep their channel order, (c, i, j)
-in both, and heads their place; keys stay before values.
+have (c_out, c_in[, 1, 1]), our kernels (c_in, c_out); their `Conv2d` (c_out, c_in, h, w), ours
+(h, w, c_in, c_out), including depth-wise ones. Pixel shuffles keep their channel order, (c, i, j)
+in both, and heads keep their place; keys stay before values.
 
-Their feed-forward under a linear attention is made of convolutions where ours stays linear, so
+Their feed-forward under a linear attention is made of convolutions while ours is still linear, so
 that only its attention tells the two apart: `linear_layers` below replaces such `layers`.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 
 
 class Change(NamedTuple):
-    """How an array changes on its way to us, and back."""
+    """How an array is converted to ours, and back."""
 
     to_jax: Callable[[np.ndarray], np.ndarray]
     to_torch: Callable[[np.ndarray], np.ndarray]

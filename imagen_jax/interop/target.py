@@ -1,4 +1,4 @@
-"""Writing in place of something that exists: all or nothing."""
+"""Replaces an existing file or directory: all or nothing."""
 
 import contextlib
 import os
@@ -14,12 +14,12 @@ from imagen_jax.errors import UserError
 def replacing(
     path: str | os.PathLike, *, overwrite: bool, sources: Sequence[Path] = ()
 ) -> Iterator[Path]:
-    """A path beside `path` to write a file or a run directory to; at the end it takes its place.
+    """A path beside `path` to write a file or a run directory to; at the end it replaces `path`.
 
-    What was there stays complete until then, and for good if the body raises. Raises ValueError if
-    `path` exists and `overwrite` is not set, if it is a symbolic link (what it points to is never
-    touched), a directory that holds no run, or one that holds any of `sources`, what is being
-    converted; and at the end, if a file would replace a directory, or a directory a file.
+    What was there stays complete until then, and remains if the body raises. Raises ValueError if
+    `path` exists and `overwrite` is not set, if it is a symbolic link (its target is never
+    touched), a directory without a run, or one that contains any of the `sources` of the
+    conversion; and at the end, if a file would replace a directory, or a directory a file.
     """
     if storage.is_remote(storage.folder(path)):
         raise UserError(f"{path}: must be a local path; copy the result to the store afterwards.")
@@ -28,7 +28,7 @@ def replacing(
         raise UserError(f"{path} is a symbolic link: give the path that it points to.")
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists: choose another name, or replace it with --overwrite.")
-    marks = ("config.json", "model_index.json")  # a run's, and a folder of diffusers
+    marks = ("config.json", "model_index.json")  # of a run, and of a diffusers folder
     if path.is_dir() and not any((path / name).is_file() for name in marks):
         raise UserError(f"{path} is a directory without a config.json: it is not replaced.")
     converted = [source.resolve() for source in sources]
@@ -43,7 +43,7 @@ def replacing(
         if path.exists() and path.is_dir() != partial.is_dir():
             there, new = ("a directory", "a file") if path.is_dir() else ("a file", "a directory")
             raise UserError(f"{path} is {there}: {new} does not replace it.")
-        if partial.is_dir() or path.is_dir():  # directories do not replace each other at once
+        if partial.is_dir() or path.is_dir():  # directories cannot be replaced in one step
             if path.exists():
                 path.rename(old)
             try:

@@ -1,4 +1,4 @@
-"""A file of `torch.save` as numpy arrays, and back. The only place of the library for either."""
+"""Files of `torch.save` as NumPy arrays, and back. The library's only place for either."""
 
 import os
 import re
@@ -16,13 +16,13 @@ _NEEDED = "needs torch (pip install -e '.[torch]')"
 
 
 def read_torch_file(path: str | os.PathLike) -> Any:
-    """What the file holds, dictionaries and lists kept, each tensor a numpy array.
+    """The file's content, with its dictionaries and lists, and each tensor as a NumPy array.
 
-    The arrays are views of the file (mapped into memory), so that reading one costs one and not
-    all. bfloat16 comes as `ml_dtypes.bfloat16`. Nothing in the file is executed: only
-    tensors and plain containers are read.
+    The arrays are views of the memory-mapped file, so that only those used are read. bfloat16
+    becomes `ml_dtypes.bfloat16`. Nothing in the file is executed: only tensors and plain containers
+    are read.
 
-    Raises ValueError if torch is missing, or if the file is damaged or holds more than that.
+    Raises ValueError if torch is missing, or if the file is damaged or has anything else.
     """
     path = Path(path)
     try:
@@ -42,8 +42,8 @@ def read_torch_file(path: str | os.PathLike) -> Any:
     try:
         # Files from before torch 1.6 are not zip archives and cannot be mapped.
         data = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except Exception as error:  # pickle, zip and torch raise a dozen kinds for a bad file
-        # Torch's advice to read the file in another way is not for a file that is not trusted.
+    except Exception as error:  # pickle, zip and torch raise a dozen types for a bad file
+        # Torch's advice to read the file in another way is not for untrusted files.
         own = re.search("WeightsUnpickler error: (.+)", str(error))
         raise UserError(
             f"{path} could not be read as weights only (damaged, or it contains Python objects, "
@@ -56,9 +56,9 @@ def read_torch_file(path: str | os.PathLike) -> Any:
 
 
 def read_script_file(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """The tensors of a TorchScript archive, by name. Its program is read, and not run.
+    """The tensors of a TorchScript archive, by name. Its program is read but not run.
 
-    Raises UserError if torch is missing, or if the file is none.
+    Raises UserError if torch is missing, or if the file is not such an archive.
     """
     try:
         import torch
@@ -76,7 +76,7 @@ def read_script_file(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
 
 def write_torch_file(path: str | os.PathLike, content: dict[str, Any]) -> None:
-    """Writes nested dictionaries; numpy arrays in them become tensors, equal ones one storage.
+    """Writes nested dictionaries; NumPy arrays become tensors, and repeated ones share storage.
 
     Raises ValueError if torch is missing.
     """
@@ -84,14 +84,14 @@ def write_torch_file(path: str | os.PathLike, content: dict[str, Any]) -> None:
         import torch
     except ImportError as error:
         raise UserError(f"writing {path} {_NEEDED}.") from error
-    with warnings.catch_warnings():  # arrays of JAX are read-only, and are only read here
+    with warnings.catch_warnings():  # JAX arrays are read-only, and only read here
         warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
         torch.save(_to_tensors(content, torch, {}), path)
 
 
 def _check_archive(path: Path, size: int) -> None:
-    """torch stores tensors as they are. A compressed entry, or one that claims more bytes than
-    the file has, is damage or a bomb."""
+    """torch stores tensors uncompressed. A compressed entry, or one that claims more bytes than the
+    file has, is damage or a zip bomb."""
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
@@ -117,7 +117,7 @@ def _to_numpy(data: Any, torch: Any, path: Path) -> Any:
             return data.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
         try:
             return data.numpy()
-        except (TypeError, RuntimeError) as error:  # 8-bit floats, and conjugates not yet taken
+        except (TypeError, RuntimeError) as error:  # 8-bit floats, and lazy conjugates
             raise UserError(f"{kind} cannot be converted: {error}.") from error
     if isinstance(data, dict):
         return {key: _to_numpy(value, torch, path) for key, value in data.items()}

@@ -1,7 +1,7 @@
-"""Proof that a run directory holds the weights of a file of imagen-pytorch.
+"""Verifies that a run directory has the weights of a file of imagen-pytorch.
 
-(a) The inverse table gives every tensor of the file back, bit for bit.
-(b) Every stage gives the same output in both frameworks, with its text and without.
+(a) Converting back gives every tensor of the file again, bit for bit.
+(b) Every stage gives the same output in both frameworks, with text and without.
 """
 
 import dataclasses
@@ -41,8 +41,8 @@ class Forward:
 
 
 def prove(source: Checkpoint, run: RunDir, kept: Sequence[Weights]) -> Iterator[str]:
-    """A line for each thing that was compared. Raises UserError for the first that fails, and
-    before any for a tensor with values that are not finite: no outputs could agree."""
+    """A line for each comparison. Raises UserError for the first that fails, and before all of them
+    for a tensor with values that are not finite, as no outputs could agree."""
     for which in kept:
         source.check_finite(which)
     for which in kept:
@@ -69,9 +69,9 @@ def prove(source: Checkpoint, run: RunDir, kept: Sequence[Weights]) -> Iterator[
 
 
 def differences(source: Checkpoint, run: RunDir, which: Weights) -> list[str]:
-    """(a): the tensors of the file that the run does not give back bit for bit, by name.
+    """(a): the names of the file's tensors that the run does not give back bit for bit.
 
-    Raises ValueError if the run does not hold these weights of every U-Net.
+    Raises ValueError if the run does not have these weights for every U-Net.
     """
     return [
         f"unets.{i}.{name}"
@@ -81,7 +81,7 @@ def differences(source: Checkpoint, run: RunDir, which: Weights) -> list[str]:
 
 
 def differing(state: StateDict, params: Params) -> list[str]:
-    """The tensors of a state dict that parameters of ours do not give back bit for bit."""
+    """The tensors of a state dict that our parameters do not give back bit for bit."""
     back = keys.to_torch(params)
     return [
         name
@@ -103,7 +103,7 @@ def forwards(source: Checkpoint, run: RunDir, which: Weights) -> Iterator[Forwar
 
 
 def compare(theirs: np.ndarray, ours: np.ndarray) -> list[float]:
-    """The largest difference of each output, over the reference's largest value."""
+    """The largest difference of each output, divided by the reference's largest value."""
     return [float(np.abs(a - b).max() / np.abs(a).max()) for a, b in zip(theirs, ours, strict=True)]
 
 
@@ -140,7 +140,7 @@ def reference_outputs(unet: UnetConfig, state: StateDict) -> np.ndarray:
 
 
 def make_inputs(unet: UnetConfig) -> dict[str, np.ndarray]:
-    """Fixed inputs that reach every part: two small pictures, two texts of different lengths."""
+    """Fixed inputs that use every part: two small pictures, two texts of different lengths."""
     random = np.random.default_rng(0)
     size = 2 * unet.downsampling
 
@@ -170,7 +170,7 @@ def _forward(
 
 
 def _random_final(unet: UnetConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Weights for a last convolution that is all zeros, as it is before training."""
+    """Weights for a last convolution that is all zeros, as before training."""
     *_, c_in, c_out = nn.abstract(unet)[1]["final_conv"]["kernel"].shape
     size = unet.final_conv_kernel_size
     random = np.random.default_rng(1)

@@ -1,4 +1,4 @@
-"""A stage of DeepFloyd IF here beside diffusers' own, on the same inputs."""
+"""Compares our networks for DeepFloyd IF's stages with diffusers', on the same inputs."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -19,11 +19,11 @@ from imagen_jax.interop.deepfloyd import Read, Variant
 from imagen_jax.interop.if_table import IF_UNET
 
 TOLERANCE = 1e-4
-"""Of the largest value of the answer, in float32."""
+"""Relative to the largest value of the output, in float32."""
 
 
 def prove(folder: Path, variant: Variant | None = None) -> str:
-    """A line that says how far a folder's stage is from diffusers'. Raises UserError if it does not
+    """A line that says how far a folder's stage is from diffusers'. Raises UserError if they do not
     agree."""
     found = difference(deepfloyd.read(folder, variant), variant)
     line = f"{folder}: differs from diffusers by {found:.1e} of the largest output"
@@ -33,8 +33,8 @@ def prove(folder: Path, variant: Variant | None = None) -> str:
 
 
 def difference(read: Read, variant: Variant | None = None) -> float:
-    """The largest difference of the two networks' answers, of the largest answer. Raises UserError
-    where torch or diffusers are missing, or cannot read the folder."""
+    """The largest difference of the two networks' outputs, divided by the largest output. Raises
+    UserError if torch or diffusers is missing, or cannot read the folder."""
     given = inputs(read.unet, read.size)
     wanted = theirs(read, variant, given)
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), read.params)
@@ -58,7 +58,7 @@ def inputs(unet: IFUnetConfig, size: int, seed: int = 0) -> dict[str, np.ndarray
 
 
 def draw(stages: Sequence[Read], t5: str, prompt: str, seed: int = 0) -> PIL.Image.Image:
-    """A picture of the prompt by the stages, guided as IF is, in 20 and 15 steps."""
+    """A picture of the prompt, drawn by the stages with IF's guidance in 20 and 15 steps."""
     config = dataclasses.replace(deepfloyd.cascade(stages), text_encoder_name=t5)
     bound = [
         nn.bind(unet, jax.tree.map(jnp.asarray, read.params), dtype=nn.compute_dtype())
@@ -76,8 +76,8 @@ def draw(stages: Sequence[Read], t5: str, prompt: str, seed: int = 0) -> PIL.Ima
 
 
 def theirs(read: Read, variant: Variant | None, given: dict[str, np.ndarray]) -> np.ndarray:
-    """diffusers' answer, from its own reading of the folder; of the original layout, which it does
-    not read, from the same weights."""
+    """diffusers' output, with the weights as it reads them from the folder; for the original
+    layout, which it cannot read, with those read here."""
     try:
         import torch
         from diffusers import UNet2DConditionModel
@@ -99,7 +99,7 @@ def theirs(read: Read, variant: Variant | None, given: dict[str, np.ndarray]) ->
 
 
 def answer(network: Any, given: dict[str, np.ndarray]) -> Any:
-    """What diffusers' network answers to `inputs`, as a torch tensor (b, h, w, c)."""
+    """The output of diffusers' network for `inputs`, as a torch tensor (b, h, w, c)."""
     import torch
 
     images = [given[name] for name in ("x", "lowres_cond_img") if name in given]

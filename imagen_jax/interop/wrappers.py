@@ -11,16 +11,16 @@ from typing import Any
 
 from imagen_jax.errors import UserError
 
-PARTS = re.compile(r"(^|(?<=\.))(module|_orig_mod)\.")  # the reference names no module so
+PARTS = re.compile(r"(^|(?<=\.))(module|_orig_mod)\.")  # no module of the reference has these names
 CASCADE = re.compile(r"(?P<prefix>(.+\.)?)unets\.0\.")
 UNET = re.compile(r"(?P<prefix>(.+\.)?)final_conv\.weight")
 
 
 def remove(data: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """A file's content with the names of tensors as the reference has them, and what was changed, a
-    note each. Raises UserError if two tensors come out with one name.
+    """A file's content with the reference's names of tensors, and a note for each change. Raises
+    UserError if two tensors get the same name.
 
-    Tensors beside the cascade's, of a Lightning module that holds more, are left out and counted.
+    Other tensors than the cascade's, of a Lightning module with more, are left out and counted.
     """
     notes = []
     if "state_dict" in data and data.keys() != {"config", "state_dict"} and "model" not in data:
@@ -36,7 +36,7 @@ def remove(data: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 def _plain(state: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
     if not all(isinstance(name, str) for name in state):
-        return dict(state)  # refused later, by its kind
+        return dict(state)  # refused later, by its type
     found = {part for name in state for _, part in PARTS.findall(name)}
     renamed = {name: PARTS.sub("", name) for name in state}
     if len(set(renamed.values())) < len(state):

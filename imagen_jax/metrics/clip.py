@@ -1,7 +1,7 @@
 """CLIP (Radford et al. 2021): how well an image fits a text.
 
     clip = load_clip(folder)                       # a Hugging Face folder, such as ViT-L/14's
-    images, texts = clip.embed_images(images), clip.embed_texts(captions)       # of length 1
+    images, texts = clip.embed_images(images), clip.embed_texts(captions)       # unit norm
     score(images, texts)                           # CLIP score, for each pair
     r_precision(images, texts)                     # is an image's own text the nearest of all?
 
@@ -135,7 +135,7 @@ class TextModel(nnx.Module):
     def __call__(self, ids: Int[Array, "b l"]) -> Float[Array, "b d"]:
         mask = jnp.tril(jnp.ones((1, 1, *[ids.shape[1]] * 2), bool))
         x = self.final_layer_norm(self.encoder(self.embeddings(ids), mask))
-        # Files from before transformers 4.30 name 2 and mean the largest number.
+        # Files from before transformers 4.30 give 2, and mean the largest token id.
         last = jnp.argmax(ids if self.end == 2 else ids == self.end, axis=1)
         return x[jnp.arange(len(ids)), last]
 
@@ -204,16 +204,16 @@ class Clip:
     vision: TowerConfig
 
     def embed_texts(self, texts: Sequence[str]) -> Float[np.ndarray, "n d"]:
-        """Of length 1; longer texts are cut, as everywhere."""
+        """Embeddings of unit norm; long texts are truncated, as in other implementations."""
         return np.asarray(_text_features(self.graph, self.params, self.tokenize(texts)))
 
     def embed_images(self, images: Sequence[Pixels]) -> Float[np.ndarray, "n d"]:
-        """Of length 1; images of any size."""
+        """Embeddings of unit norm, for images of any size."""
         pixels = np.stack([prepare(image, self.vision.image_size) for image in images])
         return np.asarray(_image_features(self.graph, self.params, pixels))
 
     def tokenize(self, texts: Sequence[str]) -> Int[np.ndarray, "n l"]:
-        """Filled up with the end token, of which the first counts."""
+        """Token ids, padded with the end token, of which the first counts."""
         length = self.text.max_position_embeddings
         rows = [self.tokenizer.encode(text).ids for text in texts]
         rows = [ids if len(ids) <= length else ids[: length - 1] + ids[-1:] for ids in rows]
@@ -237,7 +237,7 @@ def _unit(x: Float[Array, "b d"]) -> Float[Array, "b d"]:
 
 
 def prepare(image: Pixels, size: int) -> Float[np.ndarray, "size2 size2 3"]:
-    """The shorter side to `size` by pillow's bicubic filter, the centre cut out, normalised."""
+    """Resize the shorter side to `size` by pillow's bicubic filter, crop the centre, normalise."""
     height, width = image.shape[:2]
     scale = size / min(height, width)
     scaled = (max(size, int(width * scale)), max(size, int(height * scale)))
@@ -250,9 +250,9 @@ def prepare(image: Pixels, size: int) -> Float[np.ndarray, "size2 size2 3"]:
 def score(
     images: Float[np.ndarray, "n d"], texts: Float[np.ndarray, "n d"]
 ) -> Float[np.ndarray, "n"]:
-    """100 max(cos, 0) of each image with its text, as torchmetrics and most papers give it.
+    """100 max(cos, 0) of each image and its text, as in torchmetrics and most papers.
 
-    Hessel et al. 2021, who named it, have the factor 2.5 instead of 100.
+    Hessel et al. 2021, who named it, use the factor 2.5 instead of 100.
     """
     return 100 * np.maximum((images * texts).sum(1), 0)
 
@@ -264,7 +264,7 @@ def r_precision(images: Float[np.ndarray, "n d"], texts: Float[np.ndarray, "n d"
 
 
 def load_clip(folder: str | os.PathLike) -> Clip:
-    """From a Hugging Face folder: config.json, safetensors or .bin, tokenizer.json.
+    """Loads a Hugging Face folder: config.json, safetensors or .bin, tokenizer.json.
 
     Raises UserError for what is missing or does not fit.
     """

