@@ -41,7 +41,7 @@ class Update(NamedTuple):
 
     status: str
     preview: Image.Image | None = None
-    """None leaves the last."""
+    """None keeps the last one."""
     written: int = 0
     """Images that this request has written so far."""
     over: bool = False

@@ -327,7 +327,7 @@ def test_errors_of_other_cascades():
     complains("condition_on_text is off", cascades.ours(cascade(**UNCONDITIONAL)).loss, IMAGES,
               **given, **TEXT)  # fmt: skip
     only = cascades.ours(cascade(only_train_unet_number=1))
-    complains("only_train_unet_number = 1, not 2", only.loss, IMAGES, **given, **TEXT)
+    complains("only_train_unet_number = 1: U-Net 2 cannot", only.loss, IMAGES, **given, **TEXT)
     complains("move the channels to the end", cascades.ours(cascade()).loss,
               np.moveaxis(IMAGES, -1, 1), **given, **TEXT)  # fmt: skip
     config = cascade(unet=dict(cond_images_channels=2))

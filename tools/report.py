@@ -18,7 +18,7 @@ class Memory:
     arguments: int
     outputs: int
     aliased: int
-    """Of the outputs, what takes the place of arguments."""
+    """Outputs that reuse the memory of arguments."""
     temporaries: int
     code: int
 

@@ -45,7 +45,7 @@ class Form(Config):
     """How captions are encoded, and how their embeddings are stored."""
 
     width: int
-    """Of the embeddings, the cascade's `text_embed_dim`."""
+    """Width of the embeddings, the cascade's `text_embed_dim`."""
     dtype: Stored = "bfloat16"
     """`int8` has a float32 scale for each token besides."""
     keeps_padding: bool = False

@@ -249,7 +249,8 @@ def _training_content(rng: np.random.Generator, sized: float = SIZED) -> Content
 
 
 def related_scene(relation: Relation, seed: int) -> Scene:
-    """A scene to train on with two objects in this relation; itself it is none of the records."""
+    """A scene to train on with two objects in this relation: a record of `scenes:inside` and of
+    its kind, not of `scenes`."""
     rng = np.random.default_rng((2 + len(LEVELS), tuple(RELATIONS).index(relation), seed))
     return _scene_of(_related(relation), rng)
 

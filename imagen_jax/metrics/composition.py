@@ -219,7 +219,7 @@ def _sized(content: Content, found: Sequence[Found]) -> bool | None:
 
 
 def _placed(content: Content, found: Sequence[Found]) -> bool | None:
-    """Whether all objects are at the place, in the third of the image that it names."""
+    """Whether all objects are at the place, in the part of the image that it names."""
     if content.place is None:
         return None
     axis = int(content.place in ("left", "right"))

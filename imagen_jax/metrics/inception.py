@@ -103,7 +103,7 @@ def _block_c(name: str, width: int) -> dict[str, tuple[Conv, ...]]:
 
 
 def _block_e(name: str, pool: str) -> dict[str, tuple[Conv, ...]]:
-    """8 x 8 pixels; the last map of a branch is split into a row and a column."""
+    """8 x 8 pixels; the last convolution of a branch is split into a row and a column."""
     split = lambda of: (  # noqa: E731
         Conv(f"{name}.{of}mixed_conv", 384, (1, 3)),
         Conv(f"{name}.{of}mixed_conv_1", 384, (3, 1)),

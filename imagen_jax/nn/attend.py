@@ -67,9 +67,9 @@ def _biased(q: Queries, k: KeysOrValues, v: KeysOrValues, bias: Array, *, scale:
 def _one_key_head(q: Queries, k: KeysOrValues, v: KeysOrValues, *, scale: float) -> Queries:
     """With one key head, n heads of p queries are simply p * n queries of one head, and both
     products are matrix products, without transposes to and from heads."""
-    flat, k, v = rearrange(q, "b p n k -> b (p n) k"), k[:, :, 0], v[:, :, 0]
+    flat, k, v = rearrange(q * scale, "b p n k -> b (p n) k"), k[:, :, 0], v[:, :, 0]
     logits = jnp.einsum("bqk,bmk->bqm", flat, k, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(logits * scale, axis=-1).astype(v.dtype)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
     return jnp.einsum("bqm,bmk->bqk", weights, v).reshape(q.shape)
 
 

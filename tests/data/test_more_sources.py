@@ -103,8 +103,8 @@ def test_tables(folder, kind):
     if kind in ("csv", "tsv"):
         assert keyed.captions(1) == ("2",)
     for options, message in (
-        (dict(image_key="img"), "no column 'img', has file_name, text, score"),
-        (dict(caption_key="caption"), "no column 'caption', has"),
+        (dict(image_key="img"), "no column 'img'; it has file_name, text, score"),
+        (dict(caption_key="caption"), "no column 'caption'; it has"),
     ):
         with pytest.raises(UserError, match=message):
             open_source(table, **options)
@@ -181,8 +181,8 @@ def test_hugging_face_datasets(saved):
     assert source.captions(5) == ("a photo of a red fox",)
     assert len(open_source(f"hf:{saved}:validation")) == 2
     for options, message in (
-        (dict(spec=f"hf:{saved}:test"), "no split 'test', has train, validation"),
-        (dict(spec=f"hf:{saved}", image_key="img"), "no column 'img', has picture, label"),
+        (dict(spec=f"hf:{saved}:test"), "no split 'test'; it has train, validation"),
+        (dict(spec=f"hf:{saved}", image_key="img"), "no column 'img'; it has picture, label"),
         (dict(spec=f"hf:{saved.parent}/none"), "hf:.*none: "),
     ):
         with pytest.raises(UserError, match=message) as caught:
@@ -381,7 +381,7 @@ def test_conditions(tmp_path):
     assert kept("lang != en") == [0]
     for condition, message in (
         ("aesthetic", "write COLUMN >= VALUE"),
-        ("score > 1", "no record has a column 'score'; they have aesthetic, lang, width"),
+        ("score > 1", "no record has a column 'score'; the columns are aesthetic, lang, width"),
         ("aesthetic > 99", "none of 4 records has aesthetic > 99"),
     ):
         with pytest.raises(UserError, match=message):

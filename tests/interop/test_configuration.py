@@ -363,7 +363,7 @@ def test_what_cannot_be_converted_is_named():
         configuration.to_theirs(config)
     shapes = shapes_of(dataclasses.replace(states.UNET, channels=1, channels_out=3))
     assert shapes["final_conv.weight"][0] == 3
-    with pytest.raises(ValueError, match="gives 3, and its first convolution takes 1") as caught:
+    with pytest.raises(ValueError, match="outputs 3, and its first convolution takes 1") as caught:
         infer.unet_fields(shapes, {})
     assert "\n" not in str(caught.value)
     kind, fields = configuration.to_theirs(states.CASCADE)

@@ -200,7 +200,7 @@ def test_two_tabs_at_once(slow, visitor, url):
     ask(first, "pear", count=16, steps1=LONG, steps2=LONG)
     status(first, "step")
     ask(second, "red apple")
-    status(second, "In the queue: 1 before you")
+    status(second, "In the queue: 1 ahead of you")
     first.locator("#stop").click()
     status(first, "Stopped")
     status(second, "Done")
@@ -214,7 +214,7 @@ def test_a_closed_tab_makes_room(slow, visitor, url):
     ask(first, "pear", count=16, steps1=LONG, steps2=LONG)
     status(first, "step")
     ask(second, "red apple")
-    status(second, "In the queue: 1 before you")
+    status(second, "In the queue: 1 ahead of you")
     first.close()
     status(second, "Done")
 

@@ -48,7 +48,7 @@ def test_embeddings_that_do_not_fit_are_refused(tmp_path):
     form = stored / "embeddings.json"
     text = form.read_text()
     for old, new, message in (
-        ("128", "64", "has embeddings of 64, the cascade text_embed_dim = 128"),
+        ("128", "64", "has embeddings of width 64, the cascade text_embed_dim = 128"),
         ('"cleans": false', '"cleans": true', "were not encoded as this cascade reads them"),
     ):
         form.write_text(text.replace(old, new))
