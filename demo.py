@@ -54,8 +54,8 @@ SEED = 0
 COND_SCALE = {"bundled": (2.0, 1.0), "scenes": (2.0, 3.0, 1.0)}  # guidance, by U-Net
 PRESET = {"bundled": "demo", "scenes": "scenes"}
 LONG = (4.5, 5.6, 5)  # times the steps of the demo, by U-Net
-INSIDE = 2  # the stage that learns "inside" first when it has long, with a third of its steps
-INSIDE_LR = 3e-3  # of both parts
+INSIDE = 2  # the stage that --long first trains on "inside", for a third of its steps
+INSIDE_LR = 3e-3  # its learning rate in both parts
 LONGEST_FIRST = (2, 1, 3)  # stages of scenes, in the order in which they are started
 BATCH_SIZE = 35  # images drawn at once
 COLUMNS = 8
@@ -72,7 +72,7 @@ def main() -> None:
         "--workdir", type=Path, help="run directory (default: runs/demo, demo-long or emoji)"
     )
     parser.add_argument(
-        "--long", action="store_true", help="train on scenes for an hour: 4 to 5 times the steps"
+        "--long", action="store_true", help="train on scenes for an hour: 5 to 8 times the steps"
     )
     parser.add_argument("--steps", type=int, nargs="+", help="training steps of each U-Net")
     parser.add_argument(
@@ -123,7 +123,7 @@ def train_bundled(workdir: Path, steps: Sequence[int]) -> bool:
 
 
 def train_scenes(workdir: Path, t5: Path, number: int, steps: Sequence[int], *, long: bool) -> bool:
-    """Trains one stage, given long the second one on "inside" first; whether it is finished."""
+    """Trains one stage, with `long` the second one on "inside" first; whether it is finished."""
 
     def train(folder: Path, count: int, data: str, **more: Any) -> bool:
         return loop.run(

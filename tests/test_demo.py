@@ -1,5 +1,7 @@
 """The demo: what it counts, and, run to the end, that it learns what the README says."""
 
+import functools
+import json
 import re
 import subprocess
 import sys
@@ -107,3 +109,34 @@ def test_stages_train_side_by_side_and_one_that_fails_ends_all(tmp_path, monkeyp
     monkeypatch.setattr(demo, "start_stage", stage("raise SystemExit({number} == 2)"))
     with pytest.raises(UserError, match="U-Net 2: error: no room"):
         demo.side_by_side(tmp_path, (2, 2, 2), long=False)
+
+
+def test_a_long_second_stage_learns_inside_first(tmp_path, monkeypatch):
+    """A third of its steps, in a run of its own from whose weights the other two thirds begin; one
+    that is interrupted ends both."""
+    given = []
+
+    def run(settings, number):
+        given.append((settings, number))
+        return len(given) != 5
+
+    monkeypatch.setattr(demo.loop, "run", run)
+    train = functools.partial(demo.train_scenes, tmp_path, tmp_path / "t5", steps=(10, 90, 20))
+    assert train(number=2, long=True)
+    (first, _), (then, number) = given
+    assert (first.workdir, first.data, first.steps) == (tmp_path / "inside", ("scenes:inside",), 30)
+    assert (then.workdir, then.data, then.steps) == (tmp_path, ("scenes",), 60)
+    assert (first.init_from, then.init_from, number) == (None, tmp_path / "inside", 2)
+    assert first.cosine_decay_max_steps == 30 and first.lr == then.lr == demo.INSIDE_LR
+    assert train(number=1, long=True) and train(number=2, long=False)
+    assert [(one.steps, one.init_from) for one, _ in given[2:]] == [(10, None), (90, None)]
+    assert not train(number=2, long=True) and len(given) == 5
+
+
+def test_progress_counts_the_steps_on_inside(tmp_path):
+    for folder, step in (("inside", 30), (".", 7)):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        lines = [{"unet": 2, "step": one, "kind": "train"} for one in range(1, step + 1)]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / folder / "metrics.jsonl").write_text(text)
+    assert demo.steps_done(tmp_path) == {2: 37}

@@ -301,7 +301,7 @@ def test_an_encoder_of_another_width(run, command, tmp_path):
     data["imagen"]["text_embed_dim"] = 64
     (other / "config.json").write_text(json.dumps(data))
     (other / "unet1").symlink_to(run / "unet1")
-    with pytest.raises(ValueError, match="demo has embeddings of width 128, .* text_embed_dim = 64"):
+    with pytest.raises(ValueError, match="embeddings of width 128, .* text_embed_dim = 64"):
         command(other, "--prompt", "a", "--stop-at-unet-number", 1)
 
 
