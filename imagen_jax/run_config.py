@@ -12,6 +12,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from imagen_jax import storage
@@ -23,7 +24,21 @@ from imagen_jax.text import Identity
 
 def read(run: str | os.PathLike) -> ImagenConfig:
     """The cascade of a run directory. Raises UserError if there is none."""
-    return ImagenConfig.from_dict(_read_json(run)["imagen"])
+    return with_encoder(run, ImagenConfig.from_dict(_read_json(run)["imagen"]))
+
+
+def with_encoder(run: str | os.PathLike, config: ImagenConfig) -> ImagenConfig:
+    """The cascade with the place where its text encoder is now."""
+    name = encoder_place(run, config.text_encoder_name)
+    return dataclasses.replace(config, text_encoder_name=name)
+
+
+def encoder_place(run: str | os.PathLike, name: str) -> str:
+    """The folder or name of a text encoder; the folder of that name in the run directory if it was
+    moved or copied together with the run."""
+    inside = Path(run) / Path(name).name
+    moved = not Path(name).is_dir() and (inside / "config.json").is_file()
+    return str(inside) if moved else name
 
 
 def read_origin(run: str | os.PathLike) -> dict[str, Any] | None:

@@ -72,11 +72,13 @@ def main() -> None:
 
 
 def open_drawing(given: Settings) -> Served:
-    """The cascade, with its weights loaded. Prints its notes."""
+    """The cascade, with its weights and its text encoder loaded. Prints its notes."""
     drawing = Served.open("serve", given)
     for note in drawing.notes:
         print(note, flush=True)
     _ = drawing.pipeline.imagen
+    if drawing.config.condition_on_text:
+        _ = drawing.pipeline.encoder
     return drawing
 
 

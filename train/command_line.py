@@ -103,7 +103,7 @@ def recorded(run: epath.Path, unet_number: int) -> Settings | None:
     found = run_config.read_training(run, unet_number)
     if found is None:
         return None
-    values = {name: value for name, value in _values(found).items() if name not in ONE_START}
+    values = {name: value for name, value in _values(found, run).items() if name not in ONE_START}
     return Settings(**values | dict(resume=True, workdir=Path(run), config=Path(run / CONFIG)))
 
 
@@ -111,7 +111,7 @@ def _of_run(run: epath.Path | None, other: str | None) -> dict[str, Any]:
     """Which cascade to use if no flag names one: that of the run directory, with the pictures that
     its stages were trained on; that of `other`, whose weights it starts from; or the demo's."""
     if run is not None and (run / CONFIG).exists():
-        trained = _values(run_config.read_any_training(run))
+        trained = _values(run_config.read_any_training(run), run)
         shared = {name: trained[name] for name in SHARED if name in trained}
         return shared | dict(config=Path(run / CONFIG), workdir=Path(run), preset=_preset(trained))
     if other is None:
@@ -126,13 +126,15 @@ def _preset(training: Mapping[str, Any]) -> str | None:
     return training.get("preset") if training.get("preset") in PRESETS else None
 
 
-def _values(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Recorded settings in their types, without those that no longer exist."""
+def _values(found: Mapping[str, Any], run: epath.Path) -> dict[str, Any]:
+    """A run's recorded settings in their types, without those that no longer exist."""
     fields = {field.name for field in dataclasses.fields(Settings)}
     values = {name: value for name, value in found.items() if name in fields}
     if isinstance(values.get("data"), str):  # of an older run
         values["data"] = (values["data"],)
     values |= {name: tuple(values[name]) for name in ("data", "where", "buckets") if name in values}
+    if values.get("t5") is not None:
+        values["t5"] = run_config.encoder_place(run, values["t5"])
     return values | {name: values[name] and Path(values[name]) for name in PATHS & values.keys()}
 
 

@@ -14,7 +14,7 @@ import tyro
 from etils import epath
 
 import commands
-from imagen_jax import nn, sharding, storage
+from imagen_jax import nn, run_config, sharding, storage
 from imagen_jax.config import ImagenConfig, UnetConfig
 from imagen_jax.data import Opening
 from imagen_jax.errors import UserError
@@ -307,7 +307,7 @@ def _read_config(path: Path) -> ImagenConfig:
             unets = fields["unets"]
             norms = [UnetConfig.norm] * (1 if isinstance(unets, dict) else len(unets))
             return configuration.to_ours(fields, data.get("type", "original"), norms)
-        return ImagenConfig.from_dict(fields)
+        return run_config.with_encoder(path.parent, ImagenConfig.from_dict(fields))
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 

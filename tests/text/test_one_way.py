@@ -4,6 +4,7 @@ The reference's U-Net cuts long embeddings as ours does: tests/nn/test_unet_pari
 """
 
 import dataclasses
+import shutil
 import types
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 import transformers
 from PIL import Image
 
-from imagen_jax import Imagen, UnetConfig, nn, presets, run_config, sharding, text
+from imagen_jax import Imagen, UnetConfig, nn, presets, run_config, sharding, storage, text
 from imagen_jax.config import ImagenConfig, NullUnetConfig
 from imagen_jax.data import Opening
 from imagen_jax.errors import UserError
@@ -21,6 +22,7 @@ from imagen_jax.interop.reference import import_imagen_pytorch
 from imagen_jax.pipeline import Pipeline
 from imagen_jax.text import Identity, read_beside, tokenizer
 from tests import SMALLEST_UNET
+from train import command_line
 from train.feed import Feed
 from train.settings import Data, Optimization, Settings
 
@@ -158,6 +160,25 @@ def test_an_encoder_may_move(folder, tmp_path):
     other = dataclasses.replace(encoder.identity, sha256="b" * 64)
     with pytest.raises(UserError, match="is not"):
         run_config.write(tmp_path / "run", config, text_encoder=other)
+
+
+def test_a_run_directory_may_move_with_its_encoder(folder, tmp_path, monkeypatch):
+    """Trained as runs/a with runs/a/t5, it is drawn from and trained on as b."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder, "runs/a/t5")
+    config = dataclasses.replace(cascade(folder, 8), text_encoder_name="runs/a/t5")
+    encoder = text.load_encoder("runs/a/t5")
+    record = {"unet1": {"t5": "runs/a/t5"}}
+    run_config.write("runs/a", config, record, text_encoder=encoder.identity)
+    assert run_config.read("runs/a") == config
+    Path("runs/a").rename("b")
+    moved = run_config.read("b")
+    assert moved == dataclasses.replace(config, text_encoder_name="b/t5")
+    assert text.cascade_encoder(moved, recorded=run_config.read_text_encoder("b"))
+    settings = command_line.recorded(storage.folder("b"), 1)
+    assert settings.t5 == "b/t5" and settings.cascade().text_encoder_name == "b/t5"
+    shutil.rmtree("b/t5")
+    assert run_config.read("b") == config
 
 
 def test_stored_embeddings_of_another_encoder_are_refused(pictures):
