@@ -26,6 +26,7 @@ from imagen_jax.data.images import MODES
 from imagen_jax.diffusion.samplers import SAMPLERS
 from imagen_jax.errors import UserError, parse
 from imagen_jax.pixels import to_pil
+from imagen_jax.types import Size
 from sample import asking, serving, settings
 from sample.asking import MOST_GUIDANCE, MOST_IMAGES, MOST_STEPS, Ask
 from sample.serving import Line, Served
@@ -36,7 +37,6 @@ except ImportError:  # the extra `ui` is not installed: `main` says so
     gr = None
 
 UPLOAD = "20mb"
-STAGE_NAMES = {number: name for name, number in commands.STAGES.items()}
 TABS = {"upscale": "Upscale", "inpaint": "Inpaint", "image_to_image": "Image to image"}
 """Tasks that start from an image."""
 SEND = {"upscale": "Upscale it", "inpaint": "Inpaint it", "image_to_image": "Start from it"}
@@ -199,7 +199,7 @@ def settings_fields(drawing: Served, num_images: int) -> dict[str, Any]:
                     MOST_STEPS,
                     value=min(steps, MOST_STEPS),
                     step=1,
-                    label=f"Steps, {STAGE_NAMES.get(number, f'U-Net {number}')}",
+                    label=f"Steps at {pixels(drawing.config.stage(number).size)}",
                     elem_id=f"steps{number}",
                 )
             fields["sampler"] = gr.Dropdown(
@@ -267,10 +267,14 @@ def task_tabs(
 
 
 def upscaling(drawing: Served, number: int) -> str:
-    """`sr256: 64 x 64 to 256 x 256`"""
+    """`64 x 64 to 256 x 256`"""
     stage = drawing.config.stage(number)
-    sizes = ("{} x {}".format(*size[::-1]) for size in (stage.lowres.size, stage.size))
-    return f"{STAGE_NAMES.get(number, f'U-Net {number}')}: {' to '.join(sizes)} pixels"
+    return f"{pixels(stage.lowres.size)} to {pixels(stage.size)}"
+
+
+def pixels(size: Size) -> str:
+    """`96 x 64` of (height, width)."""
+    return "{} x {}".format(*size[::-1])
 
 
 @no_type_check  # tests check annotations; `run` would then not look like a generator to gradio
