@@ -98,6 +98,8 @@ def main() -> None:
         t5 = encoder_folder(workdir)
         if args.only is not None:
             sys.exit(not train_scenes(workdir, t5, args.only, steps, long=args.long))
+        for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)):  # a terminal that is closed sends it
+            signal.signal(getattr(signal, name), signal.default_int_handler)
         finished = side_by_side(workdir, steps, long=args.long)
     else:
         finished = train_bundled(workdir, steps)

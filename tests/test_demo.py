@@ -2,9 +2,12 @@
 
 import functools
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +134,41 @@ def test_a_long_second_stage_learns_inside_first(tmp_path, monkeypatch):
     assert train(number=1, long=True) and train(number=2, long=False)
     assert [(one.steps, one.init_from) for one, _ in given[2:]] == [(10, None), (90, None)]
     assert not train(number=2, long=True) and len(given) == 5
+
+
+CLOSED = """
+import subprocess, sys, demo, commands
+from pathlib import Path
+
+def start(workdir, number, steps, core, *, long):
+    code = "import time; print('ready', flush=True); time.sleep(300)"
+    said = open(workdir / f"unet{number}.log", "w")
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=said, start_new_session=True)
+    print(process.pid, flush=True)
+    return number, process
+
+demo.start_stage, demo.encoder_folder = start, lambda workdir: workdir
+sys.argv = ["demo.py", "--workdir", sys.argv[1]]
+commands.run(demo.main)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGTERM"])
+def test_a_closed_terminal_ends_the_stages(tmp_path, name):
+    """As Ctrl-C does: none goes on alone."""
+    command = [sys.executable, "-c", CLOSED, str(tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    stage = int(process.stdout.readline())
+    until = time.monotonic() + 60
+    while not (tmp_path / "unet2.log").read_text() and time.monotonic() < until:
+        time.sleep(0.1)
+    process.send_signal(getattr(signal, name))
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "The same command resumes from there." in rest
+    for pid in (stage, *map(int, re.findall(r"^\d+$", rest, re.M))):
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
 
 
 def test_progress_counts_the_steps_on_inside(tmp_path):
