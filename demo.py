@@ -53,7 +53,7 @@ from train.settings import Settings
 SEED = 0
 COND_SCALE = {"bundled": (2.0, 1.0), "scenes": (2.0, 3.0, 1.0)}  # guidance, by U-Net
 PRESET = {"bundled": "demo", "scenes": "scenes"}
-LONG = (4.5, 5.6, 5)  # times the steps of the demo, by U-Net
+LONG = (7.5, 5.6, 5)  # times the steps of the demo, by U-Net
 INSIDE = 2  # the stage that --long first trains on "inside", for a third of its steps
 INSIDE_LR = 3e-3  # its learning rate in both parts
 LONGEST_FIRST = (2, 1, 3)  # stages of scenes, in the order in which they are started
