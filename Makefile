@@ -1,7 +1,7 @@
 # make demo       a small cascade learns to draw captions it was never shown (12 to 17 minutes)
 # make demo-long  the same with five to eight times the steps, about an hour
 # make demo-emoji another one learns 64 bundled pictures by heart (about 13 minutes)
-# make test       ruff and the quick tests, 10 to 15 minutes
+# make test       ruff and the quick tests, 9 to 15 minutes
 # make test-ci    what .ci/run runs: the slow ones too, about 20
 # make test-all   the long ones too
 # make test-newest   the tests that need no torch, with the newest Python, JAX and Flax

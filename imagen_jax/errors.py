@@ -2,6 +2,7 @@
 and how the library's commands are parsed and run."""
 
 import dataclasses
+import functools
 import inspect
 import logging
 import sys
@@ -51,15 +52,9 @@ def flags(kind: type, defaults: Any = None, own_first: bool = False) -> type:
     empty default is not shown. Required fields come first, then with `own_first` those that a class
     does not inherit. `defaults` is an object of `kind` that has other defaults.
     """
-    import docstring_parser
     import tyro
 
-    explained: dict[str, str] = {}
-    for owner in filter(dataclasses.is_dataclass, kind.__mro__):
-        said = {p.arg_name: p.description for p in docstring_parser.parse_from_object(owner).params}
-        for name in inspect.get_annotations(owner):
-            explained.setdefault(name, " ".join((said.get(name) or "").split()))
-
+    explained = _explained(kind)
     types, made = typing.get_type_hints(kind, include_extras=True), []
     for field in dataclasses.fields(kind):
         value = field.default if defaults is None else getattr(defaults, field.name)
@@ -72,6 +67,19 @@ def flags(kind: type, defaults: Any = None, own_first: bool = False) -> type:
     form = dataclasses.make_dataclass(kind.__name__, made, kw_only=True)
     form.__doc__ = kind.__doc__
     return form
+
+
+@functools.cache  # it parses the source of a file for each class
+def _explained(kind: type) -> dict[str, str]:
+    """The docstrings of a dataclass's fields, each on one line, those it does not inherit first."""
+    import docstring_parser
+
+    found: dict[str, str] = {}
+    for owner in filter(dataclasses.is_dataclass, kind.__mro__):
+        said = {p.arg_name: p.description for p in docstring_parser.parse_from_object(owner).params}
+        for name in inspect.get_annotations(owner):
+            found.setdefault(name, " ".join((said.get(name) or "").split()))
+    return found
 
 
 def _shown(default: str) -> str:
