@@ -34,11 +34,11 @@ def with_encoder(run: str | os.PathLike, config: ImagenConfig) -> ImagenConfig:
 
 
 def encoder_place(run: str | os.PathLike, name: str) -> str:
-    """The folder or name of a text encoder; the folder of that name in the run directory if it was
-    moved or copied together with the run."""
+    """The folder or name of a text encoder; if the folder is gone, the one of that name in the run
+    directory, moved or copied together with the run. A name without a folder, as `demo`, stays."""
     inside = Path(run) / Path(name).name
-    moved = not Path(name).is_dir() and (inside / "config.json").is_file()
-    return str(inside) if moved else name
+    gone = Path(name).name != name and not Path(name).is_dir()
+    return str(inside) if gone and (inside / "config.json").is_file() else name
 
 
 def read_origin(run: str | os.PathLike) -> dict[str, Any] | None:

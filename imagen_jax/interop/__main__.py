@@ -375,8 +375,10 @@ COMMANDS = {
 
 
 def main() -> None:
-    forms = {flags(kind): (name, kind) for name, kind in COMMANDS.items()}
-    choices = [Annotated[form, subcommand(name)] for form, (name, _) in forms.items()]
+    kinds = {flags(kind): kind for kind in COMMANDS.values()}
+    choices = [
+        Annotated[form, subcommand(name)] for name, form in zip(COMMANDS, kinds, strict=True)
+    ]
     config = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)
     found = tyro.cli(
         functools.reduce(operator.or_, choices),
@@ -384,8 +386,7 @@ def main() -> None:
         description=__doc__,
         config=config,
     )
-    _, kind = forms[type(found)]
-    kind(**vars(found)).run()
+    kinds[type(found)](**vars(found)).run()
 
 
 if __name__ == "__main__":

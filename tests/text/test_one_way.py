@@ -179,6 +179,8 @@ def test_a_run_directory_may_move_with_its_encoder(folder, tmp_path, monkeypatch
     assert settings.t5 == "b/t5" and settings.cascade().text_encoder_name == "b/t5"
     shutil.rmtree("b/t5")
     assert run_config.read("b") == config
+    Path("b").rename("runs/demo")  # a run that is named like the bundled encoder is not one
+    assert run_config.encoder_place("runs", "demo") == "demo"
 
 
 def test_stored_embeddings_of_another_encoder_are_refused(pictures):
